@@ -1,0 +1,199 @@
+"""Frozen records that cross module boundaries, and the shape legend.
+
+Legend. A tensor's name ends in its axes:
+
+    P  prompts                  G  samples per prompt        S  sequences (prompt + completion)
+    T  tokens of a sequence     N  tokens that carry loss    L  flat tokens of a packed micro-batch
+    V  vocabulary               D  hidden size               B  rows of a padded batch
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Finish = Literal["stop", "length"]
+Message = Mapping[str, str]
+
+
+class Need(enum.Enum):
+    """What a part asks the trainer to compute for it; nothing else is computed."""
+
+    REFERENCE_LOGPROBS = "log-probs of the completions under the initial policy"
+    PROBES = "the rollout engine, to continue from inside a completion"
+    SCORER = "per-token log-probs of given spans under the policy, a frozen model or an EMA"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One task: ``prompt`` is text or chat messages, ``answer`` the gold, ``meta`` whatever a reward reads."""
+
+    id: str
+    prompt: str | Sequence[Message]
+    answer: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A problem as the token ids the policy is fed."""
+
+    problem: Problem
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Sampled ids (EOS included) and the fp32 log-probs of the distribution they were sampled from.
+
+    ``text`` is the decoded completion without special tokens at its end; ids are never made from it.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Finish
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(
+                f"Completion: {len(self.token_ids)} token ids but {len(self.logprobs)} log-probs; give one per token"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The G completions of one prompt. A NaN reward abstains: that completion leaves its group's statistics."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    rewards_G: Tensor | None = None
+    reward_parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = len(self.completions)
+        named = dict(self.reward_parts) | ({} if self.rewards_G is None else {"rewards_G": self.rewards_G})
+        for name, values_G in named.items():
+            if tuple(values_G.shape) != (size,):
+                raise ValueError(
+                    f"Group {self.prompt.problem.id}: {name} has shape {tuple(values_G.shape)}, expected ({size},)"
+                )
+
+    @property
+    def completion_ids(self) -> list[tuple[int, ...]]:
+        return [completion.token_ids for completion in self.completions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A metric as (sum, count), so that it is averaged once over micro-batches and ranks."""
+
+    total: float
+    count: float
+
+    @classmethod
+    def of(cls, values: Any) -> Mean:
+        """Mean of a number, a sequence of numbers or a tensor."""
+        if hasattr(values, "numel"):
+            return cls(total=float(values.double().sum()), count=values.numel())
+        if isinstance(values, (int, float)):
+            return cls(total=float(values), count=1)
+        items = [float(value) for value in values]
+        return cls(total=sum(items), count=len(items))
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(total=self.total + other.total, count=self.count + other.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Max:
+    """A metric reduced by maximum."""
+
+    value: float
+
+    def __add__(self, other: Max) -> Max:
+        return Max(value=max(self.value, other.value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Min:
+    """A metric reduced by minimum."""
+
+    value: float
+
+    def __add__(self, other: Min) -> Min:
+        return Min(value=min(self.value, other.value))
+
+
+Metric = Mean | Max | Min
+Metrics = Mapping[str, Metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What an estimator or a reward may use besides the groups; a service is None unless its ``Need`` was declared."""
+
+    step: int = 0
+    seed: int = 0
+    max_new_tokens: int = 0
+    tokenizer: Any = None
+    rollout: Any = None
+    scorer: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantages:
+    """One value per completion token: ``values[p][g]`` has shape ``[T]`` of completion g of group p."""
+
+    values: Sequence[Sequence[Tensor]]
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a reward returns: ``scores[p][g]``, None to abstain, and its own metrics."""
+
+    scores: Sequence[Sequence[float | None]]
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """A packed micro-batch.
+
+    Sequence s occupies ``input_ids_L[boundaries_S1[s]:boundaries_S1[s + 1]]`` and restarts its positions at 0.
+    Loss token n is predicted by the hidden state at ``source_N[n]`` and belongs to sequence ``sequence_N[n]``;
+    its weight was set over the whole optimiser batch and all ranks, so the loss is a plain weighted sum.
+    """
+
+    input_ids_L: Tensor
+    positions_L: Tensor
+    boundaries_S1: Tensor
+    source_N: Tensor
+    sequence_N: Tensor
+    targets_N: Tensor
+    weights_N: Tensor
+    advantages_N: Tensor
+    old_logprobs_N: Tensor
+    reference_logprobs_N: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.targets_N)
+        for name in ("source_N", "sequence_N", "weights_N", "advantages_N", "old_logprobs_N"):
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"TokenBatch: {name} has {len(getattr(self, name))} entries, targets_N has {count}")
+        if len(self.input_ids_L) != len(self.positions_L) or int(self.boundaries_S1[-1]) != len(self.input_ids_L):
+            raise ValueError("TokenBatch: boundaries_S1 must end at the number of input ids and positions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A differentiable scalar and the metrics of the micro-batch."""
+
+    loss: Tensor
+    metrics: Metrics = field(default_factory=dict)
