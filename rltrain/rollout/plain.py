@@ -1,0 +1,68 @@
+"""The decoder for any causal language model of transformers: its own cache, left padding, one wave of rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and 0/1 mask, both int64 [P, longest]."""
+    width = max(len(ids) for ids in prompts)
+    ids_PT = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask_PT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    return ids_PT, mask_PT
+
+
+def padded_positions(mask_PT: Tensor) -> Tensor:
+    """Positions that count real tokens only; padding sits at 0."""
+    return (mask_PT.cumsum(-1) - 1).clamp_(min=0)
+
+
+class PlainDecoder:
+    """``admit`` prefills each prompt once and repeats its cache G times; ``step`` feeds one token per row."""
+
+    refills = False
+
+    def __init__(self, model: Any, *, pad_id: int, max_new_tokens: int) -> None:
+        self._model = model
+        self._pad_id = pad_id
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._cache: Any = None
+        self._mask_BT: Tensor
+
+    def _forward(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        positions = {"position_ids": positions_BT} if self._takes_positions else {}
+        output = self._model(
+            input_ids=ids_BT,
+            attention_mask=self._mask_BT,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **positions,
+        )
+        self._cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def admit(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
+        """Logits [P·G, V] of the first tokens; the rows of a prompt are neighbours."""
+        ids_PT, self._mask_BT = left_padded(prompts, self._pad_id, self._model.device)
+        self._cache = None
+        logits_PV = self._forward(ids_PT, padded_positions(self._mask_BT))
+        self._cache.batch_repeat_interleave(group_size)
+        self._mask_BT = self._mask_BT.repeat_interleave(group_size, dim=0)
+        return logits_PV.repeat_interleave(group_size, dim=0)
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Logits [B, V] after one more token in every row."""
+        self._mask_BT = torch.nn.functional.pad(self._mask_BT, (0, 1), value=1)
+        return self._forward(tokens_B[:, None], self._mask_BT.sum(-1, keepdim=True) - 1)
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Drop all rows but these."""
+        self._cache.batch_select_indices(rows_B)
+        self._mask_BT = self._mask_BT[rows_B]

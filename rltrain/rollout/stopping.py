@@ -1,0 +1,53 @@
+"""Where a completion ends: at a stop id, at the token that completes a stop string, or at the length limit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# A character of UTF-8 has at most four bytes and a byte-level vocabulary may spend a token on each.
+_TOKENS_PER_CHARACTER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRule:
+    """``end`` is a pure function of the ids, so it does not matter how often or how late it is asked."""
+
+    stop_ids: Collection[int]
+    stop_strings: Sequence[str]
+    max_new_tokens: int
+    tokenizer: Any
+
+    @property
+    def _window_tokens(self) -> int:
+        return 1 + _TOKENS_PER_CHARACTER * max(len(text) for text in self.stop_strings)
+
+    def _has_stop_string(self, token_ids: Sequence[int]) -> bool:
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in self.stop_strings)
+
+    def _string_end(self, token_ids: Sequence[int], start: int) -> int | None:
+        """Number of tokens up to the first one at or after ``start`` that completes a stop string."""
+        window = self._window_tokens
+        if not self._has_stop_string(token_ids[max(0, start + 1 - window) :]):
+            return None
+        for end in range(start + 1, len(token_ids) + 1):
+            if self._has_stop_string(token_ids[max(0, end - window) : end]):
+                return end
+        return None
+
+    def end(self, token_ids: Sequence[int], start: int) -> int | None:
+        """Number of tokens the completion keeps, or None if it goes on. Tokens before ``start`` were asked already."""
+        end = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in self.stop_ids), None)
+        if end is None and len(token_ids) >= self.max_new_tokens:
+            end = self.max_new_tokens
+        if self.stop_strings:
+            end = self._string_end(token_ids[:end], start) or end
+        return end
+
+    def stopped(self, token_ids: Sequence[int]) -> bool:
+        """Whether a finished completion stopped by itself, rather than being cut at the limit."""
+        if token_ids[-1] in self.stop_ids:
+            return True
+        return bool(self.stop_strings) and self._has_stop_string(token_ids[-self._window_tokens :])
