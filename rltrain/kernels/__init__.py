@@ -1,0 +1,76 @@
+"""Token log-probs and entropies of a language-model head without holding [N, V]: one door, several backends."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from rltrain.kernels import blocked, reference
+
+Backend = Literal["reference", "blocked"]
+BACKENDS: tuple[Backend, ...] = ("reference", "blocked")
+
+SMALL_ELEMENTS = 2**20
+"""Up to so many logits (4 MB) the plain path costs no memory worth saving."""
+
+__all__ = ["BACKENDS", "Backend", "choose_backend", "token_logprobs"]
+
+
+def choose_backend(hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
+    """What ``backend="auto"`` takes: reference for few logits, else torch blocks."""
+    if len(hidden_ND) * len(weight_VD) <= SMALL_ELEMENTS:
+        return "reference"
+    return "blocked"
+
+
+def token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    backend: Literal["auto"] | Backend = "auto",
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``log p(y)`` and, if asked for, ``H(p) = -Σ p log p`` (nats) of ``p = softmax((cap(h Wᵀ) + b) / T)``.
+
+    ``cap(u) = c·tanh(u/c)`` for ``softcap=c`` (Gemma), the identity otherwise. A bias of -inf masks an entry. Both
+    results are fp32 (fp64 for fp64 inputs) and differentiable once in hidden, weight and bias; an input that needs
+    no gradient (a frozen head) costs none. ``choose_backend`` says what ``"auto"`` takes. N may be 0.
+
+    Raises ValueError for shapes or types that do not fit, and for targets outside [0, V) on a CPU.
+    """
+    _check(hidden_ND, weight_VD, targets_N, temperature, bias_V)
+    if backend == "auto":
+        backend = choose_backend(hidden_ND, weight_VD)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend}: unknown; choose auto or one of {', '.join(BACKENDS)}")
+    implementation = {"reference": reference, "blocked": blocked}[backend]
+    return implementation.token_logprobs(
+        hidden_ND,
+        weight_VD,
+        targets_N,
+        temperature=temperature,
+        entropy=entropy,
+        bias_V=bias_V,
+        softcap=softcap,
+    )
+
+
+def _check(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float, bias_V: Tensor | None) -> None:
+    rows, vocabulary = len(hidden_ND), len(weight_VD)
+    if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden_ND.shape)} and weight {tuple(weight_VD.shape)}: need [N, D] and [V, D]")
+    if hidden_ND.dtype != weight_VD.dtype:
+        raise ValueError(f"hidden is {hidden_ND.dtype}, weight {weight_VD.dtype}: cast one; a head has one precision")
+    if targets_N.shape != (rows,):
+        raise ValueError(f"targets have shape {tuple(targets_N.shape)}: need ({rows},), one per row of hidden")
+    if bias_V is not None and bias_V.shape != (vocabulary,):
+        raise ValueError(f"bias has shape {tuple(bias_V.shape)}: need ({vocabulary},), one per row of weight")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be > 0")
+    if rows and targets_N.device.type == "cpu" and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < vocabulary:
+        raise ValueError(f"targets span {int(targets_N.min())}..{int(targets_N.max())}: must lie in [0, {vocabulary})")

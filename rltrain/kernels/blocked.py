@@ -1,0 +1,76 @@
+"""Vocabulary blocks in plain torch, for a CPU and any GPU: [N, V] is never held, dW is written once.
+
+Forward and backward both sweep the vocabulary; the backward recomputes the logits, so that there are four products
+(8NDV) where the naive path has three (6NDV) and keeps 3 to 4 copies of [N, V].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rltrain.kernels.head import Gradients, Head, Scratch, Upstream, block_columns, logits_, partial_, targets_within
+from rltrain.kernels.online import Partial, merge
+
+
+def token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`rltrain.kernels.token_logprobs`."""
+    return _Blocked.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, softcap, entropy)
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        temperature: float,
+        softcap: float | None,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
+        rows = len(hidden_ND)
+        scratch = Scratch(head, rows, block_columns(rows))
+        target_logits_N = hidden_ND.new_empty(rows, dtype=head.dtype)
+        total = Partial.identity(target_logits_N, entropy=entropy)
+        for block in head.blocks(block_columns(rows)):
+            logits_Nv = logits_(head, hidden_ND, block, scratch)
+            target_rows, columns = targets_within(targets_N, block)
+            target_logits_N[target_rows] = logits_Nv[target_rows, columns]
+            total = merge(total, partial_(logits_Nv, entropy=entropy))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, total.lse_N, total.entropy_N)
+        ctx.scalars = (temperature, softcap)
+        return target_logits_N - total.lse_N, total.entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_ND, weight_VD, bias_V, targets_N, lse_N, entropy_N = ctx.saved_tensors
+        temperature, softcap = ctx.scalars
+        head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
+        rows = slice(0, len(hidden_ND))
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        gradients = Gradients(head, hidden_ND, hidden=wants_hidden, weight=wants_weight, bias=wants_bias)
+        upstream = Upstream(lse_N, torch.zeros_like(lse_N) if grad_N is None else grad_N, entropy_N, entropy_grad_N)
+        scratch = Scratch(head, rows.stop, block_columns(rows.stop))
+        for block in head.blocks(block_columns(rows.stop)):
+            logits_Nv = logits_(head, hidden_ND, block, scratch)
+            slope_Nv = head.softcap_slope(logits_Nv, block)
+            dlogits_Nv = upstream.dlogits_(logits_Nv, targets_N, block)
+            gradients.add_(dlogits_Nv, slope_Nv, hidden_ND, rows, block, scratch.narrow(*logits_Nv.shape))
+        return gradients.hidden_ND, gradients.weight_VD, gradients.bias_V, None, None, None, None

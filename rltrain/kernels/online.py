@@ -1,0 +1,51 @@
+"""Softmax statistics that merge: the one piece of mathematics that vocabulary blocks, kernel splits and ranks share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    """Statistics of some columns of the logits z, over which ``m = max z``.
+
+    ``max_N = m``, ``sum_N = s = Σ e^{z-m}``, ``moment_N = t = Σ e^{z-m}(z-m)`` (None when no entropy is asked for).
+    """
+
+    max_N: Tensor
+    sum_N: Tensor
+    moment_N: Tensor | None
+
+    @classmethod
+    def identity(cls, like_N: Tensor, *, entropy: bool) -> Partial:
+        """The statistics of no column at all: (-inf, 0, 0)."""
+        zeros_N = torch.zeros_like(like_N)
+        return cls(torch.full_like(like_N, -torch.inf), zeros_N, zeros_N if entropy else None)
+
+    @property
+    def lse_N(self) -> Tensor:
+        """``log Σ e^z``."""
+        return self.max_N + self.sum_N.log()
+
+    @property
+    def entropy_N(self) -> Tensor | None:
+        """``H = log s - t/s`` in nats."""
+        return None if self.moment_N is None else self.sum_N.log() - self.moment_N / self.sum_N
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Statistics of two disjoint pieces of the vocabulary taken together; associative, commutative.
+
+    With ``M = max(m_a, m_b)`` and ``d = m - M``: ``s = Σ e^d s``, ``t = Σ e^d (t + d·s)``, sums over the two pieces.
+    """
+    max_N = torch.maximum(a.max_N, b.max_N)
+    # -inf - -inf (two identities) counts as 0, -inf - finite as the lowest finite number, whose exp is 0.
+    shift_a, shift_b = ((part.max_N - max_N).nan_to_num(nan=0.0) for part in (a, b))
+    scale_a, scale_b = shift_a.exp(), shift_b.exp()
+    sum_N = scale_a * a.sum_N + scale_b * b.sum_N
+    if a.moment_N is None or b.moment_N is None:
+        return Partial(max_N, sum_N, None)
+    moment_N = scale_a * (a.moment_N + shift_a * a.sum_N) + scale_b * (b.moment_N + shift_b * b.sum_N)
+    return Partial(max_N, sum_N, moment_N)

@@ -1,0 +1,36 @@
+"""The readable head: all logits at once. What the other backends are measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``log p(y)`` and ``H(p) = -Σ p log p`` (nats) of ``p = softmax((cap(h Wᵀ) + b) / T)``, ``cap(u) = c·tanh(u/c)``.
+
+    The epilogue is in fp32 (fp64 for fp64 inputs). A bias of -inf takes an entry out of the vocabulary.
+    """
+    logits_NV = hidden_ND @ weight_VD.T
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    if bias_V is not None:
+        logits_NV = logits_NV + bias_V
+    logits_NV = logits_NV / temperature
+    logprobs_NV = logits_NV.log_softmax(-1)
+    logprobs_N = logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1)
+    if not entropy:
+        return logprobs_N, None
+    # A finite floor, so that an entry with p = 0 adds 0·finite, in the value and in the gradient.
+    finite_NV = logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)
+    return logprobs_N, -(finite_NV.exp() * finite_NV).sum(-1)
