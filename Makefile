@@ -1,0 +1,45 @@
+# Every target makes the environment it needs first. Variables: VENV, PYTHON (interpreter to start from), TORCH (build of
+# torch; see scripts/make_venv.sh), JOBS (test processes), ARGS (passed on: make test ARGS="-k loss").
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+python := $(VENV)/bin/python
+installed := $(VENV)/.installed
+
+.PHONY: help quickstart test check format bench venv lock
+help:
+	@echo "make quickstart   cold start, GRPO, evaluation and a learning curve on two CPU cores"
+	@echo "make test         the whole test suite"
+	@echo "make check        ruff (lint, format) and pyright"
+	@echo "make bench        every benchmark with its short settings"
+	@echo "make format       let ruff rewrite the code"
+	@echo "make venv | lock  the environment in $(VENV) | requirements.lock from what is installed there"
+
+quickstart: $(installed)
+	$(python) -m rltrain.train +experiment=quickstart $(ARGS)
+
+test: $(installed)
+	$(python) -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 600 $(ARGS)
+
+check: $(installed)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m pyright --pythonpath $(python)
+
+format: $(installed)
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+bench: $(installed)
+	@set -e; for script in scripts/bench/*.py; do echo "== $$script"; $(python) $$script --short $(ARGS); done
+
+venv: $(installed)
+
+$(installed): pyproject.toml requirements.lock scripts/make_venv.sh
+	@scripts/make_venv.sh $(VENV)
+	@touch $@
+
+# The build of torch is the installer's choice, so the local version suffix (+cpu, +cu126) is left out.
+lock: $(installed)
+	$(python) -m pip freeze --exclude-editable | sed 's/+c[pu][^ ]*$$//' > requirements.lock
