@@ -26,8 +26,9 @@ LAYERS = [
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"advantages", "rewards", "kernels", "loss", "collate"}
 ENGINES = {"deepspeed", "vllm", "hydra"}
-TOP_LEVEL = {"pyproject.toml", "requirements.lock", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
-TOP_LEVEL |= {"rltrain", "configs", "scripts", "slurm", "tests", "docs", ".ci", ".gitignore", ".pre-commit-config.yaml"}
+TOP_LEVEL = {"rltrain", "configs", "scripts", "slurm", "tests", "docs", ".ci", ".gitignore", ".pre-commit-config.yaml"}
+TOP_LEVEL |= {"pyproject.toml", "requirements.lock", "Makefile"}
+TOP_LEVEL |= {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
 EVALUATORS = {"eval", "sympify", "parse_expr"}
 
 
