@@ -21,16 +21,37 @@ class GroupConfig(AdvantageConfig):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        require(
-            self.baseline in ("mean", "leave_one_out"),
-            f"advantage.baseline={self.baseline}: unknown; set mean or leave_one_out",
-        )
-        require(self.scale in ("std", "none"), f"advantage.scale={self.scale}: unknown; set std or none")
-        require(self.eps >= 0, f"advantage.eps={self.eps}: must be >= 0")
+        _check(self.baseline, self.scale, self.eps)
+
+
+def _check(baseline: str, scale: str, eps: float) -> None:
+    require(baseline in ("mean", "leave_one_out"), f"advantage.baseline={baseline}: unknown; set mean or leave_one_out")
+    require(scale in ("std", "none"), f"advantage.scale={scale}: unknown; set std or none")
+    require(eps >= 0, f"advantage.eps={eps}: must be >= 0")
+
+
+def as_rewards(rewards: Sequence[float | None] | Tensor | None) -> Tensor:
+    """Rewards as float64 on the CPU, shape [G], with NaN for None; a group that was never scored is an error."""
+    if rewards is None:
+        raise ValueError("the group has no rewards; score it before asking for advantages")
+    if isinstance(rewards, Tensor):
+        return rewards.detach().to("cpu", torch.float64)
+    return torch.tensor([torch.nan if reward is None else float(reward) for reward in rewards], dtype=torch.float64)
+
+
+def has_signal(rewards_G: Tensor) -> bool:
+    """Whether two of the rewards that count (not NaN) differ; where none do, every advantage is exactly 0."""
+    valid = rewards_G[~rewards_G.isnan()]
+    return bool((valid != valid[:1]).any())
+
+
+def per_token(advantages_G: Tensor, completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Each completion's advantage on each of its tokens."""
+    return [one.expand(len(ids)) for one, ids in zip(advantages_G, completion_ids, strict=True)]
 
 
 def group_advantages(
-    rewards_G: Sequence[float] | Tensor, *, baseline: str = "mean", scale: str = "std", eps: float = 1e-6
+    rewards_G: Sequence[float | None] | Tensor, *, baseline: str = "mean", scale: str = "std", eps: float = 1e-6
 ) -> Tensor:
     r"""``A_i = (r_i - b_i) / (std(r) + eps)``, float64, shape [G].
 
@@ -38,14 +59,15 @@ def group_advantages(
     is G/(G-1)·(r_i - mean(r)) (RLOO, arXiv 2402.14740). ``scale="std"`` divides by the sample standard deviation
     (ddof 1) plus eps; ``"none"`` does not (Dr.GRPO, arXiv 2503.20783).
 
-    NaN rewards abstain: they leave the statistics and get advantage 0. Fewer than two rewards that count, or all
-    equal, give exact zeros.
+    NaN or None rewards abstain: they leave the statistics and get advantage 0. Fewer than two rewards that count, or
+    all equal, give exact zeros. An unknown ``baseline`` or ``scale`` is a ``ConfigError``.
     """
-    rewards_G = torch.as_tensor(rewards_G, dtype=torch.float64)
-    counted_G = ~rewards_G.isnan()
-    valid = rewards_G[counted_G]
-    advantages_G = torch.zeros_like(rewards_G)
-    if len(valid) < 2 or bool((valid == valid[0]).all()):
+    _check(baseline, scale, eps)
+    rewards = as_rewards(rewards_G)
+    counted_G = ~rewards.isnan()
+    valid = rewards[counted_G]
+    advantages_G = torch.zeros_like(rewards)
+    if not has_signal(rewards):
         return advantages_G
     centred = valid - valid.mean()
     if baseline == "leave_one_out":
@@ -57,11 +79,14 @@ def group_advantages(
 @register("advantage", "group", GroupConfig)
 def group(groups: Sequence[Group], config: GroupConfig, context: Context) -> Advantages:
     """Spread :func:`group_advantages` over the tokens of each completion."""
-    values = []
-    for one in groups:
-        advantages_G = group_advantages(
-            one.rewards_G, baseline=config.baseline, scale=config.scale, eps=config.eps
-        )
-        lengths = [len(completion.token_ids) for completion in one.completions]
-        values.append([advantage.expand(length) for advantage, length in zip(advantages_G, lengths, strict=True)])
-    return Advantages(values=values)
+    return Advantages(
+        values=[
+            per_token(
+                group_advantages(
+                    as_rewards(one.rewards_G), baseline=config.baseline, scale=config.scale, eps=config.eps
+                ),
+                one.completion_ids,
+            )
+            for one in groups
+        ]
+    )

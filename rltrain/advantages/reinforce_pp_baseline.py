@@ -1,0 +1,41 @@
+"""REINFORCE++ with a group baseline: whitened over the tokens of the global batch (arXiv 2501.03262)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rltrain.advantages.group import as_rewards, group_advantages, per_token
+from rltrain.advantages.whitening import whiten
+from rltrain.config import AdvantageConfig, register, require
+from rltrain.types import Advantages, Context, Group
+
+
+@dataclass(kw_only=True)
+class ReinforcePPBaselineConfig(AdvantageConfig):
+    """See :func:`reinforce_pp_baseline`."""
+
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        require(self.eps > 0, f"advantage.eps={self.eps}: must be > 0, a batch of equal rewards has std 0")
+
+
+@register("advantage", "reinforce_pp_baseline", ReinforcePPBaselineConfig)
+def reinforce_pp_baseline(groups: Sequence[Group], config: ReinforcePPBaselineConfig, context: Context) -> Advantages:
+    r"""``A = (B - mean_tokens(B)) / (std_tokens(B) + eps)`` with ``B_i = r_i - mean(r)`` on every token of i, float64.
+
+    Mean and population std (ddof 0) run over all tokens of the global batch, all ranks; long completions weigh more, so
+    the token mean of B need not be 0. NaN rewards abstain: their tokens leave the statistics and get 0. All groups of
+    equal rewards, and G = 1, give exact zeros.
+    """
+    rewards_B = [reward for group in groups for reward in as_rewards(group.rewards_G)]
+    centred = [
+        row_T
+        for group in groups
+        for row_T in per_token(group_advantages(as_rewards(group.rewards_G), scale="none"), group.completion_ids)
+    ]
+    counted = [row_T for row_T, reward in zip(centred, rewards_B, strict=True) if not reward.isnan()]
+    whitened = iter(whiten(counted, eps=config.eps, name="group-centred rewards"))
+    rows = iter([row_T if reward.isnan() else next(whitened) for row_T, reward in zip(centred, rewards_B, strict=True)])
+    return Advantages(values=[[next(rows) for _ in group.completions] for group in groups])

@@ -1,0 +1,79 @@
+import sys
+
+import pytest
+from advantage_groups import make_group
+
+from rltrain.advantages.custom import CustomConfig, custom
+from rltrain.config import ConfigError, part_of
+from rltrain.types import Context
+
+MODULE = """
+import torch
+from rltrain.types import Advantages, Mean
+
+version = "1.0"
+
+def scaled_reward(groups, options, context):
+    values = [
+        [reward.expand(len(ids)) * options["scale"] for reward, ids in zip(group.rewards_G, group.completion_ids)]
+        for group in groups
+    ]
+    return Advantages(values=values, metrics={"mine": Mean.of(options["scale"])})
+
+def one_per_completion(groups, options, context):
+    return Advantages(values=[[torch.zeros(1) for _ in group.completions] for group in groups])
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A package of a user's own, found on the path and forgotten afterwards."""
+    package = tmp_path / "outside_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "credit.py").write_text(MODULE)
+    (package / "broken.py").write_text("import a_package_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "outside_package"
+    for name in [name for name in sys.modules if name.startswith("outside_package")]:
+        del sys.modules[name]
+
+
+def test_a_function_from_outside_is_the_estimator(outside):
+    config = CustomConfig(import_path=f"{outside}.credit:scaled_reward", options={"scale": 3.0})
+    result = part_of(config).function([make_group([(1, 2), ()], [1.0, 0.5])], config, Context())
+    assert [row.tolist() for row in result.values[0]] == [[3.0, 3.0], []]
+    assert result.metrics["mine"].total == 3.0
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module_here:f", "no module named no_such_module_here; install it or add its folder to PYTHONPATH"),
+        ("outside_package.nothing:f", "no module named outside_package.nothing;"),
+        ("outside_package.credit:other", "outside_package.credit has no other; name one of its functions"),
+        ("outside_package.credit:version", "version is str, not callable; name a function"),
+        ("outside_package.credit", "not of the form my_package.my_module:estimator"),
+        ("outside_package.credit:", "not of the form my_package.my_module:estimator"),
+        (":scaled_reward", "not of the form my_package.my_module:estimator"),
+        (".credit:scaled_reward", "not of the form my_package.my_module:estimator"),
+    ],
+)
+def test_a_wrong_path_is_refused_in_one_line_when_the_config_is_made(outside, path, message):
+    with pytest.raises(ConfigError) as caught:
+        CustomConfig(import_path=path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"advantage.import_path={path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_users_module_lacks_is_shown_as_it_is(outside):
+    with pytest.raises(ModuleNotFoundError, match="a_package_nobody_has") as caught:
+        CustomConfig(import_path=f"{outside}.broken:f")
+    assert not isinstance(caught.value, ConfigError)
+
+
+def test_values_that_do_not_fit_the_tokens_are_refused(outside):
+    config = CustomConfig(import_path=f"{outside}.credit:one_per_completion")
+    with pytest.raises(ValueError, match=r"lengths \[\[1, 1\]\], expected \[\[2, 1\]\]; give one value per"):
+        custom([make_group([(1, 2), (3,)], [1.0, 0.0])], config, Context())
