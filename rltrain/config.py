@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """A configuration that cannot work; the message names the key, the cause and the remedy in one line."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on; the message names the thing, the cause and the remedy in one line."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ``ConfigError(message)`` unless ``condition`` holds."""
     if not condition:
@@ -143,3 +147,229 @@ class SamplingConfig:
         require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: must lie in (0, 1]; 1 keeps every token")
         require(self.top_k >= 0, f"sampling.top_k={self.top_k}: must be >= 0; 0 keeps every token")
         require(self.max_new_tokens >= 1, f"sampling.max_new_tokens={self.max_new_tokens}: set at least 1")
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """The policy loss; presets are the YAML files of ``configs/algorithm``. See :mod:`rltrain.loss`."""
+
+    ratio: str = "token"
+    surrogate: str = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    aggregation: str = "sequence"
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    importance_correction: str = "none"
+    importance_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        choices = {
+            "ratio": ("token", "sequence"),
+            "surrogate": ("clip", "cispo", "reinforce"),
+            "aggregation": ("sequence", "token", "constant", "sequence_sum"),
+            "kl_estimator": ("k1", "k2", "k3"),
+            "importance_correction": ("none", "truncate", "mask"),
+        }
+        for key, allowed in choices.items():
+            value = getattr(self, key)
+            require(value in allowed, f"loss.{key}={value}: unknown; set one of {', '.join(allowed)}")
+        require(
+            not (self.ratio == "sequence" and self.surrogate != "clip"),
+            f"loss.ratio=sequence with loss.surrogate={self.surrogate}: undefined; set loss.surrogate=clip",
+        )
+        require(0 <= self.clip_low < 1, f"loss.clip_low={self.clip_low}: must lie in [0, 1)")
+        require(self.clip_high >= 0, f"loss.clip_high={self.clip_high}: must be >= 0")
+        require(
+            self.dual_clip is None or self.dual_clip > 1,
+            f"loss.dual_clip={self.dual_clip}: must be > 1 (3.0 is usual), or null to turn it off",
+        )
+        require(self.kl_coef >= 0, f"loss.kl_coef={self.kl_coef}: must be >= 0; 0 needs no reference model")
+        require(self.importance_cap >= 1, f"loss.importance_cap={self.importance_cap}: must be >= 1; 2.0 is usual")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay on matrices; linear warm-up, then the schedule."""
+
+    learning_rate: float = 1e-6
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        schedules = ("constant", "linear", "cosine")
+        require(
+            self.schedule in schedules,
+            f"optimizer.schedule={self.schedule}: unknown; set one of {', '.join(schedules)}",
+        )
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: must be > 0")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: must be >= 0")
+        require(self.max_grad_norm > 0, f"optimizer.max_grad_norm={self.max_grad_norm}: must be > 0")
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """ZeRO stage and what goes with it; ``extra`` is merged into DeepSpeed's own dictionary as it is."""
+
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.zero_stage in (0, 1, 2, 3), f"deepspeed.zero_stage={self.zero_stage}: set 0, 1, 2 or 3")
+        require(
+            not self.offload_optimizer or self.zero_stage >= 1,
+            "deepspeed.offload_optimizer=true with zero_stage=0: nothing is sharded; set deepspeed.zero_stage>=1",
+        )
+
+
+@dataclass(kw_only=True)
+class BatchConfig:
+    """How much of what makes one optimiser step. ``token_budget`` is a hard cap on a micro-batch's tokens."""
+
+    prompts_per_step: int = 16
+    group_size: int = 8
+    update_epochs: int = 1
+    token_budget: int = 16384
+    dynamic_sampling: bool = False
+    max_sampling_attempts: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.prompts_per_step >= 1, f"batch.prompts_per_step={self.prompts_per_step}: set at least 1")
+        require(
+            self.group_size >= 2,
+            f"batch.group_size={self.group_size}: a group baseline needs at least 2 samples; set batch.group_size>=2",
+        )
+        require(self.update_epochs >= 1, f"batch.update_epochs={self.update_epochs}: set at least 1")
+        require(self.token_budget >= 1, f"batch.token_budget={self.token_budget}: set at least 1")
+        require(self.max_sampling_attempts >= 1, "batch.max_sampling_attempts: set at least 1")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Held-out evaluation: ``samples`` completions of each of ``problems`` problems; every 0 steps means never."""
+
+    every_steps: int = 50
+    problems: int = 200
+    samples: int = 1
+    split: str = "test"
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, f"evaluation.samples={self.samples}: set at least 1")
+        require(self.problems >= 1, f"evaluation.problems={self.problems}: set at least 1")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            f"evaluation.samples={self.samples} with temperature=0: all samples are the same; "
+            "set evaluation.temperature=1.0 or evaluation.samples=1",
+        )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """A checkpoint every so many steps (0: only at the end); the last ``keep_last`` and the best one are kept."""
+
+    every_steps: int = 50
+    keep_last: int = 2
+    keep_best: bool = True
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: set at least 1")
+        require(
+            self.resume in ("auto", "never"),
+            f"checkpoint.resume={self.resume}: set auto (continue the run in run_dir) or never (refuse a used run_dir)",
+        )
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """wandb beside the files: ``auto`` is online when an API key is set, else offline."""
+
+    wandb: str = "auto"
+    project: str = "rltrain"
+    group: str | None = None
+    entity: str | None = None
+    samples_every_steps: int = 10
+
+    def __post_init__(self) -> None:
+        modes = ("auto", "online", "offline", "disabled")
+        require(self.wandb in modes, f"tracking.wandb={self.wandb}: set one of {', '.join(modes)}")
+
+
+@dataclass(kw_only=True)
+class ColdStartConfig:
+    """Supervised fine-tuning before RL, with TRL's SFTTrainer, on ``problem.meta[solution_field]``."""
+
+    steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    problems: int = 50_000
+    max_length: int = 1024
+    solution_field: str = "solution"
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"cold_start.steps={self.steps}: set at least 1, or cold_start=null for none")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run is a function of. The same file serves train, sft and evaluate."""
+
+    name: str = "run"
+    seed: int = 0
+    steps: int = 100
+    run_dir: str = "runs/${name}"
+    deadline_s: float = 1800.0
+    max_zero_signal_steps: int = 20
+    reference: str | None = None
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    eval_data: DataConfig | None = None
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    eval_rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    advantage: AdvantageConfig = MISSING
+    loss: LossConfig = field(default_factory=LossConfig)
+    rollout: RolloutConfig = MISSING
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cold_start: ColdStartConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, f"steps={self.steps}: must be >= 0")
+        longest = self.sampling.max_prompt_tokens + self.sampling.max_new_tokens
+        require(
+            self.batch.token_budget >= longest,
+            f"batch.token_budget={self.batch.token_budget}: below one sequence of sampling.max_prompt_tokens + "
+            f"max_new_tokens = {longest}; raise it, or lower these",
+        )
+        require(bool(self.rewards), "rewards: none is set; choose one, for example reward@rewards.answer=boxed")
+        require(
+            self.loss.importance_correction == "none" or (self.sampling.top_k == 0 and self.sampling.top_p == 1),
+            "loss.importance_correction with a truncated sampler: its support differs from the trainer's; "
+            "set sampling.top_k=0 sampling.top_p=1",
+        )
+        require(
+            self.sampling.temperature > 0,
+            "sampling.temperature=0: greedy completions of one prompt are all alike; set sampling.temperature>0",
+        )
+
+    def needs(self) -> frozenset[Need]:
+        """What the chosen parts and the loss ask the trainer to compute."""
+        chosen = [self.advantage, *self.rewards.values(), *self.eval_rewards.values()]
+        declared = frozenset().union(*(part_of(config).needs for config in chosen))
+        return declared | ({Need.REFERENCE_LOGPROBS} if self.loss.kl_coef > 0 else frozenset())

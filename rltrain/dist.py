@@ -16,10 +16,12 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from rltrain.config import RunError
+
 T = TypeVar("T")
 
 
-class DeadlineError(RuntimeError):
+class DeadlineError(RunError):
     """A wait that passed its deadline; says what was waited for, on which rank, and for how long."""
 
 

@@ -130,7 +130,17 @@ class Min:
         return Min(value=min(self.value, other.value))
 
 
-Metric = Mean | Max | Min
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """A metric summed over micro-batches and ranks, such as a loss whose weights are global."""
+
+    value: float
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(value=self.value + other.value)
+
+
+Metric = Mean | Max | Min | Sum
 Metrics = Mapping[str, Metric]
 
 
@@ -180,11 +190,12 @@ class TokenBatch:
     weights_N: Tensor
     advantages_N: Tensor
     old_logprobs_N: Tensor
+    sampler_logprobs_N: Tensor
     reference_logprobs_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.targets_N)
-        for name in ("source_N", "sequence_N", "weights_N", "advantages_N", "old_logprobs_N"):
+        for name in ("source_N", "sequence_N", "weights_N", "advantages_N", "old_logprobs_N", "sampler_logprobs_N"):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"TokenBatch: {name} has {len(getattr(self, name))} entries, targets_N has {count}")
         if len(self.input_ids_L) != len(self.positions_L) or int(self.boundaries_S1[-1]) != len(self.input_ids_L):

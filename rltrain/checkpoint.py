@@ -1,0 +1,198 @@
+"""Exact save and load. A checkpoint is a folder that appears whole: written aside, checksummed, synced, renamed.
+
+run_dir/checkpoints/step_000050/
+    manifest.json     step, config, checksum and size of every file
+    engine/           DeepSpeed's state: weights, optimiser, one file per rank where sharded
+    policy/           a plain transformers folder
+    parts.json        state_dict of stateful parts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rltrain import dist
+from rltrain.config import CheckpointConfig, ConfigError, RunError
+from rltrain.engine import Engine
+from rltrain.model import Policy
+
+log = logging.getLogger(__name__)
+
+# Keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
+FREE_KEYS = ("run_dir", "name", "steps", "tracking", "checkpoint", "deadline_s")
+
+
+class CheckpointError(RunError):
+    """A checkpoint that cannot be written or read; says which and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.path / "manifest.json").read_text())
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy"
+
+
+def list_checkpoints(run_dir: Path) -> list[Saved]:
+    """Complete checkpoints, oldest first. Folders without a manifest were never finished."""
+    folders = sorted((run_dir / "checkpoints").glob("step_*"))
+    return [Saved(path=folder, step=int(folder.name[5:])) for folder in folders if (folder / "manifest.json").exists()]
+
+
+def newest_intact(run_dir: Path) -> Saved | None:
+    """The newest checkpoint whose files have the sizes and checksums of its manifest; damaged ones are named."""
+    for saved in reversed(list_checkpoints(run_dir)):
+        damage = find_damage(saved)
+        if damage is None:
+            return saved
+        log.warning("checkpoint %s is damaged (%s); trying the one before it", saved.path, damage)
+    return None
+
+
+def find_damage(saved: Saved) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        files = saved.manifest["files"]
+    except (json.JSONDecodeError, KeyError) as error:
+        return f"manifest.json: {error}"
+    for name, entry in files.items():
+        path = saved.path / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{name} has another checksum"
+    return None
+
+
+def check_same_config(saved: Saved, config: Mapping[str, Any]) -> None:
+    """Refuse to resume a run under a config that computes something else; the error names the keys."""
+    old, new = _flat(saved.manifest["config"]), _flat(config)
+    differing = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_KEYS
+    )
+    if differing:
+        changes = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing[:5])
+        raise ConfigError(
+            f"{saved.path}: made with another config ({changes}); restore these keys or set another run_dir"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def save(
+    run_dir: Path, step: int, *, engine: Engine, policy: Policy, parts: Mapping[str, Any], config: Mapping[str, Any]
+) -> Saved:
+    """Write a checkpoint; all ranks call this. On any failure the older ones stay as they were."""
+    final = run_dir / "checkpoints" / f"step_{step:06d}"
+    writing = final.with_name(f".writing_{final.name}")
+    if dist.is_main():
+        shutil.rmtree(writing, ignore_errors=True)
+        _check_space(final.parent)
+        writing.mkdir(parents=True)
+    dist.barrier("checkpoint folder")
+    try:
+        engine.save_state(writing / "engine")
+        if dist.is_main():
+            export(policy, writing / "policy")
+            (writing / "parts.json").write_text(json.dumps(dict(parts)))
+            _finish(writing, final, step=step, config=config)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint of step {step} was not written to {final.parent} ({str(error).splitlines()[0]}); older "
+            "checkpoints are intact: free space or mend the folder, then run the same command to resume"
+        ) from error
+    dist.barrier("checkpoint written")
+    return Saved(path=final, step=step)
+
+
+def _check_space(folder: Path) -> None:
+    """Fail early when less is free than the newest checkpoint took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = list_checkpoints(folder.parent)
+    needed = sum(entry["bytes"] for entry in saved[-1].manifest["files"].values()) if saved else 0
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: {free / 2**30:.2f} GiB free, a checkpoint takes {needed / 2**30:.2f} GiB; older checkpoints "
+            "are intact: free space, then run the same command to resume"
+        )
+
+
+def _finish(writing: Path, final: Path, *, step: int, config: Mapping[str, Any]) -> None:
+    files = {}
+    for path in sorted(p for p in writing.rglob("*") if p.is_file()):
+        _sync(path)
+        files[str(path.relative_to(writing))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {"step": step, "world_size": dist.world_size(), "config": config, "files": files}
+    (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    _sync(writing / "manifest.json")
+    _sync(writing)
+    shutil.rmtree(final, ignore_errors=True)
+    writing.replace(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def export(policy: Policy, folder: Path) -> None:
+    """A plain transformers folder; LoRA adapters are saved as adapters."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def load(saved: Saved, *, engine: Engine) -> dict[str, Any]:
+    """Restore weights, optimiser and schedule; returns the state of the stateful parts."""
+    world_size = saved.manifest["world_size"]
+    if world_size != dist.world_size() and engine.zero_stage > 0:
+        raise ConfigError(
+            f"{saved.path}: saved by {world_size} ranks at ZeRO stage {engine.zero_stage}, resumed by "
+            f"{dist.world_size()}; start it with {world_size} ranks"
+        )
+    engine.load_state(saved.path / "engine")
+    return json.loads((saved.path / "parts.json").read_text())
+
+
+def prune(run_dir: Path, config: CheckpointConfig, *, best_step: int | None) -> None:
+    """Keep the last n and the best; runs on rank 0."""
+    saved = list_checkpoints(run_dir)
+    kept = {one.step for one in saved[-config.keep_last :]} | ({best_step} if config.keep_best else set())
+    for one in saved:
+        if one.step not in kept:
+            shutil.rmtree(one.path)

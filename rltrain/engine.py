@@ -1,0 +1,139 @@
+"""DeepSpeed: build, backward, gradient scale, clip, finite check, step."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rltrain import dist
+from rltrain.config import DeepSpeedConfig, OptimizerConfig, RunError
+
+
+class NonFiniteError(RunError):
+    """A loss or a gradient that is not finite; raised before the optimiser moves."""
+
+
+def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
+    """The rate of step 0, 1, …: linear warm-up, then constant, linear or cosine to zero. A pure function."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    decay = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * decay
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that looks at the gradients of all ranks before it moves; under ZeRO these are this rank's shards."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Raise :class:`NonFiniteError` on every rank if any gradient of any rank is not finite; else step."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        worst = dist.all_max(torch.tensor(0.0 if finite else 1.0), name="finite check of the gradients")
+        if worst > 0:
+            where = "this rank" if not finite else "another rank"
+            raise NonFiniteError(f"gradient of rank {dist.rank()}: not finite on {where}; the optimiser did not move")
+        super().step(closure)
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> GuardedAdamW:
+    """AdamW over the trainable parameters; vectors (norms, biases) get no weight decay."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() >= 2]
+    vectors = [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (config.betas[0], config.betas[1])
+    return GuardedAdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, eps=config.eps)
+
+
+def deepspeed_dict(config: DeepSpeedConfig, optimizer: OptimizerConfig, *, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Accumulation is 1: our weights are global, so nothing is to be averaged."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm if config.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+        **config.extra,
+    }
+
+
+class Engine:
+    """The policy under DeepSpeed: ``backward`` each micro-batch, then ``step`` once."""
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, config: DeepSpeedConfig, *, dtype: str) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", dist.device().type)
+        import deepspeed
+
+        _skip_shared_memory_op(deepspeed)
+        self.optimizer_config = optimizer
+        self.zero_stage = config.zero_stage
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=module.to(dist.device()),
+            optimizer=build_optimizer(module, optimizer),
+            config=deepspeed_dict(config, optimizer, dtype=dtype),
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self.deepspeed.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of a micro-batch; ``last`` reduces it over ranks."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(undo_averaging(loss))
+
+    def step(self, *, learning_rate: float) -> float:
+        """Clip to the global norm, check that it is finite, step; returns the norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._clip() if self.zero_stage == 0 else None
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+
+    def save_state(self, folder: Path) -> None:
+        """Weights, optimiser and counters; every rank writes its part."""
+        self.deepspeed.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what :meth:`save_state` wrote, bit for bit."""
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no state there")
+
+    def _clip(self) -> Tensor:
+        """DeepSpeed clips at stage 0 too, but does not tell the norm."""
+        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trainable, self.optimizer_config.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteError(f"gradient norm of rank {dist.rank()}: {float(norm)}; the optimiser did not move")
+        return norm
+
+
+def undo_averaging(loss: Tensor) -> Tensor:
+    """DeepSpeed averages gradients over ranks; our weights already sum to one over all ranks, so multiply it back."""
+    return loss * dist.world_size()
+
+
+def _skip_shared_memory_op(deepspeed: Any) -> None:
+    """On CPU DeepSpeed would compile a shared-memory all-reduce (30 s and a C++ compiler) that training never calls."""
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,142 @@
+"""Held-out evaluation: accuracy, mean reward, Max@k, unbiased pass@k, length.
+
+python -m rltrain.evaluate +experiment=NAME [model.path=FOLDER]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rltrain import cli, dist
+from rltrain.config import ConfigError, EvaluationConfig, RewardConfig, RunConfig, SamplingConfig, part_of
+from rltrain.metrics import Accumulator
+from rltrain.model import Policy, encode_all, load_policy
+from rltrain.rewards.scoring import score
+from rltrain.types import Context, Group, Mean, Metrics, Problem, Prompt
+
+log = logging.getLogger(__name__)
+
+# Held-out completions are drawn with the keys of a step that training never reaches, the same at every evaluation:
+# two evaluations of one run differ by the weights alone.
+EVALUATION_STEP = -1
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k draws is right: 1 - C(n-c, k)/C(n, k) (2107.03374, eq. 1)."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def held_out_problems(config: RunConfig) -> list[Problem]:
+    """The first ``evaluation.problems`` of the evaluation split."""
+    data = config.eval_data if config.eval_data is not None else config.data
+    source: Sequence[Problem] = part_of(data).function(data, config.evaluation.split)
+    if len(source) == 0:
+        raise ConfigError(
+            f"evaluation.split={config.evaluation.split}: holds no problem; set another split or data set"
+        )
+    return [source[index] for index in range(min(config.evaluation.problems, len(source)))]
+
+
+def evaluation_rewards(config: RunConfig) -> dict[str, RewardConfig]:
+    """``eval_rewards`` where given (control runs train on a spurious one), else the training rewards."""
+    return config.eval_rewards or config.rewards
+
+
+def evaluation_sampling(sampling: SamplingConfig, config: EvaluationConfig) -> SamplingConfig:
+    """The training sampler with the temperature and top-p of the evaluation."""
+    return dataclasses.replace(sampling, temperature=config.temperature, top_p=config.top_p, top_k=0)
+
+
+def correct_G(group: Group) -> Tensor:
+    """Which completions are right: the reward named ``answer`` (else the first one) gives them at least 1."""
+    parts = group.reward_parts
+    answers_G = parts["answer"] if "answer" in parts else next(iter(parts.values()))
+    return answers_G >= 1 - 1e-9
+
+
+def evaluate(
+    rollout: Any,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, RewardConfig],
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    context: Context,
+) -> tuple[dict[str, float], list[Group]]:
+    """Metrics named ``eval_…`` over all ranks, and this rank's scored groups."""
+    mine = prompts[dist.rank() :: dist.world_size()]
+    drawn = rollout.generate(
+        mine, step=EVALUATION_STEP, group_size=config.samples, sampling=evaluation_sampling(sampling, config)
+    )
+    groups, _ = score(drawn, rewards, context)
+    accumulator = Accumulator()
+    for group in groups:
+        accumulator.add(_group_metrics(group, config.samples))
+    return {f"eval_{name}": value for name, value in accumulator.reduce().items()}, groups
+
+
+def _group_metrics(group: Group, samples: int) -> Metrics:
+    assert group.rewards_G is not None
+    rewards_G = group.rewards_G[~group.rewards_G.isnan()]
+    right = int(correct_G(group).sum())
+    ks = [k for k in (2**power for power in range(1, 11)) if k <= samples]
+    metrics = {
+        "accuracy": Mean(total=right, count=samples),
+        "reward": Mean.of(rewards_G),
+        "completions/mean_length": Mean.of([len(one.token_ids) for one in group.completions]),
+        "completions/clipped_ratio": Mean.of([one.finish == "length" for one in group.completions]),
+    }
+    if len(rewards_G) and samples > 1:
+        metrics[f"max@{samples}"] = Mean.of(float(rewards_G.max()))
+    return metrics | {f"pass@{k}": Mean.of(pass_at_k(samples, right, k)) for k in ks}
+
+
+def held_out_prompts(config: RunConfig, policy: Policy) -> list[Prompt]:
+    """Encoded held-out problems; those over the prompt limit are named and left out."""
+    prompts, dropped = encode_all(
+        policy, held_out_problems(config), config.model, max_prompt_tokens=config.sampling.max_prompt_tokens
+    )
+    if dropped:
+        log.warning(
+            "%d held-out prompts exceed sampling.max_prompt_tokens=%d and are left out, the first is %s",
+            len(dropped), config.sampling.max_prompt_tokens, dropped[0].id,
+        )  # fmt: skip
+    if not prompts:
+        raise ConfigError("evaluation: every held-out prompt exceeds sampling.max_prompt_tokens; raise it")
+    return prompts
+
+
+def main(config: RunConfig) -> None:
+    """Evaluate the configured model on held-out problems; prints the metrics and writes ``evaluation.json``."""
+    dist.setup(deadline_s=config.deadline_s)
+    policy = load_policy(config.model)
+    policy.model.to(dist.device())
+    rollout = part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed)
+    context = Context(seed=config.seed, tokenizer=policy.tokenizer, max_new_tokens=config.sampling.max_new_tokens)
+    metrics, _ = evaluate(
+        rollout,
+        held_out_prompts(config, policy),
+        evaluation_rewards(config),
+        config.evaluation,
+        config.sampling,
+        context,
+    )
+    if dist.is_main():
+        path = Path(config.run_dir) / "evaluation.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(metrics, indent=1))
+        print("\n".join(f"{name:32s} {value:.4f}" for name, value in metrics.items()))
+    dist.teardown()
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    cli.run(main)

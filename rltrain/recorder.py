@@ -1,0 +1,54 @@
+"""Everything a run writes about itself as it goes: console, ``metrics.jsonl``, samples, wandb. Rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rltrain import dist, runs
+from rltrain.config import RunConfig
+from rltrain.console import Console
+from rltrain.metrics import JsonlWriter, WandbWriter
+from rltrain.types import Group
+
+
+class Recorder:
+    """One writer in front of the others."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, *, first_step: int, tokenizer: Any) -> None:
+        self._run_dir = run_dir
+        self._every_steps = config.tracking.samples_every_steps
+        self._tokenizer = tokenizer
+        self._console = Console(first_step=first_step, steps=config.steps)
+        if dist.is_main():
+            # A run that starts over also writes step 0 again.
+            self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", resume_step=first_step if first_step else -1)
+            self._wandb = WandbWriter(
+                config.tracking, run_dir=run_dir, name=config.name, run_config=runs.resolved(config)
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics of a step, everywhere."""
+        if dist.is_main():
+            self._jsonl.write(step, values)
+            self._wandb.write(step, values)
+            self._console.update(step, values)
+
+    def write_samples(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> None:
+        """The completions of a step with their rewards and token advantages, of all ranks, every so many steps."""
+        if self._every_steps == 0 or step % self._every_steps:
+            return
+        mine = runs.sample_rows(step, groups, advantages, self._tokenizer)
+        rows = [row for rows in dist.gather_objects(mine, name="samples") for row in rows]
+        if dist.is_main():
+            runs.write_samples(self._run_dir, f"step_{step:06d}", rows)
+            self._wandb.write_samples(step, rows)
+
+    def close(self) -> None:
+        """Finish what needs finishing."""
+        self._console.close()
+        if dist.is_main():
+            self._wandb.close()

@@ -1,0 +1,124 @@
+"""The run folder: resolved config, provenance, samples."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rltrain import dist
+from rltrain.config import RunConfig, parts
+from rltrain.types import Group, TokenBatch
+
+PACKAGES = ("rltrain", "torch", "transformers", "trl", "deepspeed", "datasets", "hydra-core", "wandb", "peft", "vllm")
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The config as plain data; each part carries the name it was chosen by."""
+    names = {part.config: part.name for part in parts()}
+
+    def named(value: Any, key: str) -> Any:
+        inner = getattr(value, key)
+        tag = {"kind": names[type(inner)]} if type(inner) in names else {}
+        return tag | asdict(inner) if hasattr(inner, "__dataclass_fields__") else inner
+
+    plain = {key: named(config, key) for key in vars(config)}
+    for group in ("rewards", "eval_rewards"):
+        chosen = getattr(config, group)
+        plain[group] = {key: {"kind": names[type(value)]} | asdict(value) for key, value in chosen.items()}
+    return json.loads(json.dumps(plain))
+
+
+def write_provenance(run_dir: Path, config: RunConfig) -> None:
+    """``config.yaml`` and ``run.json`` (command, git revision, package versions)."""
+    import yaml
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    provenance = {
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "git_revision": git_revision(),
+        "world_size": dist.world_size(),
+        "packages": package_versions(),
+    }
+    (run_dir / "run.json").write_text(json.dumps(provenance, indent=1))
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of what matters, of those installed."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_revision() -> str | None:
+    """The checkout's commit, with "+changes" when the tree is not clean; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def sample_rows(
+    step: int, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]] | None, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """One row per completion: what was asked, what came, what it earned, and each token's log-prob and advantage."""
+    rows = []
+    for p, group in enumerate(groups):
+        assert group.rewards_G is not None
+        for g, completion in enumerate(group.completions):
+            rows.append(
+                {
+                    "step": step,
+                    "problem_id": group.prompt.problem.id,
+                    "sample": g,
+                    "prompt": tokenizer.decode(group.prompt.token_ids),
+                    "completion": completion.text,
+                    "answer": group.prompt.problem.answer,
+                    "finish": completion.finish,
+                    "reward": float(group.rewards_G[g]),
+                    **{f"reward/{name}": float(values_G[g]) for name, values_G in group.reward_parts.items()},
+                    "token_ids": list(completion.token_ids),
+                    "tokens": [tokenizer.decode([token]) for token in completion.token_ids],
+                    "logprobs": list(completion.logprobs),
+                    "advantages": [] if advantages is None else advantages[p][g].tolist(),
+                }
+            )
+    return rows
+
+
+def write_samples(run_dir: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """``samples/NAME.parquet``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = run_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), folder / f"{name}.parquet")
+
+
+def dump_batch(run_dir: Path, name: str, batch: TokenBatch) -> str:
+    """``bundles/NAME.safetensors``: everything a micro-batch holds."""
+    from safetensors.torch import save_file
+
+    path = run_dir / "bundles" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in vars(batch).items() if isinstance(value, Tensor)}, path)
+    return str(path)

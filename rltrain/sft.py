@@ -1,0 +1,142 @@
+"""Cold start: supervised fine-tuning with TRL's SFTTrainer on worked solutions or any prompt/completion data.
+
+python -m rltrain.sft +experiment=NAME [cold_start.steps=…]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rltrain import cli, dist
+from rltrain.config import ColdStartConfig, ConfigError, RunConfig, RunError, part_of
+from rltrain.model import Policy, encode, load_policy
+from rltrain.types import Problem
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # the label that transformers leaves out of the loss
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
+
+
+def cold_start(config: RunConfig) -> str:
+    """The folder of the fine-tuned model, ``run_dir/cold_start``; trained first if it is not there yet.
+
+    Training runs on rank 0 in a process of its own, so that neither the launcher's variables nor the random state of
+    the trainer's libraries reach across; the other ranks wait.
+    """
+    folder = Path(config.run_dir) / "cold_start"
+    if dist.is_main() and not folder.is_dir():
+        process = multiprocessing.get_context("spawn").Process(target=_in_own_process, args=(config, folder))
+        process.start()
+        process.join(config.deadline_s)
+        if process.is_alive():
+            process.kill()
+            raise dist.DeadlineError(f"cold start: not done after deadline_s={config.deadline_s}; raise it")
+        if process.exitcode != 0:
+            raise RunError(f"cold start: failed with exit code {process.exitcode}; its message stands above")
+    dist.barrier("cold start")
+    return str(folder)
+
+
+def _in_own_process(config: RunConfig, folder: Path) -> None:
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    cli.setup_logging()
+    cli.discover()
+    train(config, folder)
+
+
+def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> list[dict[str, list[int]]]:
+    """Token ids and labels of each worked solution, prompts without loss; the prompt is encoded as for RL, EOS closes it."""
+    assert config.cold_start is not None
+    field = config.cold_start.solution_field
+    missing = [problem.id for problem in problems if not problem.meta.get(field)]
+    if missing:
+        raise ConfigError(
+            f"cold_start.solution_field={field}: {len(missing)} problems have no such field, the first is {missing[0]}; "
+            "choose data with worked solutions or set cold_start=null"
+        )
+    rows = []
+    for problem in problems:
+        prompt = encode(policy, problem, chat=config.model.chat, system=config.model.system).token_ids
+        solution = policy.tokenizer(problem.meta[field], add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *solution, policy.tokenizer.eos_token_id]
+        if len(ids) <= config.cold_start.max_length:
+            rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
+    if len(rows) < len(problems):
+        log.warning("cold start: %d solutions over max_length were left out", len(problems) - len(rows))
+    if not rows:
+        raise ConfigError("cold start: no example is within cold_start.max_length; raise it")
+    return rows
+
+
+def train(config: RunConfig, folder: Path) -> None:
+    """Fine-tune and save a plain transformers folder; it appears whole or not at all."""
+    import datasets
+    from trl import SFTTrainer
+
+    assert config.cold_start is not None
+    source = part_of(config.data).function(config.data, "train")
+    count = min(config.cold_start.problems, len(source), config.cold_start.steps * config.cold_start.batch_size)
+    policy = load_policy(config.model)
+    rows = examples([source[index] for index in range(count)], policy, config)
+    writing = folder.with_name(".writing_cold_start")
+    shutil.rmtree(writing, ignore_errors=True)
+    trainer = SFTTrainer(
+        model=policy.model,
+        processing_class=policy.tokenizer,
+        args=_arguments(config.cold_start, writing, config.seed),
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    result = trainer.train()
+    _merged(policy.model).save_pretrained(writing)
+    policy.tokenizer.save_pretrained(writing)
+    (writing / "sft.json").write_text(json.dumps({"loss": result.training_loss, "examples": len(rows)}))
+    writing.replace(folder)
+    log.info("cold start: loss %.4f after %d steps, saved to %s", result.training_loss, config.cold_start.steps, folder)
+
+
+def _arguments(config: ColdStartConfig, folder: Path, seed: int) -> Any:
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="cosine",
+        max_length=config.max_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        bf16=False,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=50,
+        dataloader_pin_memory=False,
+    )
+
+
+def _merged(model: Any) -> Any:
+    """Adapters are folded into the weights: RL starts from one plain model."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def main(config: RunConfig) -> None:
+    """Fine-tune into ``run_dir/cold_start``."""
+    if config.cold_start is None:
+        raise ConfigError("cold_start: is null; name an experiment with a cold start or set cold_start.steps=…")
+    print(f"saved to {cold_start(config)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

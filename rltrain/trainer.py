@@ -1,0 +1,411 @@
+"""The training loop, and what it is built from.
+
+:func:`train` is the whole step, in order. Every algorithm is a composition of data, reward, estimator and loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rltrain import checkpoint, dist, runs, sft
+from rltrain.collate import Denominators, collate
+from rltrain.config import ConfigError, RunConfig, RunError, part_of
+from rltrain.engine import Engine, NonFiniteError, learning_rate
+from rltrain.evaluate import evaluate, evaluation_rewards, held_out_prompts
+from rltrain.logprobs import LogprobModel, to_device
+from rltrain.loss import policy_loss
+from rltrain.metrics import Accumulator
+from rltrain.model import Policy, load_frozen, load_policy
+from rltrain.prompts import PromptSource
+from rltrain.recorder import Recorder
+from rltrain.rewards.scoring import score
+from rltrain.types import Context, Group, Max, Mean, Min, Need, Prompt, Sum, TokenBatch
+
+log = logging.getLogger(__name__)
+
+EXIT_INTERRUPTED = 75
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run after a saved step; the exit code tells a batch script to requeue."""
+
+
+class NoSignalError(RunError):
+    """Too many steps in a row taught nothing."""
+
+
+@dataclass
+class Progress:
+    """What a run remembers beside weights and optimiser."""
+
+    zero_signal_steps: int = 0
+    num_tokens: float = 0.0
+    best_accuracy: float = -1.0
+    best_step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run, built once."""
+
+    config: RunConfig
+    policy: Policy
+    engine: Engine
+    reference: LogprobModel | None
+    rollout: Any
+    source: PromptSource
+    held_out: Sequence[Prompt]
+    first_step: int
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    def context(self, step: int) -> Context:
+        """What parts may use at a step; services only where they were declared."""
+        probes = Need.PROBES in self.config.needs()
+        return Context(
+            step=step,
+            seed=self.config.seed,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            tokenizer=self.policy.tokenizer,
+            rollout=self.rollout if probes else None,
+        )
+
+
+def fit(config: RunConfig) -> dict[str, float]:
+    """Build, train, and return the metrics of the last step."""
+    dist.setup(deadline_s=config.deadline_s)
+    torch.manual_seed(config.seed)
+    run = build(config)
+    recorder = Recorder(run.folder, config, first_step=run.first_step, tokenizer=run.policy.tokenizer)
+    try:
+        return train(run, recorder)
+    finally:
+        recorder.close()
+
+
+def train(run: Run, recorder: Recorder) -> dict[str, float]:
+    """The loop. One step: prompts, completions, rewards, advantages, micro-batches, gradient, optimiser."""
+    config, values = run.config, {}
+    estimator = part_of(config.advantage).function
+    if run.first_step == 0:
+        recorder.write(0, held_out_metrics(run, 0))
+    with SignalWatch() as signals:
+        for step in range(run.first_step, config.steps):
+            metrics, context = Accumulator(), run.context(step)
+            groups = collect(run, context, metrics)
+            with metrics.timed("advantage"):
+                advantages = estimator(groups, config.advantage, context)
+                metrics.add(advantages.metrics)
+            with metrics.timed("collate"):
+                batches, denominators = collate(
+                    groups,
+                    advantages.values,
+                    aggregation=config.loss.aggregation,
+                    token_budget=config.batch.token_budget,
+                    max_new_tokens=config.sampling.max_new_tokens,
+                    keep_zero_advantages=config.loss.kl_coef > 0 or config.loss.entropy_coef > 0,
+                )
+                batches = with_fixed_logprobs(run, [to_device(batch, dist.device()) for batch in batches])
+            with metrics.timed("train"):
+                for epoch in range(config.batch.update_epochs):
+                    update(run, step, batches, metrics, first=epoch == 0)
+            with metrics.timed("sync"):
+                run.rollout.sync(run.policy)
+            values = step_values(run, step, groups, metrics, denominators) | held_out_metrics(run, step + 1)
+            recorder.write(step + 1, values)
+            recorder.write_samples(step + 1, groups, advantages.values)
+            refuse_zero_signal(run, step, groups)
+            maybe_save(run, step + 1, signal_name=signals.received())
+    return values
+
+
+def update(run: Run, step: int, batches: Sequence[TokenBatch], metrics: Accumulator, *, first: bool) -> None:
+    """One optimiser step over the micro-batches, whose losses add up to the loss of the step."""
+    losses = []
+    for index, batch in enumerate(batches):
+        logprobs_N, entropy_N = run.engine(batch)
+        output = policy_loss(logprobs_N, batch, run.config.loss, entropy_N=entropy_N)
+        run.engine.backward(output.loss, last=index == len(batches) - 1)
+        losses.append(output.loss.detach())
+        metrics.add(output.metrics)
+        if first:
+            metrics.add(sampler_difference(logprobs_N.detach(), batch))
+    refuse_non_finite(run, step, batches, losses)
+    rate = learning_rate(step, run.config.optimizer, total_steps=run.config.steps)
+    metrics.add({"grad_norm": Mean.of(run.engine.step(learning_rate=rate)), "learning_rate": Mean.of(rate)})
+
+
+def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
+    """This rank's scored groups of a step.
+
+    With dynamic sampling (DAPO, 2503.14476) groups of equal rewards are dropped and replaced from further prompts
+    until the global batch is full; which groups are kept does not depend on the number of ranks.
+    """
+    batch, kept, total = run.config.batch, [], 0
+    for attempt in range(batch.max_sampling_attempts if batch.dynamic_sampling else 1):
+        groups = draw(run, context, metrics, attempt)
+        if not batch.dynamic_sampling:
+            return groups
+        mixed = [group for group in groups if has_signal(group)]
+        counts = dist.gather_objects(len(mixed), name="groups with signal")
+        room = batch.prompts_per_step - total - sum(counts[: dist.rank()])
+        kept += mixed[: max(0, room)]
+        total += sum(counts)
+        metrics.add({"dynamic_sampling/attempts": Sum(value=1.0 / dist.world_size())})
+        if total >= batch.prompts_per_step:
+            return kept
+    raise NoSignalError(
+        f"step {context.step}: only {total} of {batch.prompts_per_step} groups had unequal rewards after "
+        f"batch.max_sampling_attempts={batch.max_sampling_attempts}; raise it, or choose data of a fitting difficulty"
+    )
+
+
+def draw(run: Run, context: Context, metrics: Accumulator, attempt: int) -> list[Group]:
+    """Prompts, completions, rewards."""
+    with metrics.timed("data"):
+        prompts, dropped = run.source.next(context.step, attempt=attempt)
+        metrics.add({"data/prompts_dropped": Sum(value=len(dropped))})
+    with metrics.timed("rollout"):
+        drawn = run.rollout.generate(prompts, step=context.step, group_size=run.config.batch.group_size)
+    with metrics.timed("reward"):
+        groups, scores = score(drawn, run.config.rewards, context)
+        metrics.add(scores)
+    return groups
+
+
+def has_signal(group: Group) -> bool:
+    """Whether the rewards that count are not all equal."""
+    assert group.rewards_G is not None
+    valid = group.rewards_G[~group.rewards_G.isnan()]
+    return len(valid) > 1 and bool((valid != valid[0]).any())
+
+
+@torch.no_grad()
+def with_fixed_logprobs(run: Run, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """Add what stays fixed during the update: the trainer's own old log-probs where the sampler's are of another
+    distribution (truncated, or another engine), and the reference model's."""
+    sampling = run.config.sampling
+    foreign = sampling.top_k > 0 or sampling.top_p < 1 or not getattr(run.rollout, "same_distribution", True)
+    fixed = []
+    for batch in batches:
+        added = {}
+        if foreign:
+            added["old_logprobs_N"] = run.engine(batch, entropy=False)[0]
+        if run.reference is not None:
+            added["reference_logprobs_N"] = run.reference(batch, entropy=False)[0]
+        fixed.append(dataclasses.replace(batch, **added))
+    return fixed
+
+
+def sampler_difference(logprobs_N: Tensor, batch: TokenBatch) -> dict[str, Any]:
+    """How far the sampler's log-probs are from the trainer's before the first update."""
+    real_N = batch.weights_N > 0
+    if not bool(real_N.any()):
+        return {}
+    difference_N = (logprobs_N - batch.sampler_logprobs_N)[real_N].abs()
+    return {
+        "sampling/sampling_logp_difference/mean": Mean.of(difference_N),
+        "sampling/sampling_logp_difference/max": Max(value=float(difference_N.max())),
+    }
+
+
+def refuse_non_finite(run: Run, step: int, batches: Sequence[TokenBatch], losses: Sequence[Tensor]) -> None:
+    """Stop every rank before the optimiser moves when any micro-batch of any rank has a loss that is not finite."""
+    bad = [index for index, loss in enumerate(losses) if not bool(torch.isfinite(loss))]
+    dumps = [runs.dump_batch(run.folder, f"nonfinite_step{step}_rank{dist.rank()}_batch{i}", batches[i]) for i in bad]
+    named = [path for paths in dist.gather_objects(dumps, name="finite check of the losses") for path in paths]
+    if named:
+        raise NonFiniteError(f"step {step}: the loss of {len(named)} micro-batches is not finite; dumped to {named[0]}")
+
+
+def step_values(
+    run: Run, step: int, groups: Sequence[Group], metrics: Accumulator, denominators: Denominators
+) -> dict[str, float]:
+    """The reduced metrics of a step."""
+    lengths = [len(one.token_ids) for group in groups for one in group.completions]
+    tokens = sum(len(group.prompt.token_ids) * len(group.completions) for group in groups) + sum(lengths)
+    metrics.add(
+        {
+            "completions/mean_length": Mean.of(lengths),
+            "completions/max_length": Max(value=float(max(lengths, default=0))),
+            "completions/min_length": Min(value=float(min(lengths, default=0))),
+            "completions/clipped_ratio": Mean.of([o.finish == "length" for g in groups for o in g.completions]),
+            "tokens_of_step": Sum(value=float(tokens)),
+        }
+    )
+    values = metrics.reduce()
+    run.progress.num_tokens += values.pop("tokens_of_step")
+    step_time_s = sum(metrics.timing_s.values())
+    return values | {
+        "loss": values["loss"] / run.config.batch.update_epochs,
+        "num_tokens": run.progress.num_tokens,
+        "loss_denominator/tokens": denominators.tokens,
+        "loss_denominator/rows": denominators.rows,
+        "timing_s/step": step_time_s,
+        "perf/throughput": sum(lengths) * dist.world_size() / step_time_s,
+    }
+
+
+def held_out_metrics(run: Run, step: int) -> dict[str, float]:
+    """The evaluation where one is due, and at the first and last step; remembers the best accuracy."""
+    every = run.config.evaluation.every_steps
+    if every == 0 or (step % every and step != run.config.steps):
+        return {}
+    values, groups = evaluate(
+        run.rollout,
+        run.held_out,
+        evaluation_rewards(run.config),
+        run.config.evaluation,
+        run.config.sampling,
+        run.context(step),
+    )
+    if dist.is_main():
+        rows = runs.sample_rows(step, groups, None, run.policy.tokenizer)
+        runs.write_samples(run.folder, f"eval_step_{step:06d}", rows)
+    if values["eval_accuracy"] > run.progress.best_accuracy:
+        run.progress.best_accuracy, run.progress.best_step = values["eval_accuracy"], step
+    return values
+
+
+def refuse_zero_signal(run: Run, step: int, groups: Sequence[Group]) -> None:
+    """Count steps in a row in which no group could teach anything; warn, and at the limit stop."""
+    signal_here = torch.tensor(float(any(has_signal(group) for group in groups)))
+    run.progress.zero_signal_steps = (
+        0 if dist.all_max(signal_here, name="any signal") else run.progress.zero_signal_steps + 1
+    )
+    count, limit = run.progress.zero_signal_steps, run.config.max_zero_signal_steps
+    if count and dist.is_main():
+        log.warning("step %d: every group has equal rewards, nothing is learnt (%d in a row)", step + 1, count)
+    if count >= limit > 0:
+        raise NoSignalError(
+            f"{count} steps in a row had equal rewards in every group (max_zero_signal_steps={limit}); check the reward, "
+            "or choose problems of a fitting difficulty"
+        )
+
+
+def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
+    """Save where one is due, at a new best, at the end, and before an interrupted run leaves."""
+    config = run.config.checkpoint
+    last = step == run.config.steps
+    due = config.every_steps > 0 and step % config.every_steps == 0
+    best = config.keep_best and run.progress.best_step == step
+    if not (last or due or best or signal_name):
+        return
+    saved = checkpoint.save(
+        run.folder,
+        step,
+        engine=run.engine,
+        policy=run.policy,
+        parts={"progress": dataclasses.asdict(run.progress)},
+        config=runs.resolved(run.config),
+    )
+    if dist.is_main():
+        checkpoint.prune(run.folder, config, best_step=run.progress.best_step)
+    if signal_name and not last:
+        if dist.is_main():
+            log.warning(
+                "%s: stopped after step %d, saved to %s; the same command resumes it", signal_name, step, saved.path
+            )
+        raise Interrupted(EXIT_INTERRUPTED)
+
+
+class SignalWatch:
+    """SIGINT, SIGTERM and SIGUSR1 only set a flag: the step is finished and saved first. A second SIGINT interrupts."""
+
+    WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalWatch:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in self.WATCHED}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._seen == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._seen = number
+        log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+
+    def received(self) -> str | None:
+        """The signal that any rank has seen, the same answer on every rank."""
+        number = int(dist.all_max(torch.tensor(self._seen), name="signals"))
+        return signal.Signals(number).name if number else None
+
+
+def build(config: RunConfig) -> Run:
+    """Check what needs the number of ranks, load the models, and restore the newest intact checkpoint."""
+    ranks = dist.world_size()
+    if config.batch.prompts_per_step % ranks:
+        raise ConfigError(
+            f"batch.prompts_per_step={config.batch.prompts_per_step}: not divisible by {ranks} ranks; "
+            f"set a multiple of {ranks}"
+        )
+    folder = Path(config.run_dir)
+    saved = resume_point(folder, config)
+    if saved is None and dist.is_main():
+        runs.write_provenance(folder, config)
+    initial = sft.cold_start(config) if config.cold_start is not None else None
+    policy = load_policy(config.model, path=initial)
+    source, held_out = PromptSource(config, policy), held_out_prompts(config, policy)
+    engine = Engine(
+        LogprobModel(policy.model, temperature=config.sampling.temperature),
+        config.optimizer,
+        config.deepspeed,
+        dtype=config.model.dtype,
+    )
+    progress = Progress()
+    if saved is not None:
+        progress = Progress(**checkpoint.load(saved, engine=engine)["progress"])
+        log.info("resumed from %s", saved.path)
+    return Run(
+        config=config,
+        policy=policy,
+        engine=engine,
+        reference=load_reference(config, path=config.reference or initial),
+        rollout=part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed),
+        source=source,
+        held_out=held_out,
+        first_step=saved.step if saved else 0,
+        progress=progress,
+    )
+
+
+def resume_point(folder: Path, config: RunConfig) -> checkpoint.Saved | None:
+    """The checkpoint to go on from: intact, and made with this config."""
+    if config.checkpoint.resume == "never" and checkpoint.list_checkpoints(folder):
+        raise ConfigError(
+            f"run_dir={folder}: holds a run; set another run_dir, or checkpoint.resume=auto to continue it"
+        )
+    saved = checkpoint.newest_intact(folder)
+    if saved is not None:
+        checkpoint.check_same_config(saved, runs.resolved(config))
+    return saved
+
+
+def load_reference(config: RunConfig, *, path: str | None) -> LogprobModel | None:
+    """The initial policy (or ``reference``), frozen, where the loss or a part needs it."""
+    if Need.REFERENCE_LOGPROBS not in config.needs():
+        return None
+    model = load_frozen(config.model, path=path).to(dist.device())
+    return LogprobModel(model, temperature=config.sampling.temperature)
