@@ -1,0 +1,309 @@
+"""SPAE: credit per reasoning step, from how far each step moves the policy's answer (arXiv 2601.03823)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rltrain import dist
+from rltrain.advantages.group import as_rewards, has_signal
+from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
+from rltrain.advantages.spae_steps import Steps, check_delimiter, split_steps
+from rltrain.config import AdvantageConfig, register, require
+from rltrain.types import Advantages, Context, Group, Mean, Need
+
+Floats = Sequence[float] | Tensor
+Nested = Sequence[Sequence[Floats]]
+
+
+@dataclass(kw_only=True)
+class SpaeConfig(AdvantageConfig):
+    """See :func:`spae_advantages`, :func:`~rltrain.advantages.spae_steps.split_steps` and the probes' settings.
+
+    ``saturate_positive_only`` shrinks after saturation only where r_i is above its group's mean. A reward above
+    ``correct_above`` is a right answer in the diagnostics; potentials of the first ``logged_steps`` steps are logged.
+    """
+
+    xi: float = 0.5
+    alpha: float = 0.5
+    eps_sat: float = 0.9
+    whiten: bool = True
+    saturate_positive_only: bool = False
+    delimiter: str = ".\n\n"
+    think_close: str = "</think>"
+    max_steps: int = 64
+    probe: str = "**Final Answer**\n\\boxed{"
+    continuations: int = 5
+    probe_max_tokens: int = 10
+    probe_temperature: float = 0.6
+    probe_tokens_per_pass: int = 16384
+    correct_above: float = 0.5
+    logged_steps: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.xi >= 0, f"advantage.xi={self.xi}: must be >= 0; 0 turns step shaping off")
+        require(0 <= self.alpha <= 1, f"advantage.alpha={self.alpha}: must lie in [0, 1]; 0 turns saturation off")
+        require(
+            bool(self.delimiter), "advantage.delimiter is empty: every token would end a step; set for example '\\n'"
+        )
+        require(self.max_steps >= 1, f"advantage.max_steps={self.max_steps}: set at least 1")
+        require(self.continuations >= 1, f"advantage.continuations={self.continuations}: set at least 1")
+        require(self.probe_max_tokens >= 1, f"advantage.probe_max_tokens={self.probe_max_tokens}: set at least 1")
+        require(
+            self.probe.count("{") - self.probe.count("}") == 1,
+            f"advantage.probe={self.probe!r}: must open exactly one brace, which ends the answer; end it in \\boxed{{",
+        )
+
+
+def step_potential(accuracy: Floats, confidence: Floats) -> Tensor:
+    """``Phi = 1.5·Acc·Conf + 0.5·Acc - Conf``, float64, in [-1, 1] for arguments in [0, 1].
+
+    1: sure and right; -1: sure and wrong; 0: no idea.
+    """
+    accuracy_K, confidence_K = _float64(accuracy), _float64(confidence)
+    return 1.5 * accuracy_K * confidence_K + 0.5 * accuracy_K - confidence_K
+
+
+def _float64(values: Floats | int) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def _gains(potentials: Sequence[Tensor]) -> list[Tensor]:
+    """``g = exp(minmax(dPhi)) - mean(exp(minmax(dPhi)))`` over the steps of all rows and ranks; one value: zeros."""
+    jumps = [torch.cat([torch.zeros_like(phi_K[:1]), phi_K.diff()]) for phi_K in potentials]
+    flat = torch.cat([*jumps, torch.empty(0, dtype=torch.float64)])
+    nothing = torch.tensor([-torch.inf], dtype=torch.float64)
+    extremes = torch.stack([torch.cat([-flat, nothing]).max(), torch.cat([flat, nothing]).max()])
+    minus_low, high = dist.all_max(extremes, name="SPAE: extremes of the potential jumps")
+    spread = high + minus_low
+    scaled = ((flat + minus_low) / spread).exp() if spread > 0 else torch.zeros_like(flat)
+    sums = dist.all_sum(torch.stack([scaled.sum(), _float64(len(flat))]), name="SPAE: mean step gain")
+    return list((scaled - sums[0] / sums[1].clamp(min=1)).split([len(jump_K) for jump_K in jumps]))
+
+
+def _saturation(potential_K: Tensor, *, alpha: float, eps_sat: float) -> Tensor:
+    """``f_k = 1 - alpha·(1 - e^{-C_k})``, C_k the number of strictly earlier steps with Phi > eps_sat."""
+    saturated_K = (potential_K > eps_sat).double()
+    return 1 - alpha * (1 - (saturated_K - saturated_K.cumsum(0)).exp())
+
+
+def _whitened(rows: Sequence[Tensor]) -> list[Tensor]:
+    """``(A - mean) / (std + 1e-8)``, population std, over the tokens of all rows and ranks."""
+    flat = torch.cat([*rows, torch.empty(0, dtype=torch.float64)])
+    sums = dist.all_sum(torch.stack([flat.sum(), _float64(len(flat))]), name="SPAE: token mean of the advantages")
+    count = sums[1].clamp(min=1)
+    centred = flat - sums[0] / count
+    squares = dist.all_sum(centred.square().sum(), name="SPAE: token variance of the advantages")
+    return list((centred / ((squares / count).sqrt() + 1e-8)).split([len(row_T) for row_T in rows]))
+
+
+def spae_advantages(
+    rewards: Sequence[Sequence[float | None] | Tensor],
+    step_tokens: Sequence[Sequence[Sequence[int]]],
+    accuracy: Nested,
+    confidence: Nested,
+    tail_tokens: Sequence[Sequence[int]],
+    *,
+    xi: float,
+    alpha: float,
+    eps_sat: float,
+    whiten: bool = True,
+    saturate_positive_only: bool = False,
+) -> list[list[Tensor]]:
+    r"""One float64 tensor [T] per completion; all arguments are nested groups x completions (x steps).
+
+        A = (r_i - mean(r))·f_k + xi·g_k      on the tokens of step k;  f = 1, g = 0 on the tail
+        f_k = 1 - alpha·(1 - e^{-C_k})        C_k: strictly earlier steps with Phi > eps_sat
+        g_k = exp(minmax(dPhi_k)) - mean(exp(minmax(dPhi)))     dPhi_1 = 0;  max = min gives g = 0
+        result = (A - mean_B(A)) / (std_B(A) + 1e-8)            population std (ddof 0)
+
+    minmax and the mean in g run over all steps, mean_B and std_B over all tokens, of the groups given here and on all
+    ranks: each rank must call this once per batch, with no groups if it has none. Groups of equal rewards are the
+    caller's to leave out; given here, they take part and get g. ``saturate_positive_only`` (our switch) sets f = 1
+    where r_i <= mean(r).
+
+    NaN or None rewards abstain: they leave every statistic and get 0. Lengths that disagree are an error.
+    """
+    sizes = [len(group) for group in tail_tokens]
+    bases = [base for group in rewards for base in _centred(group)]
+    steps = [[int(count) for count in row] for group in step_tokens for row in group]
+    tails = [int(tail) for group in tail_tokens for tail in group]
+    potentials = [
+        step_potential(*row) for group in zip(accuracy, confidence, strict=True) for row in zip(*group, strict=True)
+    ]
+    _check_lengths(bases, steps, potentials, tails)
+    counted = [i for i, base in enumerate(bases) if not base.isnan()]
+    credits = []
+    for i, gain_K in zip(counted, _gains([potentials[i] for i in counted]), strict=True):
+        shrink_K = _saturation(potentials[i], alpha=alpha, eps_sat=eps_sat)
+        if saturate_positive_only and bases[i] <= 0:
+            shrink_K = torch.ones_like(shrink_K)
+        credit_K1 = torch.cat([bases[i] * shrink_K + xi * gain_K, bases[i][None]])
+        credits.append(credit_K1.repeat_interleave(torch.tensor([*steps[i], tails[i]])))
+    rows = [torch.zeros(sum(row) + tail).double() for row, tail in zip(steps, tails, strict=True)]
+    for i, row_T in zip(counted, _whitened(credits) if whiten else credits, strict=True):
+        rows[i] = row_T
+    remaining = iter(rows)
+    return [[next(remaining) for _ in range(size)] for size in sizes]
+
+
+def _centred(rewards: Sequence[float | None] | Tensor) -> Tensor:
+    rewards_G = as_rewards(rewards)
+    return rewards_G - rewards_G.nanmean()
+
+
+def _check_lengths(
+    bases: Sequence[Tensor], steps: Sequence[Sequence[int]], potentials: Sequence[Tensor], tails: Sequence[int]
+) -> None:
+    if not len(bases) == len(steps) == len(potentials) == len(tails):
+        raise ValueError(
+            f"{len(bases)} rewards, {len(steps)} step_tokens, {len(potentials)} accuracies, {len(tails)} tail_tokens: "
+            "give each completion one of each"
+        )
+    for i, (row, phi_K) in enumerate(zip(steps, potentials, strict=True)):
+        if len(row) != len(phi_K):
+            raise ValueError(f"completion {i}: {len(row)} step_tokens but {len(phi_K)} accuracies; give one per step")
+
+
+def _split_group(group: Group, config: SpaeConfig, texts: Sequence[str]) -> list[Steps]:
+    """Steps per completion; one that abstains is all tail."""
+    return [
+        split_steps(
+            [texts[token] if token < len(texts) else "" for token in ids],
+            delimiter=config.delimiter,
+            close=config.think_close,
+            max_steps=0 if reward.isnan() else config.max_steps,
+        )
+        for ids, reward in zip(group.completion_ids, as_rewards(group.rewards_G), strict=True)
+    ]
+
+
+def _requests(group: Group, splits: Sequence[Steps], answer_ids: Sequence[int]) -> list[ProbeRequest]:
+    return [
+        ProbeRequest(
+            problem_id=group.prompt.problem.id,
+            sample_index=index,
+            prompt_ids=group.prompt.token_ids,
+            completion_ids=completion_ids,
+            cuts=steps.cuts,
+            answer_ids=tuple(answer_ids),
+        )
+        for index, (completion_ids, steps) in enumerate(zip(group.completion_ids, splits, strict=True))
+    ]
+
+
+def _token_ids(text: str, context: Context) -> tuple[int, ...]:
+    return tuple(context.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _probe(
+    groups: Sequence[Group], splits: Sequence[Sequence[Steps]], config: SpaeConfig, context: Context
+) -> list[list[ProbeResult]]:
+    settings = ProbeSettings(
+        seed=context.seed,
+        step=context.step,
+        suffix_ids=_token_ids(config.probe, context),
+        continuations=config.continuations,
+        max_tokens=config.probe_max_tokens,
+        temperature=config.probe_temperature,
+        tokens_per_pass=config.probe_tokens_per_pass,
+    )
+    requests = [
+        request
+        for group, steps in zip(groups, splits, strict=True)
+        for request in _requests(group, steps, _token_ids(group.prompt.problem.answer, context))
+    ]
+    results = iter(context.rollout.probe(requests, settings))
+    return [[next(results) for _ in group.completions] for group in groups]
+
+
+def _diagnostics(
+    rewards: Sequence[float], splits: Sequence[Steps], potentials: Sequence[Tensor], config: SpaeConfig
+) -> dict[str, Mean]:
+    """Over the completions given. Right-to-Wrong: wrong although some step was saturated.
+
+    Solving tokens: up to the first saturated step, of right completions that have one; checking tokens: the rest of
+    their think block.
+    """
+    first_saturated = [_first(phi_K > config.eps_sat) for phi_K in potentials]
+    right = [reward > config.correct_above for reward in rewards]
+    lost = [float(first is not None and not is_right) for first, is_right in zip(first_saturated, right, strict=True)]
+    solving_and_think = [
+        (sum(steps.step_tokens[: first + 1]), steps.think_tokens)
+        for first, is_right, steps in zip(first_saturated, right, splits, strict=True)
+        if first is not None and is_right
+    ]
+    by_step = {
+        f"spae/potential/step_{k + 1}": Mean.of([float(phi_K[k]) for phi_K in potentials if len(phi_K) > k])
+        for k in range(config.logged_steps)
+    }
+    return by_step | {
+        "spae/potential/mean": Mean.of([float(phi) for phi_K in potentials for phi in phi_K]),
+        "spae/steps": Mean.of([len(phi_K) for phi_K in potentials]),
+        "spae/solving_tokens": Mean.of([solving for solving, _ in solving_and_think]),
+        "spae/checking_tokens": Mean.of([think - solving for solving, think in solving_and_think]),
+        "spae/right_to_wrong": Mean.of(lost),
+        "spae/right_to_wrong_of_saturated": Mean.of(
+            [one for one, first in zip(lost, first_saturated, strict=True) if first is not None]
+        ),
+    }
+
+
+def _first(flags_K: Tensor) -> int | None:
+    return int(flags_K.nonzero()[0]) if bool(flags_K.any()) else None
+
+
+def _advantages_and_metrics(
+    groups: Sequence[Group], config: SpaeConfig, context: Context
+) -> tuple[list[list[Tensor]], dict[str, Mean]]:
+    texts = vocabulary(context.tokenizer)
+    rewards = [as_rewards(group.rewards_G) for group in groups]
+    splits = [_split_group(group, config, texts) for group in groups]
+    started_s = time.perf_counter()
+    probes = _probe(groups, splits, config, context)
+    seconds = Mean.of(time.perf_counter() - started_s)
+    accuracy = [[probe.accuracy_K for probe in group] for group in probes]
+    confidence = [[probe.confidence_K for probe in group] for group in probes]
+    values = spae_advantages(
+        rewards,
+        [[steps.step_tokens for steps in group] for group in splits],
+        accuracy,
+        confidence,
+        [[steps.tail_tokens for steps in group] for group in splits],
+        xi=config.xi,
+        alpha=config.alpha,
+        eps_sat=config.eps_sat,
+        whiten=config.whiten,
+        saturate_positive_only=config.saturate_positive_only,
+    )
+    counted = [
+        (reward, steps, step_potential(probe.accuracy_K, probe.confidence_K))
+        for rewards_G, split, group in zip(rewards, splits, probes, strict=True)
+        for reward, steps, probe in zip(rewards_G.tolist(), split, group, strict=True)
+        if reward == reward  # NaN abstains
+    ]
+    metrics = _diagnostics(
+        [row[0] for row in counted], [row[1] for row in counted], [row[2] for row in counted], config
+    )
+    return values, metrics | {"timing_s/probe": seconds}
+
+
+@register("advantage", "spae", SpaeConfig, needs={Need.PROBES})
+def spae(groups: Sequence[Group], config: SpaeConfig, context: Context) -> Advantages:
+    """:func:`spae_advantages` of the groups with a signal, the policy probed at the end of every step.
+
+    Groups whose rewards are all equal (dynamic sampling replaces them) are dropped first: not probed, in no statistic
+    of the global batch (minmax, means, whitening), and exactly 0.
+    """
+    check_delimiter(context.tokenizer, config.delimiter)
+    kept = [group for group in groups if has_signal(as_rewards(group.rewards_G))]
+    values, metrics = _advantages_and_metrics(kept, config, context)
+    of_group = {id(group): group_values for group, group_values in zip(kept, values, strict=True)}
+    zeros = [[torch.zeros(len(ids)).double() for ids in group.completion_ids] for group in groups]
+    return Advantages(
+        values=[of_group.get(id(group), zero) for group, zero in zip(groups, zeros, strict=True)], metrics=metrics
+    )
