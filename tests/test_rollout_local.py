@@ -98,3 +98,31 @@ def test_logprobs_are_those_of_a_plain_forward(name):
             torch.testing.assert_close(torch.tensor(completion.logprobs).double(), expected, atol=1e-5, rtol=0)
             lengths.add(len(completion.token_ids))
     assert len(lengths) > 2 and model(name).training
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "bloom"])
+def test_batching_changes_no_token(name):
+    whole = engine(name, compact_share=1.0, check_steps=24).generate(PROMPTS, step=5, group_size=4)
+    expected = ids(whole)
+    assert ids(engine(name).generate(PROMPTS, step=5, group_size=4)) == expected
+    assert ids(engine(name).generate(PROMPTS[::-1], step=5, group_size=4)) == expected
+    assert (
+        ids(engine(name, max_rows=8, check_steps=1, compact_share=0.01).generate(PROMPTS, step=5, group_size=4))
+        == expected
+    )
+    assert ids(engine(name, max_rows=1).generate(PROMPTS, step=5, group_size=4)) == expected
+    split = [g for p in PROMPTS for g in engine(name).generate([p], step=5, group_size=4)]
+    assert ids(split) == expected
+    smaller = ids(engine(name).generate(PROMPTS, step=5, group_size=2))
+    assert smaller == {problem: rows[:2] for problem, rows in expected.items()}
+    assert ids(engine(name).generate(PROMPTS, step=6, group_size=4)) != expected
+    assert {completion.finish for group in whole for completion in group.completions} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2", "gpt2"])
+def test_logprobs_with_refill_are_those_of_a_plain_forward(name):
+    groups = engine(name, max_rows=7, check_steps=1, compact_share=0.01).generate(PROMPTS * 3, step=1, group_size=2)
+    for group in groups:
+        for completion in group.completions:
+            expected = plain_logprobs(model(name), group.prompt, completion.token_ids, 1.0)
+            torch.testing.assert_close(torch.tensor(completion.logprobs).double(), expected, atol=1e-5, rtol=0)

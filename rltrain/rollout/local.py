@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rltrain.config import RolloutConfig, SamplingConfig, register, require
 from rltrain.rollout.plain import PlainDecoder
+from rltrain.rollout.shared import SharedDecoder
 from rltrain.rollout.sampling import row_key, sample, uniforms
 from rltrain.rollout.stopping import StopRule
 from rltrain.types import Completion, Group, Prompt
@@ -128,18 +129,17 @@ class _Batch:
             return
         kept = [index for index, row in enumerate(self._rows) if not row.done]
         self._rows = [self._rows[index] for index in kept]
-        if kept:
-            index_B = torch.tensor(kept, device=self._keys_B.device)
-            self._decoder.keep(index_B)
-            self._tokens_B, self._keys_B = self._tokens_B[index_B], self._keys_B[index_B]
-            self._ages_B = self._ages_B[index_B]
+        self._decoder.keep(kept)
+        index_B = torch.tensor(kept, device=self._keys_B.device, dtype=torch.int64)
+        self._tokens_B, self._keys_B = self._tokens_B[index_B], self._keys_B[index_B]
+        self._ages_B = self._ages_B[index_B]
 
     @property
     def room(self) -> int:
         """Rows that may be admitted now."""
         if not self._rows:
             return self._config.max_rows
-        return self._config.max_rows - len(self._rows) if self._decoder.refills else 0
+        return max(0, self._config.max_rows - len(self._rows)) if self._decoder.refills else 0
 
 
 @register("rollout", "local", LocalRolloutConfig)
@@ -192,9 +192,7 @@ class LocalRollout:
     def _run(
         self, prompts: Sequence[Prompt], rows: Sequence[_Row], group_size: int, sampling: SamplingConfig, rule: StopRule
     ) -> None:
-        decoder = PlainDecoder(
-            self._policy.model, pad_id=self._policy.pad_token_id, max_new_tokens=sampling.max_new_tokens
-        )
+        decoder = self._decoder()
         batch = _Batch(decoder, rule, sampling, self._config)
         queue = deque(range(len(prompts)))
         while queue or batch.live:
@@ -207,6 +205,15 @@ class LocalRollout:
             if batch.live:
                 batch.decode()
             batch.compact()
+
+    def _decoder(self) -> PlainDecoder | SharedDecoder:
+        model, pad_id = self._policy.model, self._policy.pad_token_id
+        if hasattr(model, "get_base_model"):
+            # peft: the adapters live inside the base model's own layers.
+            model = model.get_base_model()
+        if SharedDecoder.supports(model):
+            return SharedDecoder(model, pad_id=pad_id)
+        return PlainDecoder(model, pad_id=pad_id)
 
     def _completion(self, row: _Row, rule: StopRule) -> Completion:
         text_ids = row.token_ids[:-1] if row.token_ids[-1] in rule.stop_ids else row.token_ids

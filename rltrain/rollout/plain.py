@@ -28,7 +28,7 @@ class PlainDecoder:
 
     refills = False
 
-    def __init__(self, model: Any, *, pad_id: int, max_new_tokens: int) -> None:
+    def __init__(self, model: Any, *, pad_id: int) -> None:
         self._model = model
         self._pad_id = pad_id
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -62,7 +62,8 @@ class PlainDecoder:
         self._mask_BT = torch.nn.functional.pad(self._mask_BT, (0, 1), value=1)
         return self._forward(tokens_B[:, None], self._mask_BT.sum(-1, keepdim=True) - 1)
 
-    def keep(self, rows_B: Tensor) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
+        rows_B = torch.tensor(rows, device=self._mask_BT.device, dtype=torch.int64)
         self._cache.batch_select_indices(rows_B)
         self._mask_BT = self._mask_BT[rows_B]

@@ -1,0 +1,290 @@
+"""The fast decoder: one prompt cache per group, own tokens written in place, no masks built by the model.
+
+Attention of one new token of row b, a sample of prompt p, is a softmax over two pieces that are stored apart:
+
+    scores = [q_b · K_prompt(p) ; q_b · K_own(b)] · scale      out = softmax(scores) · [V_prompt(p) ; V_own(b)]
+
+The G rows of a prompt share the first piece, so it is one matrix product [G·rep, D] x [D, prompt] instead of G reads
+of the same cache. All rows write the same column of the second, whatever their age: the newest column is the present,
+and a row masks the columns from before its birth. Hence rows can join at any step without moving the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rltrain.rollout.plain import left_padded, padded_positions
+
+_ATTENTION = "rltrain_shared_prompt"
+# Columns allocated at a time. A product over the whole of a contiguous cache, unused columns included, is up to twice
+# as fast on a CPU as one over a slice of a larger cache.
+_BLOCK = 16
+
+
+def _cat_left_padded(old: Tensor, new: Tensor, dim: int) -> Tensor:
+    """Concatenate rows; along ``dim`` the shorter side is padded on the left."""
+    width = max(old.shape[dim], new.shape[dim])
+    trailing = (0, 0) * (old.ndim - 1 - dim)
+    return torch.cat([pad(x, (*trailing, width - x.shape[dim], 0)) for x in (old, new)])
+
+
+class _Layer:
+    """Keys and values of one layer; axes [prompt or row, kv head, token, head dim].
+
+    Unused columns hold zeros, because a masked score of weight 0 still multiplies its value.
+    """
+
+    def __init__(self, prompt_keys: Tensor, prompt_values: Tensor) -> None:
+        self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
+        self.own_keys = prompt_keys.new_zeros(0, prompt_keys.shape[1], 0, prompt_keys.shape[-1])
+        self.own_values = prompt_values.new_zeros(0, prompt_values.shape[1], 0, prompt_values.shape[-1])
+
+    def admit_prompts(self, keys: Tensor, values: Tensor) -> None:
+        self.prompt_keys = _cat_left_padded(self.prompt_keys, keys, dim=2)
+        self.prompt_values = _cat_left_padded(self.prompt_values, values, dim=2)
+
+    def add_rows(self, count: int) -> None:
+        self.own_keys = pad(self.own_keys, (0, 0, 0, 0, 0, 0, 0, count))
+        self.own_values = pad(self.own_values, (0, 0, 0, 0, 0, 0, 0, count))
+
+    def add_columns(self, count: int) -> None:
+        self.own_keys = pad(self.own_keys, (0, 0, 0, count))
+        self.own_values = pad(self.own_values, (0, 0, 0, count))
+
+    def keep(self, rows_B: Tensor, prompts_P: Tensor | None, first_column: int) -> None:
+        self.own_keys = self.own_keys[:, :, first_column:][rows_B]
+        self.own_values = self.own_values[:, :, first_column:][rows_B]
+        if prompts_P is not None:
+            self.prompt_keys, self.prompt_values = self.prompt_keys[prompts_P], self.prompt_values[prompts_P]
+
+
+class _Layout:
+    """Where rows sit when they are arranged by prompt as [P, W], W the most rows of any prompt."""
+
+    def __init__(self, prompt_of: Sequence[int], device: torch.device) -> None:
+        """``prompt_of`` is ascending and names every prompt."""
+        first = {prompt: row for row, prompt in reversed(list(enumerate(prompt_of)))}
+        ranks = [row - first[prompt] for row, prompt in enumerate(prompt_of)]
+        self.prompts, self.width = len(first), max(ranks) + 1
+        slots = [prompt * self.width + rank for prompt, rank in zip(prompt_of, ranks, strict=True)]
+        dense = len(slots) == self.prompts * self.width
+        self._slots_B = None if dense else torch.tensor(slots, device=device)
+
+    def by_prompt(self, x_BHRX: Tensor) -> Tensor:
+        """[B, H, R, X] -> [P, H, W·R, X]; zeros where a prompt has fewer than W rows."""
+        _, heads, repeats, size = x_BHRX.shape
+        if self._slots_B is not None:
+            padded = x_BHRX.new_zeros(self.prompts * self.width, heads, repeats, size)
+            x_BHRX = padded.index_copy_(0, self._slots_B, x_BHRX)
+        x = x_BHRX.reshape(self.prompts, self.width, heads, repeats, size).transpose(1, 2)
+        return x.reshape(self.prompts, heads, self.width * repeats, size)
+
+    def by_row(self, x_PHWX: Tensor, repeats: int) -> Tensor:
+        """The inverse: [P, H, W·R, X] -> [B, H, R, X]."""
+        heads, size = x_PHWX.shape[1], x_PHWX.shape[-1]
+        x = x_PHWX.view(self.prompts, heads, self.width, repeats, size).transpose(1, 2)
+        x = x.reshape(self.prompts * self.width, heads, repeats, size)
+        return x if self._slots_B is None else x[self._slots_B]
+
+
+def shared_prompt_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    rollout: SharedDecoder,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface for one token a row; ``key`` and ``value`` are the own pieces, [B, H, T, D]."""
+    rows, heads, _one, size = query.shape
+    repeats = heads // key.shape[1]
+    layer, layout = rollout.layers[module.layer_idx], rollout.layout
+    query = query.reshape(rows, key.shape[1], repeats, size) * (size**-0.5 if scaling is None else scaling)
+    prompt_scores = layout.by_row(layout.by_prompt(query) @ layer.prompt_keys.mT, repeats)
+    scores = torch.cat([prompt_scores, query @ key.mT], dim=-1)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = (scores + rollout.bias(sliding_window)).softmax(-1, dtype=torch.float32).to(value.dtype)
+    length = layer.prompt_keys.shape[2]
+    from_prompt = layout.by_prompt(weights[..., :length]) @ layer.prompt_values
+    out = weights[..., length:] @ value + layout.by_row(from_prompt, repeats)
+    return out.view(rows, 1, heads, -1), None
+
+
+class SharedDecoder:
+    """Same interface as :class:`~rltrain.rollout.plain.PlainDecoder`, and rows may join at any step.
+
+    It is also the cache object that the model's layers write to.
+    """
+
+    refills = True
+
+    def __init__(self, model: Any, *, pad_id: int) -> None:
+        self._model, self._pad_id, self._device = model, pad_id, model.device
+        self.layers: list[_Layer] = []
+        self.layout: _Layout
+        self._prompt_of: list[int] = []  # of each row; ascending
+        self._fed: list[int] = []  # own tokens of each row in the cache
+        self._columns = 0  # in use
+        # Four axes tell the model that the mask is made already; shared_prompt_attention uses `bias` instead.
+        self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
+        self._bias: dict[int | None, Tensor] = {}
+        self._prompt_mask_PT: Tensor
+        self._positions_B: Tensor
+
+    @staticmethod
+    def supports(model: Any) -> bool:
+        """Models that dispatch attention through transformers' interface and keep plain keys and values."""
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        return (
+            getattr(model, "_supports_attention_backend", False)
+            and kinds <= {"full_attention", "sliding_attention"}
+            and not getattr(config, "num_kv_shared_layers", 0)
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Part of the cache interface; positions and masks are not derived from it here."""
+        return self._columns
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the newest column in place."""
+        layer = self.layers[layer_idx]
+        layer.own_keys[:, :, self._columns - 1] = keys[:, :, 0]
+        layer.own_values[:, :, self._columns - 1] = values[:, :, 0]
+        return layer.own_keys, layer.own_values
+
+    @property
+    def _capacity(self) -> int:
+        return self.layers[0].own_keys.shape[2]
+
+    def bias(self, window: int | None) -> Tensor:
+        """Additive [B, 1, 1, prompt + own] for the present column: 0 where row b may look, -inf elsewhere."""
+        if window not in self._bias:
+            self._bias[window] = self._new_bias(window)
+        return self._bias[window]
+
+    def _new_bias(self, window: int | None) -> Tensor:
+        """Hidden are padding, columns from before the row's birth or after the present, and what left the window."""
+        fed_B1 = torch.tensor(self._fed, device=self._device)[:, None]
+        own_age_T = self._columns - 1 - torch.arange(self._capacity, device=self._device)
+        length = self._prompt_mask_PT.shape[1]
+        prompt_age_BT = fed_B1 + length - torch.arange(length, device=self._device)
+        seen_BT = torch.cat(
+            [
+                self._prompt_mask_PT[torch.tensor(self._prompt_of, device=self._device)].bool(),
+                (own_age_T >= 0) & (own_age_T <= fed_B1),
+            ],
+            dim=-1,
+        )
+        if window is not None:
+            seen_BT &= torch.cat([prompt_age_BT, own_age_T.expand(len(fed_B1), -1)], dim=-1) < window
+        zeros_BT = torch.zeros(seen_BT.shape, dtype=self.layers[0].own_keys.dtype, device=self._device)
+        return zeros_BT.masked_fill_(~seen_BT, -torch.inf)[:, None, None]
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Dispatch the model's attention to ours; an implementation unknown to its mask code also builds no mask."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_ATTENTION, shared_prompt_attention)
+        config = self._model.config
+        before = config._attn_implementation
+        config._attn_implementation = _ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    def admit(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
+        """Logits [P·G, V] of the first tokens; the rows of a prompt are neighbours and follow those in flight."""
+        from transformers import DynamicCache
+
+        ids_PT, mask_PT = left_padded(prompts, self._pad_id, self._device)
+        positions_PT = padded_positions(mask_PT)
+        cache = DynamicCache()
+        logits_PV = self._model(
+            input_ids=ids_PT,
+            attention_mask=mask_PT,
+            position_ids=positions_PT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        next_positions_B = (positions_PT[:, -1] + 1).repeat_interleave(group_size)
+        if self._fed:
+            for layer, new in zip(self.layers, cache.layers, strict=True):
+                layer.admit_prompts(new.keys, new.values)
+            self._prompt_mask_PT = _cat_left_padded(self._prompt_mask_PT, mask_PT, dim=1)
+            self._positions_B = torch.cat([self._positions_B, next_positions_B])
+        else:
+            self.layers = [_Layer(new.keys, new.values) for new in cache.layers]
+            self._prompt_mask_PT, self._positions_B, self._columns = mask_PT, next_positions_B, 0
+        first = self._prompt_of[-1] + 1 if self._prompt_of else 0
+        self._prompt_of += [first + p for p in range(len(prompts)) for _ in range(group_size)]
+        self._fed += [0] * (len(prompts) * group_size)
+        for layer in self.layers:
+            layer.add_rows(len(prompts) * group_size)
+        self._lay_out()
+        return logits_PV.repeat_interleave(group_size, dim=0)
+
+    def _lay_out(self) -> None:
+        self.layout = _Layout(self._prompt_of, self._device)
+        self._bias = {}
+
+    def _new_column(self) -> None:
+        """Open the present column, and let every row look at it."""
+        if self._columns == self._capacity:
+            for layer in self.layers:
+                layer.add_columns(_BLOCK)
+            self._bias = {}
+        self._bias = {window: bias for window, bias in self._bias.items() if window is None}
+        for bias in self._bias.values():
+            bias[..., self._columns - self._capacity] = 0
+        self._columns += 1
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Logits [B, V] after one more token in every row."""
+        self._new_column()
+        with self._attention():
+            logits_BV = self._model(
+                input_ids=tokens_B[:, None],
+                position_ids=self._positions_B[:, None],
+                attention_mask=self._no_mask,
+                past_key_values=self,
+                use_cache=True,
+                rollout=self,
+            ).logits[:, -1]
+        self._positions_B = self._positions_B + 1
+        self._fed = [fed + 1 for fed in self._fed]
+        return logits_BV
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, the prompts that have none left, and the columns that are older than all."""
+        rows_B = torch.tensor(rows, device=self._device, dtype=torch.int64)
+        alive = sorted({self._prompt_of[row] for row in rows})
+        fewer = len(alive) < self.layout.prompts
+        prompts_P = torch.tensor(alive, device=self._device, dtype=torch.int64) if fewer else None
+        self._fed = [self._fed[row] for row in rows]
+        first_column = self._columns - max(self._fed, default=0)
+        self._columns -= first_column
+        for layer in self.layers:
+            layer.keep(rows_B, prompts_P, first_column)
+        if prompts_P is not None:
+            self._prompt_mask_PT = self._prompt_mask_PT[prompts_P]
+        renumbered = {prompt: index for index, prompt in enumerate(alive)}
+        self._prompt_of = [renumbered[self._prompt_of[row]] for row in rows]
+        self._positions_B = self._positions_B[rows_B]
+        if rows:
+            self._lay_out()
