@@ -1,0 +1,126 @@
+"""Rewards of length and repetition: soft overlong penalty, cosine schedule, n-gram repetition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rltrain.config import RewardConfig, register, require
+from rltrain.rewards.math import verify
+from rltrain.types import Context, Group, Scores
+
+
+@dataclass(kw_only=True)
+class OverlongConfig(RewardConfig):
+    """See :func:`soft_overlong_penalty`. ``max_tokens=0`` takes the sampling limit."""
+
+    max_tokens: int = 0
+    cache_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.cache_tokens > 0, f"reward.cache_tokens={self.cache_tokens}: must be > 0")
+        require(
+            self.max_tokens == 0 or self.cache_tokens <= self.max_tokens,
+            f"reward.cache_tokens={self.cache_tokens}: wider than max_tokens={self.max_tokens}; set it in (0, max_tokens]",
+        )
+
+
+def soft_overlong_penalty(length_tokens: int, *, max_tokens: int, cache_tokens: int) -> float:
+    """DAPO (arXiv 2503.14476): 0 up to ``L_max - L_cache``, then ``((L_max - L_cache) - length)/L_cache``, -1 above L_max.
+
+    Lengths in tokens, EOS included.
+    """
+    start = max_tokens - cache_tokens
+    return max(-1.0, min(0.0, (start - length_tokens) / cache_tokens))
+
+
+@register("reward", "overlong", OverlongConfig)
+def overlong(groups: Sequence[Group], config: OverlongConfig, context: Context) -> Scores:
+    """The soft overlong penalty of each completion."""
+    limit = config.max_tokens or context.max_new_tokens
+    require(
+        config.cache_tokens <= limit,
+        f"reward.cache_tokens={config.cache_tokens}: wider than the limit of {limit} tokens; set it in (0, {limit}]",
+    )
+    return Scores(
+        scores=[
+            [soft_overlong_penalty(length, max_tokens=limit, cache_tokens=config.cache_tokens) for length in lengths]
+            for lengths in ([len(completion.token_ids) for completion in group.completions] for group in groups)
+        ]
+    )
+
+
+@dataclass(kw_only=True)
+class CosineConfig(RewardConfig):
+    """See :func:`cosine_length`. ``right_*`` and ``wrong_*`` are the rewards at length 0 and at ``max_tokens``."""
+
+    max_tokens: int = 0
+    right_short: float = 2.0
+    right_long: float = 1.0
+    wrong_short: float = -10.0
+    wrong_long: float = 0.0
+    exceed: float = -10.0
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 0, f"reward.max_tokens={self.max_tokens}: must be >= 0; 0 takes the sampling limit")
+
+
+def cosine_length(length_tokens: int, *, at_zero: float, at_limit: float, limit_tokens: int) -> float:
+    """``at_limit + (at_zero - at_limit)(1 + cos(pi·length/limit))/2`` (arXiv 2502.03373), length in tokens."""
+    return at_limit + 0.5 * (at_zero - at_limit) * (1 + math.cos(math.pi * length_tokens / limit_tokens))
+
+
+@register("reward", "cosine", CosineConfig)
+def cosine(groups: Sequence[Group], config: CosineConfig, context: Context) -> Scores:
+    """Short right answers earn most, short wrong ones least; a completion cut at the limit earns ``exceed``.
+
+    Abstains where the verifier does.
+    """
+    limit = config.max_tokens or context.max_new_tokens
+    require(limit > 0, "reward.max_tokens=0: the sampling limit is unknown here; set reward.max_tokens")
+
+    def one(text: str, length: int, gold: str) -> float | None:
+        if length >= limit:
+            return config.exceed
+        right = verify(text, gold).score
+        if right is None:
+            return None
+        ends = (config.right_short, config.right_long) if right else (config.wrong_short, config.wrong_long)
+        return cosine_length(length, at_zero=ends[0], at_limit=ends[1], limit_tokens=limit)
+
+    return Scores(
+        scores=[
+            [one(each.text, len(each.token_ids), group.prompt.problem.answer) for each in group.completions]
+            for group in groups
+        ]
+    )
+
+
+@dataclass(kw_only=True)
+class RepetitionConfig(RewardConfig):
+    """See :func:`repetition_penalty`."""
+
+    ngram: int = 3
+    max_penalty: float = -1.0
+
+    def __post_init__(self) -> None:
+        require(self.ngram >= 1, f"reward.ngram={self.ngram}: must be >= 1")
+        require(self.max_penalty <= 0, f"reward.max_penalty={self.max_penalty}: must be <= 0")
+
+
+def repetition_penalty(token_ids: Sequence[int], *, ngram: int, max_penalty: float) -> float:
+    """``max_penalty·(1 - distinct n-grams / n-grams)`` over token ids; 0 for fewer than n tokens."""
+    grams = list(zip(*(token_ids[offset:] for offset in range(ngram)), strict=False))
+    return max_penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
+
+
+@register("reward", "repetition", RepetitionConfig)
+def repetition(groups: Sequence[Group], config: RepetitionConfig, context: Context) -> Scores:
+    """The repetition penalty of each completion."""
+    return Scores(
+        scores=[
+            [repetition_penalty(ids, ngram=config.ngram, max_penalty=config.max_penalty) for ids in group.completion_ids]
+            for group in groups
+        ]
+    )

@@ -1,0 +1,115 @@
+"""Text of an answer: Unicode to one spelling, LaTeX without typography. Nothing here decides what is right."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
+_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
+_SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+_SUBSCRIPT_RUN = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
+_VULGAR = re.compile("[¼-¾⅐-⅞↉]")
+
+# NFKC would turn 5² into 52 and 3½ into 31/2, so superscripts and vulgar fractions are spelled out before it.
+_SYMBOLS = str.maketrans(
+    {
+        **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\u2014\u2015\u2043\ufe58\ufe63\uff0d\u00ad", "-"),
+        **dict.fromkeys("\u2009\u202f\u00a0\u2007\u2008", r"\,"),
+        **{"×": r"\times ", "✕": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/"},
+        **{"π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx "},
+        **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "±": r"\pm "},
+        **{"ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "“": '"', "”": '"', "’": "'"},
+    }
+)
+
+_DROPPED = re.compile(
+    r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg|displaystyle|textstyle|limits|nolimits)"
+    r"(?![a-zA-Z])\s*\.?|\\!"
+)
+_RENAMED = [
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
+    (re.compile(r"\\leqslant(?![a-zA-Z])|\\leq(?![a-zA-Z])|<="), r"\\le "),
+    (re.compile(r"\\geqslant(?![a-zA-Z])|\\geq(?![a-zA-Z])|>="), r"\\ge "),
+    (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
+    (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
+    (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne "),
+    (re.compile(r"\\l(?:vert|Vert)(?![a-zA-Z])|\\r(?:vert|Vert)(?![a-zA-Z])|\\[vV]ert(?![a-zA-Z])"), "|"),
+    (re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"), lambda found: r"\{" if found[0][1] == "l" else r"\}"),
+    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset "),
+    (re.compile(r"\\ast(?![a-zA-Z])"), r"\\cdot "),
+    (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
+    (re.compile(r"\\(?:degree|textdegree)(?![a-zA-Z])"), r"^\\circ "),
+    (re.compile(r"\^\s*\{\s*\\circ\s*\}"), r"^\\circ "),
+    (re.compile(r"\\(?:math(?:bf|rm|it|sf|tt|cal|frak)|boldsymbol|bm|operatorname\*?|textrm|textbf|textit|mbox|hbox"
+                r"|textsf|texttt|textnormal)\s*\{"), r"\\text{"),
+    (re.compile(r"\\(?:bf|rm|it)(?![a-zA-Z])"), ""),
+]  # fmt: skip
+_SPACES = re.compile(r"(?<!\\)\\[;: >]|~|\\q?quad(?![a-zA-Z])|\\(?:thin|med|thick)space(?![a-zA-Z])|\s+")
+_NESTED_GROUP = re.compile(r"\{\{([^{}]*)\}\}")
+
+
+def normalise(text: str) -> str:
+    """NFKC, zero-width and direction marks out, dashes to minus, every decimal digit to ASCII. Linear time."""
+    if text.isascii():
+        return text
+    text = _VULGAR.sub(_spell_fraction, text)
+    text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + "".join(_SUPERSCRIPTS[c] for c in run[0]) + "}", text)
+    text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + "".join(_SUBSCRIPTS[c] for c in run[0]) + "}", text)
+    text = text.translate(_SYMBOLS)
+    text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
+    return "".join(map(_plain_character, text))
+
+
+def _spell_fraction(found: re.Match[str]) -> str:
+    top, bottom = unicodedata.normalize("NFKC", found[0]).split("⁄")
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _plain_character(character: str) -> str:
+    if character.isascii():
+        return character
+    if unicodedata.category(character) == "Cf":
+        return ""
+    digit = unicodedata.decimal(character, None)
+    return character if digit is None else str(digit)
+
+
+def clean_latex(text: str) -> str:
+    r"""Typography out: ``$``, ``\left``, ``\dfrac``, spacing commands, a full stop at the end.
+
+    ``\,`` stays, because it separates thousands in numbers and words everywhere else.
+    """
+    text = text.strip()
+    if not text.isdigit():
+        text = text.replace(r"\$", "$").replace("{,}", r"\,").replace(r"{\,}", r"\,")
+        text = _DROPPED.sub("", text)
+        for pattern, replacement in _RENAMED:
+            text = pattern.sub(replacement, text)
+        text = _NESTED_GROUP.sub(r"{\1}", _SPACES.sub(" ", text))
+        text = strip_wrappers(text)
+    return text
+
+
+def strip_wrappers(text: str) -> str:
+    r"""Take off ``$…$``, ``\(…\)``, ``\[…\]``, a group around everything, and punctuation at the end."""
+    while True:
+        before = text
+        text = text.strip().removesuffix(r"\,").removeprefix(r"\,").strip().rstrip(";").rstrip()
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1].rstrip()
+        if text.endswith(","):
+            text = text[:-1].rstrip()
+        for start, end in ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"), ("**", "**"), ("{", "}")):
+            inner = text[len(start) : -len(end)]
+            if (
+                len(text) >= len(start) + len(end)
+                and text.startswith(start)
+                and text.endswith(end)
+                and start not in inner
+                and end not in inner
+            ):
+                text = inner
+        if text == before:
+            return text

@@ -1,0 +1,53 @@
+"""Reward functions written for TRL: ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rltrain.config import MISSING, RewardConfig, register
+from rltrain.rewards.custom import import_function
+from rltrain.types import Context, Group, Scores
+
+
+@dataclass(kw_only=True)
+class TrlFunctionConfig(RewardConfig):
+    """``import_path`` names the function. Columns: ``answer``, ``solution`` (the gold), and ``problem.meta``'s keys."""
+
+    import_path: str = MISSING
+
+    def __post_init__(self) -> None:
+        if self.import_path != MISSING:
+            import_function(self.import_path, key="reward.import_path")
+
+
+def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
+    """The keyword arguments of TRL's contract, one entry per completion, groups contiguous.
+
+    A chat prompt gives chat completions (one assistant message), a text prompt gives text.
+    """
+    rows = [(group.prompt.problem, completion) for group in groups for completion in group.completions]
+    columns = {key for problem, _ in rows for key in problem.meta}
+    arguments: dict[str, list] = {key: [problem.meta.get(key) for problem, _ in rows] for key in sorted(columns)}
+    return arguments | {
+        "answer": [problem.answer for problem, _ in rows],
+        "solution": [problem.meta.get("solution", problem.answer) for problem, _ in rows],
+        "prompts": [problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt) for problem, _ in rows],
+        "completions": [
+            each.text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": each.text}]
+            for problem, each in rows
+        ],
+        "completion_ids": [list(completion.token_ids) for _, completion in rows],
+    }
+
+
+@register("reward", "trl_function", TrlFunctionConfig)
+def trl_function(groups: Sequence[Group], config: TrlFunctionConfig, context: Context) -> Scores:
+    """Call the function once for the batch and give its list back by group."""
+    function = import_function(config.import_path, key="reward.import_path")
+    values = function(**trl_arguments(groups, context))
+    expected = sum(len(group.completions) for group in groups)
+    if len(values) != expected:
+        raise ValueError(f"{config.import_path} returned {len(values)} rewards for {expected} completions")
+    remaining = iter(values)
+    return Scores(scores=[[next(remaining) for _ in group.completions] for group in groups])
