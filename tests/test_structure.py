@@ -30,6 +30,7 @@ TOP_LEVEL = {"rltrain", "configs", "scripts", "slurm", "tests", "docs", ".ci", "
 TOP_LEVEL |= {"pyproject.toml", "requirements.lock", "Makefile"}
 TOP_LEVEL |= {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
 EVALUATORS = {"eval", "sympify", "parse_expr"}
+SANDBOX = "rltrain.rewards.sandbox_child"  # the killable process in which submitted programs run
 
 
 def module_name(path: Path) -> str:
@@ -126,6 +127,7 @@ def test_nothing_is_evaluated():
     calls = [
         f"{module}:{node.lineno} {ast.unparse(node.func)}"
         for module, tree in TREES.items()
+        if module != SANDBOX
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and (
