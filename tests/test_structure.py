@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "config", "dist"},
     {"metrics", "console", "kernels", "data", "model", "cli"},
     {"rewards", "advantages", "loss", "collate", "logprobs", "prompts"},
-    {"rollout", "engine", "runs", "recorder"},
+    {"rollout", "engine", "runs", "summary", "recorder"},
     {"checkpoint", "evaluate", "sft"},
     {"trainer"},
     {"train", "compat"},
