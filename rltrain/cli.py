@@ -14,6 +14,10 @@ from typing import Any
 from rltrain.config import ConfigError, RunConfig, RunError, discover, parts
 
 
+# Lines of Hydra's and OmegaConf's messages that tell a user nothing.
+UNSAID = ("full_key", "object_type", "reference_type", "Set the env", "Config search path", "provider=")
+
+
 def config_folder() -> Path:
     """The YAML folder: inside an installed wheel, beside the package in a checkout."""
     packaged = Path(__file__).parent / "configs"
@@ -64,7 +68,7 @@ def one_line(error: BaseException) -> str:
 
 def _first_lines(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the env"))]
+    kept = [line for line in lines if not line.startswith(UNSAID)]
     keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
     text = " ".join(kept) or type(error).__name__
     return f"{keys[0]}: {text}" if keys and keys[0] and keys[0] not in text else text
@@ -110,12 +114,22 @@ def run(task: Callable[[RunConfig], None]) -> None:
     setup_logging()
     store_nodes()
 
-    def composed(config: DictConfig) -> None:
-        task(to_config(config))
+    # Hydra prints a line of its own about whatever is raised inside it, so the work is done once it has returned.
+    configs: list[RunConfig | ConfigError] = []
 
-    composed.__module__ = "__main__"
+    def compose_only(composed: DictConfig) -> None:
+        try:
+            configs.append(to_config(composed))
+        except ConfigError as error:
+            configs.append(error)
+
+    compose_only.__module__ = "__main__"
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(composed)()
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(compose_only)()
+        for config in configs:
+            if isinstance(config, ConfigError):
+                raise config
+            task(config)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"config error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rltrain import dist, runs
+from rltrain import dist, runs, summary
 from rltrain.config import RunConfig
 from rltrain.console import Console
 from rltrain.metrics import JsonlWriter, WandbWriter
@@ -46,6 +46,12 @@ class Recorder:
         if dist.is_main():
             runs.write_samples(self._run_dir, f"step_{step:06d}", rows)
             self._wandb.write_samples(step, rows)
+
+    def summarise(self) -> None:
+        """At the end: the learning curve as a picture, and the table of held-out metrics on standard output."""
+        self._console.close()
+        if dist.is_main():
+            print(f"\n{summary.summarise(self._run_dir)}\n\nrun folder: {self._run_dir}", flush=True)
 
     def close(self) -> None:
         """Finish what needs finishing."""

@@ -92,7 +92,9 @@ def fit(config: RunConfig) -> dict[str, float]:
     run = build(config)
     recorder = Recorder(run.folder, config, first_step=run.first_step, tokenizer=run.policy.tokenizer)
     try:
-        return train(run, recorder)
+        values = train(run, recorder)
+        recorder.summarise()
+        return values
     finally:
         recorder.close()
 

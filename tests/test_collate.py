@@ -1,0 +1,106 @@
+"""Weights are set before packing, so packing changes nothing."""
+
+import pytest
+import torch
+
+from rltrain.collate import Denominators, collate, pack, token_weight
+from rltrain.types import Completion, Group, Problem, Prompt
+
+
+def group(lengths, rewards, *, prompt=(7, 8), name="p") -> Group:
+    completions = tuple(
+        Completion(token_ids=tuple(range(10, 10 + n)), logprobs=(-0.5,) * n, finish="stop") for n in lengths
+    )
+    problem = Problem(id=name, prompt="", answer="")
+    rewards_G = torch.tensor(rewards, dtype=torch.float64)
+    return Group(prompt=Prompt(problem=problem, token_ids=tuple(prompt)), completions=completions, rewards_G=rewards_G)
+
+
+def spread(groups, value=1.0):
+    return [[torch.full((len(c.token_ids),), value) for c in g.completions] for g in groups]
+
+
+def packed(groups, aggregation="token", budget=64, **options):
+    return collate(groups, spread(groups), aggregation=aggregation, token_budget=budget, max_new_tokens=8, **options)
+
+
+@pytest.mark.parametrize(("aggregation", "expected"), [
+    ("token", 1 / 10), ("sequence", 1 / (4 * 5)), ("constant", 1 / (4 * 8)), ("sequence_sum", 1 / 4),
+])  # fmt: skip
+def test_token_weights_by_hand(aggregation, expected):
+    denominators = Denominators(rows=4, tokens=10)
+    assert token_weight(5, denominators, aggregation=aggregation, max_new_tokens=8) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant", "sequence_sum"])
+def test_weights_do_not_depend_on_the_packing(aggregation):
+    groups = [group([3, 5], [0, 1]), group([1, 4, 2], [1, 0, 1])]
+    one, _ = packed(groups, aggregation, budget=64)
+    many, _ = packed(groups, aggregation, budget=7)
+    assert len(one) == 1
+    assert len(many) > 2
+    flat = lambda batches: sorted(torch.cat([b.weights_N for b in batches]).tolist())  # noqa: E731
+    assert flat(one) == flat(many)
+
+
+def test_token_and_sequence_weights_sum_to_one():
+    groups = [group([3, 5], [0, 1]), group([1, 4, 2], [1, 0, 1])]
+    for aggregation in ("token", "sequence"):
+        batches, _ = packed(groups, aggregation, budget=9)
+        assert float(sum(b.weights_N.sum() for b in batches)) == pytest.approx(1.0)
+
+
+def test_layout_of_a_packed_batch():
+    """Each completion token is predicted from the position before it; positions restart with each sequence."""
+    (batch,), _ = packed([group([2, 1], [0, 1])])
+    assert batch.input_ids_L.tolist() == [7, 8, 10, 11, 7, 8, 10]
+    assert batch.positions_L.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.boundaries_S1.tolist() == [0, 4, 7]
+    assert batch.source_N.tolist() == [1, 2, 5]
+    assert batch.targets_N.tolist() == [10, 11, 10]
+    assert batch.sequence_N.tolist() == [0, 0, 1]
+    assert (batch.input_ids_L[batch.source_N + 1] == batch.targets_N).all()
+
+
+def test_abstaining_and_empty_completions_leave_the_denominators():
+    groups = [group([3, 0, 2], [1.0, 0.0, float("nan")])]
+    batches, denominators = packed(groups)
+    assert denominators == Denominators(rows=1, tokens=3)
+    assert sum(len(b.targets_N) for b in batches) == 3
+
+
+def test_rows_of_zero_advantage_can_be_left_out_but_still_count():
+    groups = [group([3, 2], [1, 0]), group([4, 4], [1, 1])]
+    advantages = [[torch.ones(3), -torch.ones(2)], [torch.zeros(4), torch.zeros(4)]]
+    batches, denominators = collate(
+        groups, advantages, aggregation="token", token_budget=64, max_new_tokens=8, keep_zero_advantages=False
+    )
+    assert denominators == Denominators(rows=4, tokens=13)
+    assert sum(len(b.targets_N) for b in batches) == 5
+    assert float(batches[0].weights_N[0]) == pytest.approx(1 / 13)
+
+
+def test_without_rows_there_is_one_micro_batch_of_weight_zero():
+    groups = [group([2, 2], [1, 1])]
+    batches, _ = collate(
+        groups, spread(groups, 0.0), aggregation="token", token_budget=8, max_new_tokens=4, keep_zero_advantages=False
+    )
+    assert [b.weights_N.tolist() for b in batches] == [[0.0]]
+
+
+def test_pack_fills_first_fit_decreasing_under_the_budget():
+    assert pack([4, 3, 3, 2, 6], budget=7) == [[4], [0, 1], [2, 3]]
+    bins = pack([5, 1, 4, 4, 2, 2, 3], budget=7)
+    assert sorted(i for one in bins for i in one) == list(range(7))
+    assert pack([], budget=7) == []
+
+
+def test_a_sequence_over_the_budget_is_refused():
+    with pytest.raises(ValueError, match="token_budget=7"):
+        pack([8], budget=7)
+
+
+def test_an_advantage_of_the_wrong_length_is_named():
+    groups = [group([2], [1.0], name="q17")]
+    with pytest.raises(ValueError, match="q17: 3 values for 2 tokens"):
+        collate(groups, [[torch.ones(3)]], aggregation="token", token_budget=8, max_new_tokens=4)
