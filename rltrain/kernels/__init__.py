@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from rltrain.kernels import blocked, reference
+from rltrain.kernels import blocked, fused, reference
+from rltrain.kernels.fused import FusedLoss, TokenLoss
 
 Backend = Literal["reference", "blocked"]
 BACKENDS: tuple[Backend, ...] = ("reference", "blocked")
@@ -14,7 +15,7 @@ BACKENDS: tuple[Backend, ...] = ("reference", "blocked")
 SMALL_ELEMENTS = 2**20
 """Up to so many logits (4 MB) the plain path costs no memory worth saving."""
 
-__all__ = ["BACKENDS", "Backend", "choose_backend", "token_logprobs"]
+__all__ = ["BACKENDS", "Backend", "FusedLoss", "TokenLoss", "choose_backend", "fused_token_loss", "token_logprobs"]
 
 
 def choose_backend(hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
@@ -53,6 +54,38 @@ def token_logprobs(
         hidden_ND,
         weight_VD,
         targets_N,
+        temperature=temperature,
+        entropy=entropy,
+        bias_V=bias_V,
+        softcap=softcap,
+    )
+
+
+def fused_token_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    token_loss: TokenLoss,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+) -> FusedLoss:
+    """``Σ_N token_loss`` with its gradient made in the forward: three products where ``token_logprobs`` has four.
+
+    ``token_loss(logprobs_n, entropy_n, rows) -> loss_n`` is called once per chunk of rows, ``rows`` being their slice,
+    and differentiated by autograd; it may return their sum. It must be separable: a row's loss depends on that row
+    alone, for instance every clipped ratio per token; GSPO's sequence ratio is not, use ``token_logprobs`` there.
+    dh and dW are held from the forward on and given away by ``backward``, which may be called once. The rest is as in
+    :func:`token_logprobs`. A bf16 dW is rounded once per chunk, two up to N = 1024.
+    """
+    _check(hidden_ND, weight_VD, targets_N, temperature, bias_V)
+    return fused.fused_token_loss(
+        hidden_ND,
+        weight_VD,
+        targets_N,
+        token_loss,
         temperature=temperature,
         entropy=entropy,
         bias_V=bias_V,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rltrain.kernels.head import Gradients, Head, Scratch, Upstream, block_columns, logits_, partial_, targets_within
+from rltrain.kernels.head import Gradients, Head, Scratch, Upstream, block_columns, logits_, partial, targets_within
 from rltrain.kernels.online import Partial, merge
 
 
@@ -51,7 +51,7 @@ class _Blocked(torch.autograd.Function):
             logits_Nv = logits_(head, hidden_ND, block, scratch)
             target_rows, columns = targets_within(targets_N, block)
             target_logits_N[target_rows] = logits_Nv[target_rows, columns]
-            total = merge(total, partial_(logits_Nv, entropy=entropy))
+            total = merge(total, partial(logits_Nv, logits_Nv, entropy=entropy))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, total.lse_N, total.entropy_N)
         ctx.scalars = (temperature, softcap)
