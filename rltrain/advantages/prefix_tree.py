@@ -53,23 +53,22 @@ def common_prefixes(completion_ids: Sequence[TokenIds]) -> Tensor:
 
 def node_values(common_GG: Tensor, rewards_G: Tensor) -> list[Tensor]:
     """:func:`prefix_values` from the matrix of :func:`common_prefixes` and float64 rewards with NaN for None."""
-    depth_GG, reward_G = common_GG.numpy(), rewards_G.numpy()
-    counted_G = ~np.isnan(reward_G)
-    # members_GGG[i, k]: who still shares a prefix with i where k leaves it. Every node on i's path ends at some k.
-    members_GGG = (depth_GG[:, None, :] >= depth_GG[:, :, None]) & counted_G
-    totals_GG = np.where(members_GGG, reward_G, 0.0).sum(-1)
-    lowest_GG = np.where(members_GGG, reward_G, np.inf).min(-1)
-    highest_GG = np.where(members_GGG, reward_G, -np.inf).max(-1)
+    depth_GG, counted_G = common_GG.numpy(), ~rewards_G.isnan().numpy()
+    # Row i lists the group from who shares most with i to who shares least, abstainers last, for they share no node.
+    depth_GG = np.where(counted_G | np.eye(len(counted_G), dtype=bool), depth_GG, -1)
+    order_GG = (-depth_GG).argsort(axis=1, kind="stable")
+    shared_GG = np.take_along_axis(depth_GG, order_GG, axis=1)
+    reward_GG, listed_GG = rewards_G.numpy()[order_GG], counted_G[order_GG]
+    totals_GG = np.where(listed_GG, reward_GG, 0.0).cumsum(axis=1)
+    lowest_GG = np.minimum.accumulate(np.where(listed_GG, reward_GG, np.inf), axis=1)
+    highest_GG = np.maximum.accumulate(np.where(listed_GG, reward_GG, -np.inf), axis=1)
     # A mean lies between its extremes; rounding must not say otherwise, or a node of equal rewards gets credit.
-    means_GG = np.clip(totals_GG / np.maximum(members_GGG.sum(-1), 1), lowest_GG, highest_GG)
+    means_GG = np.clip(totals_GG / np.maximum(listed_GG.cumsum(axis=1), 1), lowest_GG, highest_GG)
     means_GG[~counted_G] = np.nan
-
-    # Along i, means_GG[i, k] holds from where the row before k left to where k leaves; abstainers leave above the root.
-    leaves_GG = np.where(counted_G | np.eye(len(reward_G), dtype=bool), depth_GG, -1)
-    order_GG = leaves_GG.argsort(axis=1, kind="stable")
-    widths_GG = np.diff(np.take_along_axis(leaves_GG, order_GG, 1), prepend=-1, axis=1)
-    values = np.take_along_axis(means_GG, order_GG, 1).ravel().repeat(widths_GG.ravel())
-    return list(torch.from_numpy(values).split((depth_GG.diagonal() + 1).tolist()))
+    # The mean over the first p in the list is V from where p still shares back to where p + 1 does.
+    widths_GG = -np.diff(shared_GG, append=-1, axis=1)
+    values = means_GG[:, ::-1].ravel().repeat(widths_GG[:, ::-1].ravel())
+    return list(torch.from_numpy(values).split((common_GG.diagonal() + 1).tolist()))
 
 
 def prefix_values(completion_ids: Sequence[TokenIds], rewards: Sequence[float | None] | Tensor) -> list[Tensor]:
