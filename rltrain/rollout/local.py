@@ -1,7 +1,8 @@
-"""Rollout in this process: the policy's own forward with a KV cache, and a loop that keeps only live rows."""
+"""Rollout in this process: the policy's own weights, a KV cache, and a loop that keeps only live rows."""
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,42 +14,60 @@ from torch import Tensor
 
 from rltrain.config import RolloutConfig, SamplingConfig, register, require
 from rltrain.rollout.plain import PlainDecoder
-from rltrain.rollout.shared import SharedDecoder
 from rltrain.rollout.sampling import row_key, sample, uniforms
+from rltrain.rollout.shared import SharedDecoder
 from rltrain.rollout.stopping import StopRule
 from rltrain.types import Completion, Group, Prompt
+
+Decoder = PlainDecoder | SharedDecoder
 
 
 @dataclass(kw_only=True)
 class LocalRolloutConfig(RolloutConfig):
-    """``max_rows`` completions are decoded together (at least one group); the others queue and refill the batch.
+    """How much is decoded at once; only ``dtype`` changes what is sampled.
 
-    Rows are looked at every ``check_steps`` token steps; finished ones leave when they are ``compact_share`` of the
-    batch. None of the three changes a sampled token.
+    At most ``max_rows`` completions and ``max_cache_tokens`` (0: no limit; prompt once a group, plus
+    ``max_new_tokens`` a row) are in flight, but at least one group; the others queue and refill the batch. Rows are
+    looked at every ``check_steps`` tokens; finished ones leave when they are ``compact_share`` of the batch.
+    ``dtype=bfloat16`` decodes with a cast copy of the weights, renewed by ``sync``; ``policy`` with the policy itself.
     """
 
     max_rows: int = 256
+    max_cache_tokens: int = 0
     check_steps: int = 4
     compact_share: float = 0.25
+    dtype: str = "policy"
 
     def __post_init__(self) -> None:
         require(self.max_rows >= 1, f"rollout.max_rows={self.max_rows}: set at least 1")
+        require(self.max_cache_tokens >= 0, f"rollout.max_cache_tokens={self.max_cache_tokens}: 0 means no limit")
         require(self.check_steps >= 1, f"rollout.check_steps={self.check_steps}: set at least 1")
         require(
             0 < self.compact_share <= 1, f"rollout.compact_share={self.compact_share}: must lie in (0, 1]; 1 is off"
         )
+        require(self.dtype in ("policy", "bfloat16"), f"rollout.dtype={self.dtype}: unknown; set policy or bfloat16")
 
 
 @dataclass(kw_only=True, slots=True)
 class _Row:
     """One completion while it is sampled."""
 
-    prompt_index: int
-    sample_index: int
     key: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     done: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A prompt and the rows that continue it."""
+
+    prompt_ids: Sequence[int]
+    rows: Sequence[_Row]
+
+    @property
+    def live(self) -> bool:
+        return not all(row.done for row in self.rows)
 
 
 @contextmanager
@@ -65,20 +84,76 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _Batch:
-    """The rows in flight, and one call of ``generate`` from its first prompt to its last token."""
+    """The rows in flight: a decoder's rows, the last token of each, and what was sampled so far."""
 
-    def __init__(self, decoder: Any, rule: StopRule, sampling: SamplingConfig, config: LocalRolloutConfig) -> None:
+    def __init__(self, decoder: Decoder, rule: StopRule, sampling: SamplingConfig, config: LocalRolloutConfig) -> None:
         self._decoder, self._rule, self._sampling, self._config = decoder, rule, sampling, config
         self._rows: list[_Row] = []
+        self._jobs: list[_Job] = []
         self._tokens_B: Tensor
         self._keys_B: Tensor
-        self._ages_B: Tensor
+        self._positions_B: Tensor  # of the next completion token
+
+    def run(self, jobs: Sequence[_Job]) -> None:
+        """Sample every row of every job to its end."""
+        queue = deque(jobs)
+        while queue or self._rows:
+            if fitting := self._fitting(queue):
+                self._admit(fitting)
+            if not all(row.done for row in self._rows):
+                self._decode()
+            self._compact()
+
+    def _fitting(self, queue: deque[_Job]) -> list[_Job]:
+        """Take from the queue what may start now."""
+        chosen: list[_Job] = []
+        if self._rows and not self._decoder.refills:
+            return chosen
+        max_cache_tokens = self._config.max_cache_tokens or float("inf")
+        rows, prompt_tokens = len(self._rows), sum(len(job.prompt_ids) for job in self._jobs)
+        while queue:
+            rows += len(queue[0].rows)
+            prompt_tokens += len(queue[0].prompt_ids)
+            cache_tokens = prompt_tokens + rows * self._rule.max_new_tokens
+            full = rows > self._config.max_rows or cache_tokens > max_cache_tokens
+            if full and (self._rows or chosen):
+                break
+            chosen.append(queue.popleft())
+        return chosen
+
+    def _admit(self, jobs: Sequence[_Job]) -> None:
+        """Prefill the prompts and sample the first token of their rows."""
+        rows = [row for job in jobs for row in job.rows]
+        logits_BV = self._decoder.admit([job.prompt_ids for job in jobs], len(jobs[0].rows))
+        keys_B = torch.tensor([row.key for row in rows], device=logits_BV.device)
+        tokens_B, logprobs_B = self._sample(logits_BV, uniforms(keys_B, torch.zeros_like(keys_B)))
+        self._record(rows, tokens_B[None], logprobs_B[None])
+        positions_B = torch.ones_like(keys_B)
+        if self._rows:
+            tokens_B, keys_B = torch.cat([self._tokens_B, tokens_B]), torch.cat([self._keys_B, keys_B])
+            positions_B = torch.cat([self._positions_B, positions_B])
+        self._tokens_B, self._keys_B, self._positions_B = tokens_B, keys_B, positions_B
+        self._rows += rows
+        self._jobs += jobs
+
+    def _decode(self) -> None:
+        """``check_steps`` tokens for every row, and one look at them from the host at the end."""
+        left = self._rule.max_new_tokens - min(len(row.token_ids) for row in self._rows if not row.done)
+        steps = min(self._config.check_steps, left)
+        offsets_K1 = torch.arange(steps, device=self._keys_B.device)[:, None]
+        sampled = []
+        for uniforms_B in uniforms(self._keys_B, self._positions_B + offsets_K1):
+            self._tokens_B, logprobs_B = self._sample(self._decoder.step(self._tokens_B), uniforms_B)
+            sampled.append((self._tokens_B, logprobs_B))
+        self._positions_B = self._positions_B + steps
+        tokens_KB, logprobs_KB = (torch.stack(columns) for columns in zip(*sampled, strict=True))
+        self._record(self._rows, tokens_KB, logprobs_KB)
 
     def _sample(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-        s = self._sampling
-        return sample(logits_BV, uniforms_B, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        config = self._sampling
+        return sample(logits_BV, uniforms_B, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
 
-    def _record(self, tokens_KB: Tensor, logprobs_KB: Tensor, rows: Sequence[_Row]) -> None:
+    def _record(self, rows: Sequence[_Row], tokens_KB: Tensor, logprobs_KB: Tensor) -> None:
         """Append K tokens to each row and cut those that ended."""
         for row, tokens_K, logprobs_K in zip(rows, tokens_KB.T.tolist(), logprobs_KB.T.tolist(), strict=True):
             if row.done:
@@ -91,60 +166,22 @@ class _Batch:
                 del row.token_ids[end:], row.logprobs[end:]
                 row.done = True
 
-    def admit(self, prompts: Sequence[Sequence[int]], rows: Sequence[_Row]) -> None:
-        """Prefill prompts and sample the first token of their rows."""
-        logits_BV = self._decoder.admit(prompts, len(rows) // len(prompts))
-        keys_B = torch.tensor([row.key for row in rows], device=logits_BV.device)
-        tokens_B, logprobs_B = self._sample(logits_BV, uniforms(keys_B, torch.zeros_like(keys_B)))
-        self._record(tokens_B[None], logprobs_B[None], rows)
-        new = (tokens_B, keys_B, torch.ones_like(keys_B))
-        old = (self._tokens_B, self._keys_B, self._ages_B) if self._rows else ()
-        self._tokens_B, self._keys_B, self._ages_B = (
-            (torch.cat(pair) for pair in zip(old, new, strict=True)) if old else new
-        )
-        self._rows += rows
-
-    def decode(self) -> None:
-        """``check_steps`` tokens for every row, with one look at the host at the end."""
-        left = self._rule.max_new_tokens - min(len(row.token_ids) for row in self._rows if not row.done)
-        steps = min(self._config.check_steps, left)
-        offsets_K1 = torch.arange(steps, device=self._keys_B.device)[:, None]
-        uniforms_KB = uniforms(self._keys_B, self._ages_B + offsets_K1)
-        sampled = []
-        for uniforms_B in uniforms_KB:
-            self._tokens_B, logprobs_B = self._sample(self._decoder.step(self._tokens_B), uniforms_B)
-            sampled.append((self._tokens_B, logprobs_B))
-        self._ages_B = self._ages_B + steps
-        tokens_KB, logprobs_KB = (torch.stack(columns) for columns in zip(*sampled, strict=True))
-        self._record(tokens_KB, logprobs_KB, self._rows)
-
-    @property
-    def live(self) -> int:
-        return sum(not row.done for row in self._rows)
-
-    def compact(self) -> None:
+    def _compact(self) -> None:
         """Drop finished rows once they are worth the copy."""
-        done = len(self._rows) - self.live
-        if done < self._config.compact_share * len(self._rows):
-            return
         kept = [index for index, row in enumerate(self._rows) if not row.done]
-        self._rows = [self._rows[index] for index in kept]
+        if len(self._rows) - len(kept) < self._config.compact_share * len(self._rows):
+            return
         self._decoder.keep(kept)
+        self._rows = [self._rows[index] for index in kept]
+        self._jobs = [job for job in self._jobs if job.live]
         index_B = torch.tensor(kept, device=self._keys_B.device, dtype=torch.int64)
         self._tokens_B, self._keys_B = self._tokens_B[index_B], self._keys_B[index_B]
-        self._ages_B = self._ages_B[index_B]
-
-    @property
-    def room(self) -> int:
-        """Rows that may be admitted now."""
-        if not self._rows:
-            return self._config.max_rows
-        return max(0, self._config.max_rows - len(self._rows)) if self._decoder.refills else 0
+        self._positions_B = self._positions_B[index_B]
 
 
 @register("rollout", "local", LocalRolloutConfig)
 class LocalRollout:
-    """Samples with the module that is trained, so there is nothing to synchronise.
+    """Samples with the module that is trained.
 
     Each prompt is prefilled once for its G samples, all rows are decoded together, and a token depends on nothing but
     its key, its position and its logits (:mod:`rltrain.rollout.sampling`). Log-probs are fp32 and those of the
@@ -153,10 +190,17 @@ class LocalRollout:
 
     def __init__(self, config: LocalRolloutConfig, sampling: SamplingConfig, policy: Any, *, seed: int) -> None:
         self._config, self._sampling, self._policy, self._seed = config, sampling, policy, seed
+        self._model = policy.model
+        if config.dtype == "bfloat16" and policy.model.dtype != torch.bfloat16:
+            self._model = copy.deepcopy(policy.model).requires_grad_(False).to(torch.bfloat16)
 
     def sync(self, policy: Any) -> None:
-        """The policy samples by itself; nothing to copy."""
-        self._policy = policy
+        """Nothing to copy, unless decoding has weights of its own."""
+        if self._model is policy.model:
+            return
+        with torch.no_grad():
+            for mine, theirs in zip(self._model.parameters(), policy.model.parameters(), strict=True):
+                mine.copy_(theirs)
 
     def generate(
         self, prompts: Sequence[Prompt], *, step: int, group_size: int, sampling: SamplingConfig | None = None
@@ -165,55 +209,33 @@ class LocalRollout:
         sampling = sampling or self._sampling
         for prompt in prompts:
             assert 0 < len(prompt.token_ids) <= sampling.max_prompt_tokens, prompt.problem.id
-        rows = [
-            _Row(prompt_index=p, sample_index=g, key=row_key(self._seed, step, prompt.problem.id, g))
-            for p, prompt in enumerate(prompts)
-            for g in range(group_size)
-        ]
-        rule = self._rule(sampling)
-        with _inference(self._policy.model):
-            self._run(prompts, rows, group_size, sampling, rule)
-        return [
-            Group(
-                prompt=prompt,
-                completions=tuple(self._completion(row, rule) for row in rows[p * group_size : (p + 1) * group_size]),
+        jobs = [
+            _Job(
+                prompt_ids=prompt.token_ids,
+                rows=[_Row(key=row_key(self._seed, step, prompt.problem.id, g)) for g in range(group_size)],
             )
-            for p, prompt in enumerate(prompts)
+            for prompt in prompts
         ]
-
-    def _rule(self, sampling: SamplingConfig) -> StopRule:
-        return StopRule(
+        rule = StopRule(
             stop_ids=frozenset(self._policy.stop_token_ids),
             stop_strings=tuple(sampling.stop),
             max_new_tokens=sampling.max_new_tokens,
             tokenizer=self._policy.tokenizer,
         )
+        with _inference(self._model):
+            _Batch(self._decoder(), rule, sampling, self._config).run(jobs)
+        return [
+            Group(prompt=prompt, completions=tuple(self._completion(row, rule) for row in job.rows))
+            for prompt, job in zip(prompts, jobs, strict=True)
+        ]
 
-    def _run(
-        self, prompts: Sequence[Prompt], rows: Sequence[_Row], group_size: int, sampling: SamplingConfig, rule: StopRule
-    ) -> None:
-        decoder = self._decoder()
-        batch = _Batch(decoder, rule, sampling, self._config)
-        queue = deque(range(len(prompts)))
-        while queue or batch.live:
-            if queue and (groups := batch.room // group_size or int(not batch.live)):
-                chosen = [queue.popleft() for _ in range(min(groups, len(queue)))]
-                batch.admit(
-                    [prompts[p].token_ids for p in chosen],
-                    [row for p in chosen for row in rows[p * group_size : (p + 1) * group_size]],
-                )
-            if batch.live:
-                batch.decode()
-            batch.compact()
-
-    def _decoder(self) -> PlainDecoder | SharedDecoder:
-        model, pad_id = self._policy.model, self._policy.pad_token_id
+    def _decoder(self) -> Decoder:
+        model: Any = self._model
         if hasattr(model, "get_base_model"):
             # peft: the adapters live inside the base model's own layers.
             model = model.get_base_model()
-        if SharedDecoder.supports(model):
-            return SharedDecoder(model, pad_id=pad_id)
-        return PlainDecoder(model, pad_id=pad_id)
+        decoder = SharedDecoder if SharedDecoder.supports(model) else PlainDecoder
+        return decoder(model, pad_id=self._policy.pad_token_id)
 
     def _completion(self, row: _Row, rule: StopRule) -> Completion:
         text_ids = row.token_ids[:-1] if row.token_ids[-1] in rule.stop_ids else row.token_ids
@@ -221,5 +243,5 @@ class LocalRollout:
             token_ids=tuple(row.token_ids),
             logprobs=tuple(row.logprobs),
             finish="stop" if rule.stopped(row.token_ids) else "length",
-            text=self._policy.tokenizer.decode(text_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            text=self._policy.tokenizer.decode(text_ids, clean_up_tokenization_spaces=False),
         )

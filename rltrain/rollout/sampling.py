@@ -14,6 +14,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_BLOCK = 256
 
 
 def row_key(seed: int, step: int, problem_id: str, sample_index: int) -> int:
@@ -54,8 +55,8 @@ def _keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
     return logits_BV.masked_fill(dropped_BV, -torch.inf)
 
 
-def log_distribution(logits_BV: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """fp32 log-probs of the distribution sampled from: temperature, then top-k, then top-p, then renormalised."""
+def distribution(logits_BV: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """fp32 probabilities of the distribution sampled from: temperature, then top-k, then top-p, then renormalised."""
     logits_BV = logits_BV.float()
     if temperature != 1:
         logits_BV = logits_BV / temperature
@@ -63,14 +64,41 @@ def log_distribution(logits_BV: Tensor, *, temperature: float, top_k: int, top_p
         logits_BV = _keep_top_k(logits_BV, top_k)
     if top_p < 1:
         logits_BV = _keep_top_p(logits_BV, top_p)
-    return logits_BV.log_softmax(-1)
+    return logits_BV.softmax(-1)
+
+
+def _first_above(weights_BV: Tensor, targets_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index whose float64 running sum exceeds the target, and the target's rest at that index; [B, 1] both.
+
+    The index always has a positive weight: rounding cannot push a target up to the total or below 0.
+    """
+    running_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+    total_B1 = running_BV[:, -1:]
+    targets_B1 = torch.minimum(targets_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    index_B1 = torch.searchsorted(running_BV, targets_B1, right=True)
+    before_B1 = running_BV.gather(-1, index_B1) - weights_BV.gather(-1, index_B1)
+    return index_B1, (targets_B1 - before_B1).clamp_(min=0)
 
 
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Index j with probability w_j / Σw, [B]: the first whose running sum exceeds u·Σw. Zero weights never win."""
-    running_BV = weights_BV.cumsum(-1, dtype=torch.float64)
-    targets_B1 = uniforms_B[:, None] * running_BV[:, -1:]
-    return torch.searchsorted(running_BV, targets_B1, right=True).squeeze(-1)
+    """Index j with probability w_j / Σw, [B]: the first whose running sum exceeds u·Σw. Zero weights never win.
+
+    Long rows are searched by block and then inside the block: running sums over a whole vocabulary cost more than the
+    softmax.
+    """
+    if weights_BV.shape[-1] <= 4 * _BLOCK:
+        targets_B1 = uniforms_B[:, None] * weights_BV.sum(-1, keepdim=True, dtype=torch.float64)
+        return _first_above(weights_BV, targets_B1)[0].squeeze(-1)
+    missing = -weights_BV.shape[-1] % _BLOCK
+    if missing:
+        weights_BV = torch.nn.functional.pad(weights_BV, (0, missing))
+    blocks_BNK = weights_BV.unflatten(-1, (-1, _BLOCK))
+    sums_BN = blocks_BNK.sum(-1)
+    targets_B1 = uniforms_B[:, None] * sums_BN.sum(-1, keepdim=True, dtype=torch.float64)
+    block_B1, rest_B1 = _first_above(sums_BN, targets_B1)
+    chosen_BK = blocks_BNK[torch.arange(len(block_B1), device=block_B1.device), block_B1.squeeze(-1)]
+    index_B1, _ = _first_above(chosen_BK, rest_B1)
+    return (block_B1 * _BLOCK + index_B1).squeeze(-1)
 
 
 def sample(
@@ -84,6 +112,6 @@ def sample(
     if temperature == 0:
         tokens_B = logits_BV.argmax(-1)
         return tokens_B, torch.zeros_like(tokens_B, dtype=torch.float32)
-    logprobs_BV = log_distribution(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
-    tokens_B = inverse_cdf(logprobs_BV.exp(), uniforms_B)
-    return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None]).squeeze(-1)
+    probabilities_BV = distribution(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens_B = inverse_cdf(probabilities_BV, uniforms_B)
+    return tokens_B, probabilities_BV.gather(-1, tokens_B[:, None]).squeeze(-1).log()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rltrain.rollout.llama import LlamaStep
 from rltrain.rollout.plain import left_padded, padded_positions
 
 _ATTENTION = "rltrain_shared_prompt"
@@ -106,20 +107,10 @@ def shared_prompt_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface for one token a row; ``key`` and ``value`` are the own pieces, [B, H, T, D]."""
-    rows, heads, _one, size = query.shape
-    repeats = heads // key.shape[1]
-    layer, layout = rollout.layers[module.layer_idx], rollout.layout
-    query = query.reshape(rows, key.shape[1], repeats, size) * (size**-0.5 if scaling is None else scaling)
-    prompt_scores = layout.by_row(layout.by_prompt(query) @ layer.prompt_keys.mT, repeats)
-    scores = torch.cat([prompt_scores, query @ key.mT], dim=-1)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    weights = (scores + rollout.bias(sliding_window)).softmax(-1, dtype=torch.float32).to(value.dtype)
-    length = layer.prompt_keys.shape[2]
-    from_prompt = layout.by_prompt(weights[..., :length]) @ layer.prompt_values
-    out = weights[..., length:] @ value + layout.by_row(from_prompt, repeats)
-    return out.view(rows, 1, heads, -1), None
+    """transformers' attention interface for one token a row; the cache has taken ``key`` and ``value`` already."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out_BD = rollout.attend(module.layer_idx, query[:, :, 0], scale, sliding_window, softcap)
+    return out_BD.view(len(out_BD), 1, query.shape[1], -1), None
 
 
 class SharedDecoder:
@@ -132,12 +123,14 @@ class SharedDecoder:
 
     def __init__(self, model: Any, *, pad_id: int) -> None:
         self._model, self._pad_id, self._device = model, pad_id, model.device
+        fused = LlamaStep.supports(model)
+        self._forward = LlamaStep(model, self._llama_attend) if fused else self._transformers_forward
         self.layers: list[_Layer] = []
         self.layout: _Layout
         self._prompt_of: list[int] = []  # of each row; ascending
         self._fed: list[int] = []  # own tokens of each row in the cache
         self._columns = 0  # in use
-        # Four axes tell the model that the mask is made already; shared_prompt_attention uses `bias` instead.
+        # Four axes tell the model that the mask is made already; `attend` uses `bias` instead.
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
         self._bias: dict[int | None, Tensor] = {}
         self._prompt_mask_PT: Tensor
@@ -159,11 +152,32 @@ class SharedDecoder:
         return self._columns
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the newest column in place."""
+        """Part of the cache interface: write the present column in place."""
+        self._write(layer_idx, keys[:, :, 0], values[:, :, 0])
+        return keys, values
+
+    def _write(self, layer_idx: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         layer = self.layers[layer_idx]
-        layer.own_keys[:, :, self._columns - 1] = keys[:, :, 0]
-        layer.own_values[:, :, self._columns - 1] = values[:, :, 0]
-        return layer.own_keys, layer.own_values
+        layer.own_keys[:, :, self._columns - 1] = key_BHD
+        layer.own_values[:, :, self._columns - 1] = value_BHD
+
+    def attend(
+        self, layer_idx: int, query_BHD: Tensor, scale: float, window: int | None, softcap: float | None = None
+    ) -> Tensor:
+        """[B, H·D]: the present token over the prompt's and the row's own keys."""
+        layer, layout = self.layers[layer_idx], self.layout
+        rows, heads, size = query_BHD.shape
+        kv_heads, length = layer.own_keys.shape[1], layer.prompt_keys.shape[2]
+        repeats = heads // kv_heads
+        query = (query_BHD * scale).view(rows, kv_heads, repeats, size)
+        prompt_scores = layout.by_row(layout.by_prompt(query) @ layer.prompt_keys.mT, repeats)
+        scores = torch.cat([prompt_scores, query @ layer.own_keys.mT], dim=-1)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = scores.add_(self.bias(window)).softmax(-1, dtype=torch.float32).to(scores.dtype)
+        from_prompt = layout.by_prompt(weights[..., :length]) @ layer.prompt_values
+        out = weights[..., length:] @ layer.own_values + layout.by_row(from_prompt, repeats)
+        return out.view(rows, -1)
 
     @property
     def _capacity(self) -> int:
@@ -257,18 +271,27 @@ class SharedDecoder:
     def step(self, tokens_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token in every row."""
         self._new_column()
+        logits_BV = self._forward(tokens_B, self._positions_B)
+        self._positions_B = self._positions_B + 1
+        self._fed = [fed + 1 for fed in self._fed]
+        return logits_BV
+
+    def _llama_attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        self._write(layer_idx, key, value)
+        return self.attend(layer_idx, query, scale, window)
+
+    def _transformers_forward(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
         with self._attention():
-            logits_BV = self._model(
+            return self._model(
                 input_ids=tokens_B[:, None],
-                position_ids=self._positions_B[:, None],
+                position_ids=positions_B[:, None],
                 attention_mask=self._no_mask,
                 past_key_values=self,
                 use_cache=True,
                 rollout=self,
             ).logits[:, -1]
-        self._positions_B = self._positions_B + 1
-        self._fed = [fed + 1 for fed in self._fed]
-        return logits_BV
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, the prompts that have none left, and the columns that are older than all."""
