@@ -106,9 +106,9 @@ class RolloutConfig:
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Low-rank adapters through peft; the base weights stay frozen."""
+    """Low-rank adapters through peft; the base weights stay frozen. ``rank=0`` trains the whole model."""
 
-    rank: int = 16
+    rank: int = 0
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -122,7 +122,7 @@ class ModelConfig:
     chat: bool = False
     system: str | None = None
     gradient_checkpointing: bool = False
-    lora: LoraConfig | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -306,9 +306,9 @@ class TrackingConfig:
 
 @dataclass(kw_only=True)
 class ColdStartConfig:
-    """Supervised fine-tuning before RL, with TRL's SFTTrainer, on ``problem.meta[solution_field]``."""
+    """Supervised fine-tuning before RL, with TRL's SFTTrainer, on ``problem.meta[solution_field]``; 0 steps: none."""
 
-    steps: int = 400
+    steps: int = 0
     batch_size: int = 64
     learning_rate: float = 3e-3
     warmup_steps: int = 20
@@ -318,7 +318,7 @@ class ColdStartConfig:
     solution_field: str = "solution"
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"cold_start.steps={self.steps}: set at least 1, or cold_start=null for none")
+        require(self.steps >= 0, f"cold_start.steps={self.steps}: must be >= 0; 0 trains nothing before RL")
 
 
 @dataclass(kw_only=True)
@@ -347,7 +347,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    cold_start: ColdStartConfig | None = None
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, f"steps={self.steps}: must be >= 0")

@@ -72,8 +72,11 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
     if path is not None:
         config = copy.copy(config)
         config.path, config.package, config.gguf_file = path, None, None  # type: ignore[attr-defined]
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model, tokenizer = part_of(config).function(config)
-    if config.lora is not None:
+    if config.lora.rank > 0:
         model = add_lora(model, config.lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -88,7 +91,7 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
 def load_frozen(config: ModelConfig, *, path: str | None = None) -> Any:
     """A model without gradients, in eval mode: a reference or a scorer."""
     plain = copy.copy(config)
-    plain.lora = None
+    plain.lora = LoraConfig()
     plain.gradient_checkpointing = False
     return load_policy(plain, path=path).model.requires_grad_(False).eval()
 

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,12 @@ def _in_own_process(config: RunConfig, folder: Path) -> None:
 
 def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> list[dict[str, list[int]]]:
     """Token ids and labels of each worked solution, prompts without loss; the prompt is encoded as for RL, EOS closes it."""
-    assert config.cold_start is not None
     field = config.cold_start.solution_field
     missing = [problem.id for problem in problems if not problem.meta.get(field)]
     if missing:
         raise ConfigError(
             f"cold_start.solution_field={field}: {len(missing)} problems have no such field, the first is {missing[0]}; "
-            "choose data with worked solutions or set cold_start=null"
+            "choose data with worked solutions or set cold_start.steps=0"
         )
     rows = []
     for problem in problems:
@@ -82,7 +82,6 @@ def train(config: RunConfig, folder: Path) -> None:
     import datasets
     from trl import SFTTrainer
 
-    assert config.cold_start is not None
     source = part_of(config.data).function(config.data, "train")
     count = min(config.cold_start.problems, len(source), config.cold_start.steps * config.cold_start.batch_size)
     policy = load_policy(config.model)
@@ -113,7 +112,7 @@ def _arguments(config: ColdStartConfig, folder: Path, seed: int) -> Any:
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="linear",
         max_length=config.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},
         bf16=False,
@@ -122,6 +121,7 @@ def _arguments(config: ColdStartConfig, folder: Path, seed: int) -> Any:
         save_strategy="no",
         report_to=[],
         logging_steps=50,
+        disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=False,
     )
 
@@ -133,8 +133,8 @@ def _merged(model: Any) -> Any:
 
 def main(config: RunConfig) -> None:
     """Fine-tune into ``run_dir/cold_start``."""
-    if config.cold_start is None:
-        raise ConfigError("cold_start: is null; name an experiment with a cold start or set cold_start.steps=…")
+    if config.cold_start.steps == 0:
+        raise ConfigError("cold_start.steps=0: nothing to do; set cold_start.steps, or name an experiment that does")
     print(f"saved to {cold_start(config)}")
 
 

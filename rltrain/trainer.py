@@ -367,7 +367,7 @@ def build(config: RunConfig) -> Run:
     saved = resume_point(folder, config)
     if saved is None and dist.is_main():
         runs.write_provenance(folder, config)
-    initial = sft.cold_start(config) if config.cold_start is not None else None
+    initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
     policy = load_policy(config.model, path=initial)
     source, held_out = PromptSource(config, policy), held_out_prompts(config, policy)
     engine = Engine(
