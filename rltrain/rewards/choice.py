@@ -21,16 +21,20 @@ MAX_CHARACTERS = 1024
 
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _LETTER = re.compile(r"[\s(\[{*]*([A-Za-z])[\s)\]}*]*(?:[.:,\-][\s*]*)?")
-_LETTER_TEXT = re.compile(r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+-)[\s*:.\-]*(\S.*)", re.DOTALL)
+_LETTER_TEXT = re.compile(
+    r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+-)[\s*:.\-]*(\S.*)", re.DOTALL
+)
 _PREFIX = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|final\s+|best\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*)+(?=[(\[*A-Za-z])", re.I
 )
-_NEGATION = re.compile(r"\b(?:not|isn'?t|never|wrong|incorrect|false|except|neither|nor|cannot|rule[sd]? out)\b", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(?:not|isn'?t|never|wrong|incorrect|false|except|neither|nor|cannot|rule[sd]? out)\b", re.IGNORECASE
+)
 
 
 def options_of(meta: Mapping[str, object]) -> dict[str, str]:
-    """``meta["options"]`` as letter -> text; a list is lettered A, B, C, …."""
-    options = meta.get("options") or {}
+    """``meta["choices"]`` or ``meta["options"]`` as letter -> text; a list is lettered A, B, C, …."""
+    options = meta.get("choices") or meta.get("options") or {}
     if isinstance(options, Mapping):
         return {str(letter).strip().upper(): str(text) for letter, text in options.items()}
     assert isinstance(options, Sequence)
@@ -40,7 +44,7 @@ def options_of(meta: Mapping[str, object]) -> dict[str, str]:
 def verify_choice(
     completion: str, gold: str, options: Mapping[str, str] | None = None, *, strict: bool = True
 ) -> Verdict:
-    """1 if the completion chooses the gold, a letter or the text of one of ``options``; lenient reads answer lines too."""
+    """1 if the completion chooses the gold, a letter or the text of one option; lenient reads answer lines too."""
     options = {letter.upper(): text for letter, text in (options or {}).items()}
     expected = _gold_letter(gold, options)
     if expected is None:
@@ -112,7 +116,7 @@ def _known(letter: str, options: Mapping[str, str]) -> tuple[str | None, str]:
 
 
 def _agreeing(letter: str, text: str, options: Mapping[str, str]) -> tuple[str | None, str]:
-    """The letter, if the text after it is its option's; with unknown options, any text that neither denies nor lists."""
+    """The letter, if the text after it is its option's; with unknown options, any that neither denies nor lists."""
     if options:
         agrees = _plain(text) == _plain(options[letter])
         return (letter, "") if agrees else (None, "letter and text disagree")
@@ -123,7 +127,7 @@ def _agreeing(letter: str, text: str, options: Mapping[str, str]) -> tuple[str |
 
 @dataclass(kw_only=True)
 class ChoiceConfig(RewardConfig):
-    """1 for the right option, else 0. Options are read from ``problem.meta["options"]``, a mapping or a list."""
+    """1 for the right option, else 0. Options are read from ``problem.meta["choices"]`` (or ``["options"]``)."""
 
     strict: bool = True
 
@@ -136,7 +140,10 @@ def choice(groups: Sequence[Group], config: ChoiceConfig, context: Context) -> S
         problem = group.prompt.problem
         options = options_of(problem.meta)
         prefix = OPEN_THINK if opens_thinking(group.prompt, context.tokenizer) else ""
-        row = [verify_choice(prefix + each.text, problem.answer, options, strict=config.strict) for each in group.completions]
+        row = [
+            verify_choice(prefix + each.text, problem.answer, options, strict=config.strict)
+            for each in group.completions
+        ]
         verdicts += row
         scores.append([verdict.score for verdict in row])
     extracted = Mean.of([float(verdict.extracted is not None) for verdict in verdicts])

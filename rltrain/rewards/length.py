@@ -22,12 +22,13 @@ class OverlongConfig(RewardConfig):
         require(self.cache_tokens > 0, f"reward.cache_tokens={self.cache_tokens}: must be > 0")
         require(
             self.max_tokens == 0 or self.cache_tokens <= self.max_tokens,
-            f"reward.cache_tokens={self.cache_tokens}: wider than max_tokens={self.max_tokens}; set it in (0, max_tokens]",
+            f"reward.cache_tokens={self.cache_tokens}: wider than max_tokens={self.max_tokens}; lower it",
         )
 
 
 def soft_overlong_penalty(length_tokens: int, *, max_tokens: int, cache_tokens: int) -> float:
-    """DAPO (arXiv 2503.14476): 0 up to ``L_max - L_cache``, then ``((L_max - L_cache) - length)/L_cache``, -1 above L_max.
+    """DAPO (arXiv 2503.14476): 0 up to ``L_max - L_cache``, then ``((L_max - L_cache) - length)/L_cache``, -1 above
+    ``L_max``.
 
     Lengths in tokens, EOS included.
     """
@@ -120,7 +121,10 @@ def repetition(groups: Sequence[Group], config: RepetitionConfig, context: Conte
     """The repetition penalty of each completion."""
     return Scores(
         scores=[
-            [repetition_penalty(ids, ngram=config.ngram, max_penalty=config.max_penalty) for ids in group.completion_ids]
+            [
+                repetition_penalty(ids, ngram=config.ngram, max_penalty=config.max_penalty)
+                for ids in group.completion_ids
+            ]
             for group in groups
         ]
     )

@@ -12,15 +12,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 from rltrain import dist
 from rltrain.config import RewardConfig, register, require
 from rltrain.rewards import math_cas
+from rltrain.rewards.format import opens_thinking
 from rltrain.rewards.math_compare import Outcome, compare, compare_joined
 from rltrain.rewards.math_extract import EXTRACTORS, OPEN_THINK, extract, gold_of
 from rltrain.rewards.math_number import parse_number
-from rltrain.rewards.format import opens_thinking
 from rltrain.rewards.math_text import clean_latex, normalise
 from rltrain.types import Context, Group, Max, Mean, Metric, Scores
 
@@ -30,13 +31,14 @@ MAX_CHARACTERS, MAX_NESTING, MAX_TEXT_WORDS = 512, 64, 8
 CACHE_SIZE = 65536
 
 _POINTER = re.compile(
-    r"\b(?:see|refer to|shown|given|as|in the)\b.*\b(?:figure|graph|diagram|solution|above|below|table|picture|image|text|"
-    r"explanation|proof|attachment|work|answer)\b|\banswers? (?:may|will|can) vary\b|\bvar(?:y|ies)\b|^\W*(?:proof|"
+    r"\b(?:see|refer to|shown|given|as|in the)\b.*\b(?:figure|graph|diagram|solution|above|below|table|picture|image|"
+    r"text|explanation|proof|attachment|work)\b|\banswers? (?:may|will|can) vary\b|\bvar(?:y|ies)\b|^\W*(?:proof|"
     r"n/?a|nan|tbd|todo|null|unknown|figure|graph|diagram|omitted|not (?:given|provided|available)|no answer"
     r"(?: given| provided)?|none given|left to the reader|self[- ]explanatory)\W*$|https?://|\[asy\]|\\includegraphics",
     re.IGNORECASE,
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_SOMETHING = re.compile(r"\w|\\\{")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
@@ -66,7 +68,9 @@ def grade(
     if not isinstance(gold, str) or not isinstance(completion, str):
         which = "gold" if not isinstance(gold, str) else "completion"
         status: Status = "gold_error" if which == "gold" else "no_answer"
-        return Verdict(score=None if which == "gold" else 0.0, status=status, extracted=None, reason=f"{which} is not text")
+        return Verdict(
+            score=None if which == "gold" else 0.0, status=status, extracted=None, reason=f"{which} is not text"
+        )
     expected, fault = _read_gold(gold)
     if fault:
         return Verdict(score=None, status="gold_error", extracted=None, reason=fault)
@@ -95,7 +99,7 @@ def _read_gold(gold: str) -> tuple[str, str]:
     if "\\" in cleaned and not parse_number(cleaned):
         math_cas.warm()
     plain = _TEXT.sub(r"\1", cleaned)
-    if not any(character.isalnum() or character == "\\" for character in plain):
+    if not _SOMETHING.search(plain):
         return "", "gold holds no answer"
     if _POINTER.search(plain):
         return "", "gold points elsewhere"
@@ -111,7 +115,7 @@ def _gate(text: str) -> str:
     if _CONTROL.search(text):
         return "control characters"
     depth = deepest = 0
-    for token in re.findall(r"\\[{}]|[{}]", text):
+    for token in re.findall(r"\\.|[{}]", text):
         if len(token) == 1:
             depth += 1 if token == "{" else -1
             deepest = max(deepest, depth)
@@ -126,7 +130,7 @@ def _gate(text: str) -> str:
 @lru_cache(maxsize=CACHE_SIZE)
 def _compared(gold: str, answers: tuple[str, ...], inequalities: bool) -> Outcome:
     try:
-        if len(answers) > 1:
+        if len(answers) != 1:
             return compare_joined(gold, answers)
         return compare(gold, answers[0], inequalities=inequalities)
     except RecursionError:
@@ -137,7 +141,7 @@ def _decide(gold: str, answers: tuple[str, ...], inequalities: bool, wait_s: flo
     outcome = _compared(gold, answers, inequalities)
     if outcome in (Outcome.RIGHT, Outcome.WRONG):
         return float(outcome is Outcome.RIGHT), "ok", outcome.value
-    if len(answers) > 1 or (outcome is Outcome.UNPARSED_ANSWER and parse_number(gold)):
+    if len(answers) != 1 or (outcome is Outcome.UNPARSED_ANSWER and parse_number(gold)):
         return 0.0, "parse_error", outcome.value  # what the parser cannot read is not a number
     fault = math_cas.gate(gold, answers[0])
     if fault:
@@ -235,5 +239,5 @@ def _keep_sample(path: str, step: int, group: Group, text: str, verdict: Verdict
     if verdict.status not in ("timeout", "infra", "gold_error") and not missed:
         return
     row = {"step": step, "id": group.prompt.problem.id, "gold": gold, "lenient_is_right": missed, "tail": text[-2000:]}
-    with open(f"{path}.rank{dist.rank()}" if dist.world_size() > 1 else path, "a") as file:
+    with Path(f"{path}.rank{dist.rank()}" if dist.world_size() > 1 else path).open("a") as file:
         file.write(json.dumps(row | asdict(verdict)) + "\n")

@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from rltrain.rewards.math_evaluate import TooLarge, constant_ratio, rational, same_expression
 from rltrain.rewards.math_expression import Expression, Unparsed, parse_expression
 from rltrain.rewards.math_number import Number, parse_number, same_number
-from rltrain.rewards.math_structure import Equation, Items, Matrix, Pair, Relation, Structure, Text, Union, parse_structure
+from rltrain.rewards.math_structure import (
+    Equation,
+    Items,
+    Matrix,
+    Pair,
+    Relation,
+    Structure,
+    Text,
+    Union,
+    parse_structure,
+)
 from rltrain.rewards.math_unit import Quantity
 
 MAX_ITEMS = 32

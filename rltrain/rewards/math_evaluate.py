@@ -80,7 +80,7 @@ _RATIONAL: Mapping[str, Callable[..., Fraction | None]] = {
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
     "negate": lambda a: -a,
-    "abs": abs,
+    "abs": lambda a: abs(a),
     "power": _rational_power,
     "factorial": _rational_factorial,
     "binomial": _rational_binomial,
@@ -134,7 +134,13 @@ _NUMERIC: Mapping[str, Callable[..., Any]] = {
 }
 
 # Irrational-looking points of both signs and sizes, so that |x| is not x and sqrt(x^2) is not x.
-_POINTS = (Fraction(7919, 4513), Fraction(-6007, 5003), Fraction(3001, 8009), Fraction(-2503, 7717), Fraction(9103, 1429))
+_POINTS = (
+    Fraction(7919, 4513),
+    Fraction(-6007, 5003),
+    Fraction(3001, 8009),
+    Fraction(-2503, 7717),
+    Fraction(9103, 1429),
+)
 _STEP = Fraction(1913, 3571)
 
 
@@ -157,7 +163,7 @@ def evaluated(expression: Expression, symbols: frozenset[str]) -> list[Any]:
     for point in _points(symbols, mp):
         try:
             values.append(numeric(expression.root, point, mp))
-        except (TooLarge, ZeroDivisionError, ValueError, TypeError, mpmath.libmp.NoConvergence):
+        except (TooLarge, ZeroDivisionError, ValueError, TypeError, mp.NoConvergence):
             values.append(None)
         if not symbols:
             break

@@ -12,7 +12,7 @@ TAIL_CHARACTERS = 8192
 OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 
 _BOX_COMMAND = re.compile(r"\\+(?:boxed|fbox)(?![a-zA-Z])")
-_BOX_TOKEN = re.compile(r"(?P<command>\\+(?:boxed|fbox)(?![a-zA-Z]))\s*(?P<brace>\{)?|\\[{}]|[{}]")
+_BOX_TOKEN = re.compile(r"(?P<command>\\+(?:boxed|fbox)(?![a-zA-Z]))\s*(?P<brace>\{)?|\\.|[{}]", re.DOTALL)
 # What may follow a box without braces: a number, a command, a single letter; never a word of prose.
 _BRACELESS = re.compile(r"(?=[-+]?[\d.\\]|[-+]?[a-zA-Z](?![a-zA-Z]))[^\s{}$]{1,64}(?:\{[^{}]*\}[^\s{}$]{0,64}){0,8}")
 _JOINER_NOISE = re.compile(r"\\(?:text|q?quad|,|;|[()\[\]])|[$&{}()\[\]~*.|/\-\s]+")
@@ -22,7 +22,9 @@ _JOINER = re.compile(
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_ANSWER_LINE = re.compile(r"\banswer\b[ \t*_]*(?:is|:|=)[ \t*_]*(?:(?:the )?(?:final )?answer is|is)?[ \t:]*([^\n]+)", re.I)
+_ANSWER_LINE = re.compile(
+    r"\banswer\b[ \t*_]*(?:is|:|=)[ \t*_]*(?:(?:the )?(?:final )?answer is|is)?[ \t:]*([^\n]+)", re.I
+)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*|__([^_\n]+)__")
 _MINERVA_TAIL = re.compile(r"\.?\s*I hope (?:it|this) is correct.*$", re.IGNORECASE | re.DOTALL)
 _NEXT_SENTENCE = re.compile(r"[.!?]\s+(?=[A-Z]).*$", re.DOTALL)

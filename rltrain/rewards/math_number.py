@@ -15,14 +15,17 @@ ZERO_TOLERANCE = Fraction(1, 10**12)
 MAX_EXPONENT = 1000
 
 _DIGITS = r"(?:\d{1,3}(?:(?:,|\\,)\d{3})+|\d+)"
+_EXPONENT = r"(?:\{\s*(?P<k>[+-]?\s*\d+)\s*\}|\(?(?P<k1>[+-]?\d+)\)?)"
 _DECIMAL = re.compile(
-    rf"(?P<sign>[+-]?)\s*(?P<whole>{_DIGITS})?(?:\.(?P<part>\d*)(?:\\overline\s*(?:\{{(?P<repeat>\d+)\}}|(?P<one>\d)))?)?"
-    r"(?:(?:[eE](?P<e>[+-]?\d+))|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*(?P<k>[+-]?\s*\d+)\s*\}|\(?(?P<k1>[+-]?\d+)\)?))?"
+    rf"(?P<sign>[+-]?)\s*(?P<whole>{_DIGITS})?"
+    r"(?:\.(?P<part>\d*)(?:\\overline\s*(?:\{(?P<repeat>\d+)\}|(?P<one>\d)))?)?"
+    rf"(?:[eE](?P<e>[+-]?\d+)|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*{_EXPONENT})?"
 )
-_POWER_OF_TEN = re.compile(r"(?P<sign>[+-]?)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*(?P<k>[+-]?\s*\d+)\s*\}|(?P<k1>[+-]?\d+))")
+_POWER_OF_TEN = re.compile(rf"(?P<sign>[+-]?)\s*10\s*(?:\^|\*\*)\s*{_EXPONENT}")
 _FRACTION = re.compile(
     rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)(?:\s|\\,)*)?\\frac\s*"
-    rf"(?:\{{\s*(?P<top>[+-]?\s*{_DIGITS})\s*\}}|(?P<top1>\d))\s*(?:\{{\s*(?P<bottom>[+-]?\s*{_DIGITS})\s*\}}|(?P<bottom1>\d))"
+    rf"(?:\{{\s*(?P<top>[+-]?\s*{_DIGITS})\s*\}}|(?P<top1>\d))\s*"
+    rf"(?:\{{\s*(?P<bottom>[+-]?\s*{_DIGITS})\s*\}}|(?P<bottom1>\d))"
 )
 _SLASH = re.compile(rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s+)?(?P<top>{_DIGITS})\s*/\s*(?P<bottom>[+-]?{_DIGITS})")
 _SEPARATORS = re.compile(r"[,\s]|\\,")

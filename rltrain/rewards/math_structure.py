@@ -13,9 +13,11 @@ from rltrain.rewards.math_unit import Quantity, parse_quantity
 
 MAX_LEVELS = 16
 
-_SCAN = re.compile(r"\\begin\s*\{[a-z]+\*?\}|\\end\s*\{[a-z]+\*?\}|\\[{}]|\\langle|\\rangle|[()\[\]{}]")
+_SCAN = re.compile(r"\\begin\s*\{[a-z]+\*?\}|\\end\s*\{[a-z]+\*?\}|(?<!\\)\\[{}]|\\langle|\\rangle|[()\[\]{}]")
 _CLOSERS = (")", "]", "}", r"\}", r"\rangle")
-_WORD_JOINER = re.compile(r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|\\(?:lor|vee|land|wedge)(?![a-z])|;")
+_WORD_JOINER = re.compile(
+    r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|\\(?:lor|vee|land|wedge)(?![a-z])|;"
+)
 _ANY_COMMA = re.compile(r"(?<!\\),")
 _LIST_COMMA = re.compile(r"(?<!\\),(?!\d{3}(?!\d))|(?<![\d\\]),")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])|(?<=[)\]}])\s*[Uu]\s*(?=[(\[\\])")
@@ -23,7 +25,8 @@ _ORDER = re.compile(r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|[<>]")
 _EQUALS = re.compile(r"=|\\in(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\equiv(?![a-zA-Z])")
 _ROW, _CELL = re.compile(r"\\\\(?:\[[^\]]*\])?|\\cr(?![a-zA-Z])"), re.compile(r"&")
 _MATRIX = re.compile(
-    r"\\begin\s*\{(?P<kind>[pbvBV]?matrix|smallmatrix|array)\}(?:\s*\{[^{}]*\})?(?P<body>.*)\\end\s*\{(?P=kind)\}", re.DOTALL
+    r"\\begin\s*\{(?P<kind>[pbvBV]?matrix|smallmatrix|array)\}(?:\s*\{[^{}]*\})?(?P<body>.*)\\end\s*\{(?P=kind)\}",
+    re.DOTALL,
 )
 _PAIR = re.compile(r"(\d{1,9}(?:\s*:\s*\d{1,9})+)\s*(?:\\text\s*\{)?\s*((?:[ap]\.?\s?m\.?)?)\s*\}?", re.IGNORECASE)
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -137,7 +140,7 @@ def parse_text(text: str) -> Text | None:
         return None
     words = re.findall(r"[^\W\d_]+", plain)
     long = [word for word in words if len(word) > 1 and word.lower() not in ("or", "and")]
-    if not words or (not wrapped and (not long or len(plain) < 3 and plain.lower() not in ("no",))):
+    if not words or (not wrapped and (not long or (len(plain) < 3 and plain.lower() not in ("no",)))):
         return None
     if not wrapped and any(word.lower() in _MATH_WORDS for word in words):
         return None

@@ -28,11 +28,13 @@ _SUFFIX = re.compile(
     rf"|(?<=[\d}}\s,]){_UNIT_NAME}(?:\s*(?:/|per)\s*{_UNIT_NAME})?|{_WORD_UNIT})",
     re.DOTALL,
 )
-_CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*(?P<unit>[$€£]|\\text\s*\{\s*(?:USD|Rs\.?|\$)\s*\})\s*(?P<value>[-+]?[\d.\\(].*)", re.DOTALL)
+_CURRENCY = re.compile(
+    r"(?P<sign>[+-]?)\s*(?P<unit>[$€£]|\\text\s*\{\s*(?:USD|Rs\.?|\$)\s*\})\s*(?P<value>[-+]?[\d.\\(].*)", re.DOTALL
+)
 _BASE = re.compile(r"(?P<value>[\dA-Z]+)\s*_\s*(?:\{\s*(?P<base>\d+|\\text\s*\{\s*\w+\s*\})\s*\}|(?P<base1>\d+))")
 _NOT_UNITS = re.compile(
-    r"\b(?:or|and|not|no|nor|isn'?t|never|wrong|either|maybe|is|are|if|sqrt|sin|cos|tan|log|ln|exp|mod|pi|times|plus|minus|over"
-    r"|to|million|billion|thousand|hundred|dozen)\b", re.IGNORECASE)  # fmt: skip
+    r"\b(?:or|and|not|no|nor|isn'?t|never|wrong|either|maybe|is|are|if|sqrt|sin|cos|tan|log|ln|exp|mod|pi|times|plus"
+    r"|minus|over|to|million|billion|thousand|hundred|dozen)\b", re.IGNORECASE)  # fmt: skip
 
 
 @dataclass(frozen=True)

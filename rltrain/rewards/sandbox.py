@@ -25,10 +25,17 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-_CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
-_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_CHILD = str(Path(__file__).resolve().with_name("sandbox_child.py"))
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/tmp",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 _START_DEADLINE_S = 60.0
 _REPLY_BYTES = 2**20
 _log = logging.getLogger("rltrain.sandbox")
@@ -159,7 +166,9 @@ def _describe(what: str, active: Sequence[str]) -> None:
 # --- talking to children -----------------------------------------------------------------------------------------
 
 
-def _exchange(child: subprocess.Popen[bytes], request: bytes, deadline: float, *, limit: int, one_line: bool) -> tuple[bytes, str]:
+def _exchange(
+    child: subprocess.Popen[bytes], request: bytes, deadline: float, *, limit: int, one_line: bool
+) -> tuple[bytes, str]:
     """Send ``request``, read until a line (or the end); returns the bytes and ``ok | end | timeout | output``."""
     assert child.stdin and child.stdout
     source, sink = child.stdout.fileno(), child.stdin.fileno()
@@ -271,9 +280,7 @@ class Pool:
 
     def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any]) -> Reply:
         request = json.dumps(arguments).encode() + b"\n"
-        line, state = _exchange(
-            child, request, time.monotonic() + self.deadline_s, limit=_REPLY_BYTES, one_line=True
-        )
+        line, state = _exchange(child, request, time.monotonic() + self.deadline_s, limit=_REPLY_BYTES, one_line=True)
         if state == "ok":
             reply = json.loads(line)
             return Reply(status=reply["status"], value=reply["value"])
@@ -284,7 +291,9 @@ class Pool:
             code = _end(child)
             if code in (-signal.SIGPROF, -signal.SIGXCPU):
                 return Reply(status="cpu")
-            return Reply(status="memory" if code in (-signal.SIGSEGV, -signal.SIGABRT) else "died", value=f"exit code {code}")
+            return Reply(
+                status="memory" if code in (-signal.SIGSEGV, -signal.SIGABRT) else "died", value=f"exit code {code}"
+            )
         return Reply(status="timeout")
 
     def map(self, items: Sequence[tuple[Any, ...]], *, deadline_s: float = 60.0) -> list[Reply]:
@@ -343,7 +352,7 @@ def run_program(
     request = json.dumps({"source": source, "stdin": stdin, "calls": calls}).encode() + b"\n"
     root = tempfile.mkdtemp(prefix="rltrain-")
     try:
-        os.chmod(root, 0o777)
+        Path(root).chmod(0o777)
         child = _start("program", asdict(limits or Limits()) | {"root": root})
         return _watch(child, request, deadline_s, output_bytes)
     except Exception as error:

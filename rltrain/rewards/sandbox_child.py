@@ -212,7 +212,7 @@ def _run(request: dict[str, Any], active: list[str]) -> None:
     sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8", errors="replace")
     if request["calls"] is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115 - lives as long as the process
+    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.argv = ["solution.py"]
     try:
         code = _execute(request, results)
@@ -234,34 +234,40 @@ def _execute(request: dict[str, Any], results: int) -> int:
     space: dict[str, Any] = {"__name__": "__main__" if calls is None else "solution", "__builtins__": __builtins__}
     exec(compile(request["source"], "solution.py", "exec"), space)
     for call in calls or ():
-        line = {"statement": None} if call["statement"] else None
-        if line:
+        if call["statement"]:
             exec(compile(call["text"], "test", "exec"), space)
         else:
-            line = {"value": plain(eval(compile(call["text"], "test", "eval"), space))}
-        os.write(results, json.dumps(line).encode() + b"\n")
+            value = plain(eval(compile(call["text"], "test", "eval"), space))
+            _write_all(results, json.dumps({"value": value}).encode() + b"\n")
     return 0
 
 
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
 def plain(value: Any) -> Any:
-    """Tagged JSON of exact built-in types; an object of any other class is only its type's name, never equal."""
-    kind = type(value)
-    if value is None or kind in (bool, str, float):
+    """Tagged JSON of built-in types and numpy's; an object of any other class is opaque to the parent."""
+    if value is None or type(value) is bool:
         return value
-    if kind is int:
-        return value if abs(value) < 2**4096 else {"t": "object", "v": "huge int"}
-    if kind in (list, tuple, set, frozenset):
-        return {"t": "set" if kind is frozenset else kind.__name__, "v": [plain(item) for item in value]}
-    if kind is dict:
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    for name, kinds in (("list", list), ("tuple", tuple), ("set", (set, frozenset))):
+        if isinstance(value, kinds):
+            return {"t": name, "v": [plain(item) for item in value]}
+    if isinstance(value, dict):
         return {"t": "dict", "v": [[plain(key), plain(item)] for key, item in value.items()]}
-    if kind is bytes:
+    if isinstance(value, bytes):
         return {"t": "bytes", "v": value.hex()}
-    if kind is complex:
+    if isinstance(value, complex):
         return {"t": "complex", "v": [value.real, value.imag]}
-    return {"t": "object", "v": str(kind)[:80]}
+    return plain(value.tolist()) if hasattr(value, "tolist") else {"t": "object", "v": None}
 
 
 def main() -> None:
+    """``sandbox_child.py serve|program CONFIG``."""
     mode, config = sys.argv[1], json.loads(sys.argv[2])
     die_with_parent(config["parent"])
     if mode == "serve":

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rltrain.config import MISSING, RewardConfig, register
-from rltrain.rewards.custom import import_function
+from rltrain.config import register
+from rltrain.rewards.custom import UserRewardConfig, load_function
 from rltrain.types import Context, Group, Scores
 
 
 @dataclass(kw_only=True)
-class TrlFunctionConfig(RewardConfig):
-    """``import_path`` names the function. Columns: ``answer``, ``solution`` (the gold), and ``problem.meta``'s keys."""
-
-    import_path: str = MISSING
-
-    def __post_init__(self) -> None:
-        if self.import_path != MISSING:
-            import_function(self.import_path, key="reward.import_path")
+class TrlFunctionConfig(UserRewardConfig):
+    """``import_path`` names the function. Columns: ``answer`` and ``solution`` (the gold), and the keys of ``meta``."""
 
 
 def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
@@ -44,8 +38,7 @@ def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
 @register("reward", "trl_function", TrlFunctionConfig)
 def trl_function(groups: Sequence[Group], config: TrlFunctionConfig, context: Context) -> Scores:
     """Call the function once for the batch and give its list back by group."""
-    function = import_function(config.import_path, key="reward.import_path")
-    values = function(**trl_arguments(groups, context))
+    values = load_function(config.import_path)(**trl_arguments(groups, context))
     expected = sum(len(group.completions) for group in groups)
     if len(values) != expected:
         raise ValueError(f"{config.import_path} returned {len(values)} rewards for {expected} completions")

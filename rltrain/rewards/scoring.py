@@ -1,0 +1,187 @@
+"""Score groups: call every reward, check what it returned, sum by weight, and measure.
+
+A reward that fails is counted and never ends the run. A user's function that raises, hangs, or returns the wrong number
+of scores makes the batch abstain (it says nothing about the answers); a NaN or infinite score makes its completion
+abstain. Failures are logged with the reward's name.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rltrain import dist
+from rltrain.config import RewardConfig, part_of
+from rltrain.rewards.custom import UserRewardConfig
+from rltrain.types import Context, Group, Mean, Metric, Metrics, Scores
+
+log = logging.getLogger(__name__)
+
+RIGHT = 0.5
+_busy: dict[str, Future[Scores]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One reward of a batch, by group: its scores (NaN abstains) and where it failed rather than abstained."""
+
+    scores: Sequence[Tensor]
+    failed: Sequence[Tensor]
+    metrics: Metrics = field(default_factory=dict)
+
+
+def score(
+    groups: Sequence[Group], rewards: Mapping[str, RewardConfig], context: Context
+) -> tuple[list[Group], Metrics]:
+    """Groups with ``rewards_G`` (float64, the weighted sum) and ``reward_parts`` (unweighted, by name), and metrics.
+
+    A reward that abstains on a whole group does not apply to it and is left out of the sum; one that abstains on some
+    of a group's completions, or fails, takes these completions out (NaN).
+    """
+    parts = {name: _part(name, config, groups, context) for name, config in rewards.items()}
+    scored = [
+        replace(
+            group,
+            rewards_G=_total([(parts[name], config.weight) for name, config in rewards.items()], index),
+            reward_parts={name: part.scores[index] for name, part in parts.items()},
+        )
+        for index, group in enumerate(groups)
+    ]
+    return scored, _metrics(scored, parts)
+
+
+def _total(parts: Sequence[tuple[Part, float]], index: int) -> Tensor:
+    """Weighted sum over the parts that apply to group ``index``; all NaN if none does."""
+    total_G = torch.zeros_like(parts[0][0].scores[index])
+    applied = False
+    for part, weight in parts:
+        scores_G, failed_G = part.scores[index], part.failed[index]
+        if bool(scores_G.isnan().all()) and not bool(failed_G.any()):
+            continue
+        applied = True
+        total_G = total_G + weight * scores_G
+    return total_G if applied else torch.full_like(total_G, math.nan)
+
+
+def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> Part:
+    """Call one reward and turn whatever it did into scores."""
+    sizes = [len(group.completions) for group in groups]
+    failure, timed_out, result = "", False, Scores(scores=[])
+    try:
+        result = _call(name, config, groups, context)
+        failure = _length_fault(result.scores, sizes)
+    except TimeoutError as error:
+        failure, timed_out = str(error), True
+    except Exception as error:
+        log.debug("reward %s", name, exc_info=True)
+        failure = f"{type(error).__name__}: {error}"
+    if failure:
+        log.warning("reward %s failed on a batch of %d groups, which abstain: %s", name, len(groups), failure)
+        scores = [torch.full((size,), math.nan, dtype=torch.float64) for size in sizes]
+        failed = [torch.ones(size, dtype=torch.bool) for size in sizes]
+        return Part(scores=scores, failed=failed, metrics=_failures(name, failed, timed_out))
+    rows = [[_number(value) for value in row] for row in result.scores]
+    scores = [torch.tensor([value for value, _ in row], dtype=torch.float64) for row in rows]
+    failed = [torch.tensor([bad for _, bad in row], dtype=torch.bool) for row in rows]
+    return Part(scores=scores, failed=failed, metrics={**result.metrics, **_failures(name, failed, False)})
+
+
+def _number(value: Any) -> tuple[float, bool]:
+    """``(score, failed)``: None abstains; what is not a finite number is a failure, and abstains too."""
+    if value is None:
+        return math.nan, False
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan, True
+    return (number, False) if math.isfinite(number) else (math.nan, True)
+
+
+def _length_fault(scores: Any, sizes: Sequence[int]) -> str:
+    try:
+        returned = [len(row) for row in scores]
+    except TypeError:
+        return f"returned {type(scores).__name__}; give one list of scores per group"
+    return "" if returned == list(sizes) else f"returned {returned} scores per group, expected {list(sizes)}"
+
+
+def _call(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> Scores:
+    """Our own rewards keep their deadlines; a user's function gets a thread and ``deadline_s``.
+
+    A thread cannot be stopped: one that hangs is left behind, its late result is dropped, and its reward abstains until
+    it ends, so that at most one such thread exists per reward.
+    """
+    function = part_of(config).function
+    if not isinstance(config, UserRewardConfig):
+        return function(groups, config, context)
+    if name in _busy and not _busy[name].done():
+        raise TimeoutError("still busy with an earlier batch")
+    future: Future[Scores] = Future()
+
+    def work() -> None:
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(dist.device())  # the current device is a property of the thread
+            future.set_result(function(groups, config, context))
+        except BaseException as error:  # sys.exit() in a reward must not pass for a hang
+            future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+
+    _busy[name] = future
+    threading.Thread(target=work, name=f"reward-{name}", daemon=True).start()
+    try:
+        return future.result(config.deadline_s)
+    except TimeoutError:
+        raise TimeoutError(f"rank {dist.rank()} waited {config.deadline_s:g} s for it (reward.deadline_s)") from None
+
+
+def _failures(name: str, failed: Sequence[Tensor], timed_out: bool) -> dict[str, Metric]:
+    """Shares of completions that failed, by cause."""
+    share = Mean.of(torch.cat([torch.zeros(0), *(row.double() for row in failed)]))
+    nothing = Mean(total=0.0, count=share.count)
+    return {
+        f"rewards/{name}/errors": nothing if timed_out else share,
+        f"rewards/{name}/timeouts": share if timed_out else nothing,
+    }
+
+
+def _counted(values: Tensor) -> Tensor:
+    return values[~values.isnan()]
+
+
+def _std(values: Tensor) -> Tensor:
+    """Sample standard deviation (ddof 1), 0 for one value."""
+    return values.std(correction=1) if len(values) > 1 else torch.zeros((), dtype=torch.float64)
+
+
+def _metrics(groups: Sequence[Group], parts: Mapping[str, Part]) -> dict[str, Metric]:
+    """TRL's names; standard deviations have ddof 1, ``reward_std`` is the mean over groups of theirs.
+
+    ``groups/*`` are shares by the first reward, where more than 0.5 counts as right.
+    """
+    metrics: dict[str, Metric] = {}
+    for name, part in parts.items():
+        metrics |= part.metrics
+        values = torch.cat([torch.zeros(0, dtype=torch.float64), *part.scores])
+        metrics[f"rewards/{name}/mean"] = Mean.of(_counted(values))
+        metrics[f"rewards/{name}/abstained"] = Mean.of(values.isnan())
+        if len(_counted(values)):
+            metrics[f"rewards/{name}/std"] = Mean.of(float(_std(_counted(values))))
+    totals = [_counted(group.rewards_G) for group in groups if group.rewards_G is not None]
+    totals = [total for total in totals if len(total)]
+    metrics["reward"] = Mean.of([float(value) for total in totals for value in total])
+    metrics["reward_std"] = Mean.of([float(_std(total)) for total in totals])
+    metrics["frac_reward_zero_std"] = Mean.of([float(total.min() == total.max()) for total in totals])
+    first = next(iter(parts.values()))
+    right = [counted > RIGHT for row in first.scores if len(counted := _counted(row))]
+    all_right, all_wrong = [bool(row.all()) for row in right], [not bool(row.any()) for row in right]
+    metrics["groups/all_right"], metrics["groups/all_wrong"] = Mean.of(all_right), Mean.of(all_wrong)
+    metrics["groups/mixed"] = Mean.of([not (a or b) for a, b in zip(all_right, all_wrong, strict=True)])
+    return metrics
