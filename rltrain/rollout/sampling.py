@@ -19,7 +19,9 @@ _BLOCK = 256
 
 def row_key(seed: int, step: int, problem_id: str, sample_index: int) -> int:
     """The 64-bit signed key of one completion: BLAKE2b of the four arguments, the same on every machine."""
-    digest = hashlib.blake2b(repr((seed, step, problem_id, sample_index)).encode(), digest_size=8).digest()
+    # The free text comes last, so that no two sets of arguments spell the same string.
+    name = f"{seed:d}/{step:d}/{sample_index:d}/{problem_id}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

@@ -227,7 +227,7 @@ class SharedDecoder:
 
         ids_PT, mask_PT = left_padded(prompts, self._pad_id, self._device)
         positions_PT = padded_positions(mask_PT)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         logits_PV = self._model(
             input_ids=ids_PT,
             attention_mask=mask_PT,
