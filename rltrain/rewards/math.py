@@ -80,8 +80,8 @@ def grade(
     extracted = ", ".join(found.answers)
     if len(extracted) > MAX_CHARACTERS:
         return Verdict(score=0.0, status="parse_error", extracted=extracted[:MAX_CHARACTERS], reason="answer too long")
-    answers = tuple(clean_latex(normalise(answer)) for answer in found.answers)
-    if fault := _gate(", ".join(answers)):
+    answers, fault = _read_answers(found.answers)
+    if fault:
         return Verdict(score=0.0, status="parse_error", extracted=extracted, reason=fault)
     score, status, reason = _decide(expected, answers, inequalities, wait_s)
     return Verdict(score=score, status=status, extracted=extracted, reason=reason)
@@ -106,6 +106,13 @@ def _read_gold(gold: str) -> tuple[str, str]:
     if len(re.findall(r"[^\W\d_]{2,}", plain)) > MAX_TEXT_WORDS and "\\" not in plain:
         return "", "gold is prose"
     return cleaned, _gate(cleaned)
+
+
+@lru_cache(maxsize=CACHE_SIZE)
+def _read_answers(answers: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """``(cleaned answers, "")``, or why they must not be parsed. Sixteen samples often give one box."""
+    cleaned = tuple(clean_latex(normalise(answer)) for answer in answers)
+    return cleaned, _gate(", ".join(cleaned))
 
 
 def _gate(text: str) -> str:

@@ -9,6 +9,7 @@ under a millisecond whatever the input.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -18,6 +19,8 @@ from rltrain.rewards.math_number import RELATIVE_TOLERANCE
 
 MAX_BITS, MAX_FACTORIAL, MAX_EXPONENT, MAX_LOG2 = 16384, 200, 10_000, 100_000
 DIGITS, AGREEMENT = 50, 30
+
+_local = threading.local()
 
 
 class TooLarge(ArithmeticError):
@@ -153,13 +156,19 @@ def _points(symbols: frozenset[str], mp: Any) -> Iterator[dict[str, Any]]:
         yield values
 
 
+def _context() -> Any:
+    """This thread's 50-digit arithmetic: mpmath changes the precision of a context while it computes."""
+    if not hasattr(_local, "mp"):
+        import mpmath
+
+        _local.mp = mpmath.MPContext()
+        _local.mp.dps = DIGITS
+    return _local.mp
+
+
 def evaluated(expression: Expression, symbols: frozenset[str]) -> list[Any]:
     """Values at the standard points for ``symbols``; None where the expression has none."""
-    import mpmath
-
-    values = []
-    mp = mpmath.MPContext()
-    mp.dps = DIGITS
+    values, mp = [], _context()
     for point in _points(symbols, mp):
         try:
             values.append(numeric(expression.root, point, mp))

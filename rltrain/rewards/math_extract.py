@@ -62,7 +62,10 @@ def boxes(text: str) -> list[Box]:
     r"""The outermost ``\boxed{}`` and ``\fbox{}`` in order, from one pass with a stack of open braces."""
     closed: list[Box] = []
     open_braces: list[tuple[re.Match[str], bool]] = []
-    for token in _BOX_TOKEN.finditer(text):
+    start = text.find("box")
+    while start > 0 and text[start - 1] in "\\f":
+        start -= 1
+    for token in _BOX_TOKEN.finditer(text, start) if start >= 0 else ():
         if token["command"] and not token["brace"]:
             content = _BRACELESS.match(text, token.end())
             if content:
