@@ -16,6 +16,7 @@ from rltrain.rewards.spurious import (
 )
 from rltrain.types import Completion, Context, Group, Mean, Problem, Prompt
 
+BASE = "random_calculation"
 EXACT = {"kind": "exact"}
 
 
@@ -49,12 +50,12 @@ def test_random_is_a_fair_coin_of_seed_step_problem_and_sample():
 def test_inverted_is_one_minus_the_right_reward():
     groups = [group("7", "7.5", ""), group("1", "2", answer="blue")]
     right = random_calculation(groups, RandomCalculationRewardConfig(), Context())
-    inverted = inverted_reward(groups, InvertedRewardConfig(), Context())
+    inverted = inverted_reward(groups, InvertedRewardConfig(base=BASE), Context())
     assert [r + i for r, i in zip(right.scores[0], inverted.scores[0], strict=True)] == pytest.approx([1, 1, 1])
     assert inverted.scores[0][0] == 0.0 and inverted.scores[0][2] == 1.0
     assert inverted.scores[1] == [None, None]
     assert inverted.metrics["accuracy"] == Mean(total=1, count=3)
-    assert inverted_reward(groups[:1], InvertedRewardConfig(options=EXACT), Context()).scores == [[0.0, 1.0, 1.0]]
+    assert inverted_reward(groups[:1], InvertedRewardConfig(base=BASE, options=EXACT), Context()).scores == [[0.0, 1.0, 1.0]]
 
 
 def test_majority_wrong_rewards_the_wrong_majority_and_abstains_elsewhere():
@@ -67,7 +68,7 @@ def test_majority_wrong_rewards_the_wrong_majority_and_abstains_elsewhere():
         group("x+1", "x+1", "7"),  # a wrong majority need not be a number
         group("5", "5", answer="blue"),  # nothing to be wrong about
     ]
-    scores = majority_wrong_reward(groups, MajorityWrongRewardConfig(options=EXACT), Context())
+    scores = majority_wrong_reward(groups, MajorityWrongRewardConfig(base=BASE, options=EXACT), Context())
     assert scores.scores == [
         [1.0, 1.0, 0.0, 0.0, 1.0],
         [None, None, None],
@@ -82,8 +83,8 @@ def test_majority_wrong_rewards_the_wrong_majority_and_abstains_elsewhere():
 
 def test_majority_wrong_with_a_continuous_base_needs_a_threshold():
     near = [group("7.0001", "7.0001", "3")]
-    assert majority_wrong_reward(near, MajorityWrongRewardConfig(), Context()).scores == [[1.0, 1.0, 0.0]]
-    assert majority_wrong_reward(near, MajorityWrongRewardConfig(right_at=0.99), Context()).scores == [[None] * 3]
+    assert majority_wrong_reward(near, MajorityWrongRewardConfig(base=BASE), Context()).scores == [[1.0, 1.0, 0.0]]
+    assert majority_wrong_reward(near, MajorityWrongRewardConfig(base=BASE, right_at=0.99), Context()).scores == [[None] * 3]
 
 
 @pytest.mark.parametrize("config", [InvertedRewardConfig, MajorityWrongRewardConfig])
@@ -93,8 +94,8 @@ def test_config_rules(config):
     with pytest.raises(ConfigError, match=r"reward.base=inverted"):
         config(base="inverted")
     with pytest.raises(ConfigError, match=r"reward.options.sort: .* kind"):
-        config(options={"sort": "exact"})
+        config(base=BASE, options={"sort": "exact"})
     with pytest.raises(ConfigError, match=r"reward.kind=near"):
-        config(options={"kind": "near"})
+        config(base=BASE, options={"kind": "near"})
     with pytest.raises(ConfigError, match=r"reward.probability=2"):
         RandomRewardConfig(probability=2)

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rltrain.config import Part, RewardConfig, parts, register, require
+from rltrain.config import MISSING, Part, RewardConfig, parts, register, require
 from rltrain.data.boxed import last_boxed
 from rltrain.rewards.random_calculation import parse_number
 from rltrain.types import Context, Group, Mean, Scores
@@ -51,7 +51,7 @@ def random_reward(groups: Sequence[Group], config: RandomRewardConfig, context: 
 class BasedOnRewardConfig(RewardConfig):
     """A control made from the right reward: ``base`` names it, ``options`` are its config fields."""
 
-    base: str = "random_calculation"
+    base: str = MISSING
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
