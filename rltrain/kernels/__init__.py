@@ -1,16 +1,19 @@
-"""Token log-probs and entropies of a language-model head without holding [N, V]: one door, several backends."""
+"""Token log-probs and entropies of a language-model head without holding [N, V]: one door, three backends."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from rltrain.kernels import blocked, fused, reference
+from rltrain.kernels import fused
 from rltrain.kernels.fused import FusedLoss, TokenLoss
 
-Backend = Literal["reference", "blocked"]
-BACKENDS: tuple[Backend, ...] = ("reference", "blocked")
+Backend = Literal["reference", "blocked", "triton"]
+BACKENDS: tuple[Backend, ...] = ("reference", "blocked", "triton")
 
 SMALL_ELEMENTS = 2**20
 """Up to so many logits (4 MB) the plain path costs no memory worth saving."""
@@ -19,9 +22,11 @@ __all__ = ["BACKENDS", "Backend", "FusedLoss", "TokenLoss", "choose_backend", "f
 
 
 def choose_backend(hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
-    """What ``backend="auto"`` takes: reference for few logits, else torch blocks."""
+    """What ``backend="auto"`` takes: reference for few logits, else Triton on CUDA, else torch blocks."""
     if len(hidden_ND) * len(weight_VD) <= SMALL_ELEMENTS:
         return "reference"
+    if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and importlib.util.find_spec("triton"):
+        return "triton"
     return "blocked"
 
 
@@ -49,7 +54,8 @@ def token_logprobs(
         backend = choose_backend(hidden_ND, weight_VD)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend}: unknown; choose auto or one of {', '.join(BACKENDS)}")
-    implementation = {"reference": reference, "blocked": blocked}[backend]
+    # Imported by name and late: Triton is optional, and slow to import.
+    implementation = importlib.import_module(f"rltrain.kernels.{backend}")
     return implementation.token_logprobs(
         hidden_ND,
         weight_VD,

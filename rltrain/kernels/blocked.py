@@ -53,20 +53,21 @@ class _Blocked(torch.autograd.Function):
             target_logits_N[target_rows] = logits_Nv[target_rows, columns]
             total = merge(total, partial(logits_Nv, logits_Nv, entropy=entropy))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, total.lse_N, total.entropy_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, *total)
         ctx.scalars = (temperature, softcap)
-        return target_logits_N - total.lse_N, total.entropy_N
+        return total.logprobs_N(target_logits_N), total.entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden_ND, weight_VD, bias_V, targets_N, lse_N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, targets_N, *statistics = ctx.saved_tensors
         temperature, softcap = ctx.scalars
         head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
         rows = slice(0, len(hidden_ND))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         gradients = Gradients(head, hidden_ND, hidden=wants_hidden, weight=wants_weight, bias=wants_bias)
-        upstream = Upstream(lse_N, torch.zeros_like(lse_N) if grad_N is None else grad_N, entropy_N, entropy_grad_N)
+        grad_N = torch.zeros_like(statistics[0]) if grad_N is None else grad_N
+        upstream = Upstream(Partial(*statistics), grad_N, entropy_grad_N)
         scratch = Scratch(head, rows.stop, block_columns(rows.stop))
         for block in head.blocks(block_columns(rows.stop)):
             logits_Nv = logits_(head, hidden_ND, block, scratch)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rltrain.kernels.head import Gradients, Head, Scratch, Upstream, logits_, partial, targets_within
+from rltrain.kernels.head import Gradients, Head, Scratch, Upstream, partial, targets_within
 from rltrain.kernels.online import Partial, merge
 
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
@@ -115,10 +115,10 @@ class _Fused(torch.autograd.Function):
             rows = slice(start, min(start + most_rows, total_rows))
             hidden_nD, targets_n = hidden_ND[rows], targets_N[rows]
             target_logits_n, statistics = chunk.fill(hidden_nD, targets_n, entropy=entropy)
-            logprobs_N[rows] = target_logits_n - statistics.lse_N
+            logprobs_N[rows] = statistics.logprobs_N(target_logits_n)
             if entropy_N is not None:
                 entropy_N[rows] = statistics.entropy_N
-            chunk_loss, upstream = _differentiate(token_loss, logprobs_N, entropy_N, statistics.lse_N, rows)
+            chunk_loss, upstream = _differentiate(token_loss, logprobs_N, entropy_N, statistics, rows)
             loss += chunk_loss
             if any(ctx.needs_input_grad):
                 for block in head.blocks(BLOCK_COLUMNS):
@@ -144,7 +144,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _differentiate(
-    token_loss: TokenLoss, logprobs_N: Tensor, entropy_N: Tensor | None, lse_n: Tensor, rows: slice
+    token_loss: TokenLoss, logprobs_N: Tensor, entropy_N: Tensor | None, statistics: Partial, rows: slice
 ) -> tuple[Tensor, Upstream]:
     """The loss of some rows, and its derivatives by their log-probs and entropies."""
     logprobs_n = logprobs_N[rows].detach().requires_grad_()
@@ -153,5 +153,5 @@ def _differentiate(
     with torch.enable_grad():
         loss = token_loss(logprobs_n, entropy_n, rows).sum()
         grad_n, *entropy_grad_n = torch.autograd.grad(loss, leaves, allow_unused=True)
-    grad_n = torch.zeros_like(lse_n) if grad_n is None else grad_n
-    return loss.detach(), Upstream(lse_n, grad_n, entropy_n, entropy_grad_n[0] if entropy_grad_n else None)
+    grad_n = torch.zeros_like(logprobs_n) if grad_n is None else grad_n
+    return loss.detach(), Upstream(statistics, grad_n, entropy_grad_n[0] if entropy_grad_n else None)

@@ -118,19 +118,23 @@ def targets_within(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
 class Upstream(NamedTuple):
     """What the backward of the log-probs (``grad_N`` = g) and entropies (``entropy_grad_N`` = e) starts from."""
 
-    lse_N: Tensor
+    statistics: Partial
     grad_N: Tensor
-    entropy_N: Tensor | None = None
     entropy_grad_N: Tensor | None = None
 
     def dlogits_(self, logits_Nv: Tensor, targets_N: Tensor, block: slice) -> Tensor:
-        """``dL/dz = g·(1[y] - p) - e·p·(log p + H)``, ``p = e^{z - lse}``; overwrites the logits."""
-        logp_Nv = logits_Nv.sub_(self.lse_N[:, None])
-        factor = -self.grad_N[:, None]
-        if self.entropy_N is not None and self.entropy_grad_N is not None:
-            surprise_Nv = (logp_Nv + self.entropy_N[:, None]).mul_(self.entropy_grad_N[:, None])
-            factor = surprise_Nv.neg_().add_(factor)
-        dlogits_Nv = exp_(logp_Nv).mul_(factor)
+        """``dL/dz = g·(1[y] - p) - e·p·(log p + H)``; overwrites the logits.
+
+        Formed from ``x = z - m`` as ``p = e^x/s`` and ``log p + H = x - t/s``: x is exact near the maximum, where
+        ``z - lse`` would bring in the rounding of a large lse.
+        """
+        max_N, sum_N, moment_N = self.statistics
+        shifted_Nv = logits_Nv.sub_(max_N[:, None])
+        if moment_N is None or self.entropy_grad_N is None:
+            dlogits_Nv = exp_(shifted_Nv).mul_((self.grad_N / -sum_N)[:, None])
+        else:
+            factor_Nv = (shifted_Nv - (moment_N / sum_N)[:, None]).mul_((self.entropy_grad_N / -sum_N)[:, None])
+            dlogits_Nv = exp_(shifted_Nv).mul_(factor_Nv.add_((self.grad_N / -sum_N)[:, None]))
         rows, columns = targets_within(targets_N, block)
         dlogits_Nv[rows, columns] += self.grad_N[rows]
         return dlogits_Nv
@@ -166,25 +170,31 @@ class Gradients:
         block: slice,
         narrow_Nv: Tensor,
     ) -> None:
-        """Take in one block of some rows; the first rows write dW, later ones add to it. Overwrites the dlogits."""
+        """Take in the dlogits of one block and some rows, overwriting them; ``narrow_Nv`` takes them rounded."""
         head = self._head
         if head.temperature != 1:
             dlogits_Nv.div_(head.temperature)
-        if self._bias_V is not None:
-            self._bias_V[block] += dlogits_Nv.sum(0)
+        self.add_bias_(dlogits_Nv, block)
         if slope_Nv is not None:
             dlogits_Nv.mul_(slope_Nv)
-        if not head.is_wide:
-            dlogits_Nv = narrow_Nv.copy_(dlogits_Nv)
+        self.add_products_(dlogits_Nv if head.is_wide else narrow_Nv.copy_(dlogits_Nv), hidden_ND, rows, block)
+
+    def add_bias_(self, dbias_Nv: Tensor, block: slice) -> None:
+        """db of a block is the sum over rows."""
+        if self._bias_V is not None:
+            self._bias_V[block] += dbias_Nv.sum(0)
+
+    def add_products_(self, dproducts_Nv: Tensor, hidden_ND: Tensor, rows: slice, block: slice) -> None:
+        """The two GEMMs; the first rows write dW of a block, later ones add to it."""
         if self.weight_VD is not None:
             out_vD = self.weight_VD[block]
             if rows.start == 0:
-                torch.mm(dlogits_Nv.T, hidden_ND, out=out_vD)
+                torch.mm(dproducts_Nv.T, hidden_ND, out=out_vD)
             else:
-                torch.addmm(out_vD, dlogits_Nv.T, hidden_ND, out=out_vD)
+                torch.addmm(out_vD, dproducts_Nv.T, hidden_ND, out=out_vD)
         if self._hidden_ND is None:
             return
-        if head.is_wide:
-            self._hidden_ND[rows].addmm_(dlogits_Nv, head.weight_VD[block])
+        if self._head.is_wide:
+            self._hidden_ND[rows].addmm_(dproducts_Nv, self._head.weight_VD[block])
         else:
-            self._hidden_ND[rows] += dlogits_Nv @ head.weight_VD[block]
+            self._hidden_ND[rows] += dproducts_Nv @ self._head.weight_VD[block]

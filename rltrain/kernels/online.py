@@ -29,6 +29,10 @@ class Partial(NamedTuple):
         """``log Σ e^z``."""
         return self.max_N + self.sum_N.log()
 
+    def logprobs_N(self, logits_N: Tensor) -> Tensor:
+        """Log-probs of single logits: the exact difference to the maximum first."""
+        return (logits_N - self.max_N) - self.sum_N.log()
+
     @property
     def entropy_N(self) -> Tensor | None:
         """``H = log s - t/s`` in nats."""
