@@ -21,7 +21,7 @@ LAYERS = [
     {"rollout", "engine", "runs", "summary", "recorder"},
     {"checkpoint", "evaluate", "sft"},
     {"trainer"},
-    {"train", "compat"},
+    {"train", "audit", "compat"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"advantages", "rewards", "kernels", "loss", "collate"}

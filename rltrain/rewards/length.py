@@ -72,7 +72,7 @@ def cosine_length(length_tokens: int, *, at_zero: float, at_limit: float, limit_
     return at_limit + 0.5 * (at_zero - at_limit) * (1 + math.cos(math.pi * length_tokens / limit_tokens))
 
 
-@register("reward", "cosine", CosineConfig)
+@register("reward", "cosine_length", CosineConfig)
 def cosine(groups: Sequence[Group], config: CosineConfig, context: Context) -> Scores:
     """Short right answers earn most, short wrong ones least; a completion cut at the limit earns ``exceed``.
 

@@ -3,7 +3,8 @@
     python scripts/bench/verifier.py [--repeats 5]
 
 The mix: 120 golds of 16 samples each, about half of them right; 80 % plain numbers, 12 % LaTeX, 8 % junk, after 250 to
-2,500 characters of reasoning. One core, after one run to warm up; our caches are cold at the start of each repeat. math-verify is used as its README shows, without time-outs (a favour to it).
+2,500 characters of reasoning. One core; after one run to warm up, our caches are cold at the start of each repeat.
+math-verify is used as its README shows, without time-outs (a favour to it).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rltrain.rewards import math as verifier
 from rltrain.rewards import math_cas
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-import verifier_tables  # noqa: E402
+import verifier_tables
 
 LATEX = [
     (r"\frac{3}{4}", [r"\frac{3}{4}", r"\dfrac34", "0.75", r"\frac{3}{5}"]),
@@ -36,7 +37,7 @@ STEPS = [
     "Wait, I should look at the second condition again before going on. ",
     "There are 24 ways to choose the first pair and 6 ways to choose the second. ",
 ]
-JUNK = ["", "I am not sure.", r"\boxed{", r"\boxed{\text{no idea}}", "so " * 300, r"\boxed{5 \text{ or } 6}", "The answer"]
+JUNK = ["", "I am not sure.", r"\boxed{", r"\boxed{\text{no idea}}", "so " * 300, r"\boxed{5 \text{ or } 6}", "Hm"]
 
 
 def mix(seed: int) -> list[tuple[str, str]]:

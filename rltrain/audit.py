@@ -1,0 +1,277 @@
+"""Is a data set fit to train on? Golds, duplicates, overlap of the splits, and signs that a model has seen it.
+
+python -m rltrain.audit data=NAME reward@rewards.answer=NAME [--probe N model=… model.path=…]
+
+Writes ``audit.json`` into ``run_dir`` and prints the counts. Exit code 1 if a gold fails or a split leaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rltrain import cli
+from rltrain.config import RewardConfig, RunConfig, part_of
+from rltrain.rewards.math import MathConfig, grade
+from rltrain.rewards.math_extract import gold_of
+from rltrain.rewards.math_number import parse_number
+from rltrain.rewards.scoring import score
+from rltrain.types import Completion, Context, Group, Problem, Prompt
+
+NGRAM = 13
+PROBE_SHARES = (0.4, 0.6, 0.8)
+SPLITS = ("train", "validation", "test")
+_PLACES = {"gsm8k": "#### {}", "minerva": "Answer: {}"}
+_WORD = re.compile(r"\w+|[^\w\s.,!?;:'\"`$]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One row that fails, by split and id, and why."""
+
+    split: str
+    id: str
+    why: str
+
+
+def prompt_text(problem: Problem) -> str:
+    """The prompt as one text; of chat messages, what the user said."""
+    if isinstance(problem.prompt, str):
+        return problem.prompt
+    return "\n".join(message["content"] for message in problem.prompt if message["role"] == "user")
+
+
+# --- golds -------------------------------------------------------------------------------------------------------
+
+
+def neighbour(problems: Sequence[Problem], index: int) -> str | None:
+    """A wrong answer next to the gold: the number plus one, else the next different gold; None if there is none."""
+    gold = gold_of(problems[index].answer)
+    number = parse_number(gold)
+    if number is not None:
+        value = number.value + 1
+        return str(value) if value.denominator > 1 else str(value.numerator)
+    others = (gold_of(problems[(index + step) % len(problems)].answer) for step in range(1, min(len(problems), 50)))
+    return next((other for other in others if other.casefold() != gold.casefold()), None)
+
+
+def check_golds(problems: Sequence[Problem], rewards: Mapping[str, RewardConfig], *, split: str) -> list[Finding]:
+    """Golds that the first reward does not grade 1, or with which it grades a neighbour 1."""
+    name, config = next(iter(rewards.items()))
+    place = _PLACES.get(config.answer, r"\boxed{{{}}}") if isinstance(config, MathConfig) else r"\boxed{{{}}}"
+    groups = []
+    for index, problem in enumerate(problems):
+        answers = [gold_of(problem.answer), neighbour(problems, index)]
+        texts = ["" if answer is None else place.format(answer) for answer in answers]
+        completions = [Completion(token_ids=(), logprobs=(), finish="stop", text=text) for text in texts]
+        groups.append(Group(prompt=Prompt(problem=problem, token_ids=()), completions=tuple(completions)))
+    findings = []
+    for group in score(groups, {name: config}, Context())[0]:
+        own, other = group.reward_parts[name].tolist()
+        if own != 1:
+            why = f"the gold grades itself {'None' if own != own else own}"
+            findings.append(Finding(split=split, id=group.prompt.problem.id, why=why))
+        elif other == 1:
+            text = group.completions[1].text
+            findings.append(Finding(split=split, id=group.prompt.problem.id, why=f"a neighbour grades 1: {text[:80]}"))
+    return findings
+
+
+# --- duplicates and overlap --------------------------------------------------------------------------------------
+
+
+def normal_words(text: str) -> list[str]:
+    """Lower-case words and mathematical signs, without punctuation: what duplicates and n-grams are compared by."""
+    return _WORD.findall(text.casefold())
+
+
+def check_duplicates(splits: Mapping[str, Sequence[Problem]]) -> list[Finding]:
+    """Problems whose prompt was seen before, in the same or an earlier split."""
+    seen: dict[str, tuple[str, str]] = {}
+    findings = []
+    for split, problems in splits.items():
+        for problem in problems:
+            key = " ".join(normal_words(prompt_text(problem)))
+            first = seen.setdefault(key, (split, problem.id))
+            if first != (split, problem.id):
+                findings.append(Finding(split=split, id=problem.id, why=f"same prompt as {first[0]} {first[1]}"))
+    return findings
+
+
+def ngrams(words: Sequence[str], size: int = NGRAM) -> set[int]:
+    """Hashes of all runs of ``size`` words; of a shorter text, of the whole."""
+    return {hash(tuple(words[start : start + size])) for start in range(max(1, len(words) - size + 1))}
+
+
+def check_overlap(train: Sequence[Problem], test: Sequence[Problem], *, split: str, size: int = NGRAM) -> list[Finding]:
+    """Test problems that share a run of ``size`` words with a training prompt that no second test prompt shares.
+
+    Runs common to several test prompts are the template, not the question, and do not count.
+    """
+    rows = [ngrams(normal_words(prompt_text(problem)), size) for problem in test]
+    counts: dict[int, int] = {}
+    for row in rows:
+        for gram in row:
+            counts[gram] = counts.get(gram, 0) + 1
+    trained = set().union(*(ngrams(normal_words(prompt_text(problem)), size) for problem in train))
+    shared = [sum(counts[gram] == 1 and gram in trained for gram in row) for row in rows]
+    return [
+        Finding(split=split, id=problem.id, why=f"{number} runs of {size} words also in train")
+        for problem, number in zip(test, shared, strict=True)
+        if number
+    ]
+
+
+# --- contamination probes (arXiv 2507.10532) ---------------------------------------------------------------------
+
+
+def cut(text: str, share: float) -> tuple[str, str]:
+    """``text`` cut at ``share`` of its characters, moved right to the next blank: (shown, hidden)."""
+    position = int(share * len(text))
+    while position < len(text) and not text[position].isspace():
+        position += 1
+    return text[:position], text[position:]
+
+
+def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
+    """F1 of the longest common subsequence of words; 0 if either is empty."""
+    lengths = [0] * (len(reference) + 1)
+    for word in candidate:
+        diagonal = 0
+        for index, other in enumerate(reference, start=1):
+            diagonal, lengths[index] = (
+                lengths[index],
+                (diagonal + 1 if word == other else max(lengths[index], lengths[index - 1])),
+            )
+    return 2 * lengths[-1] / (len(candidate) + len(reference)) if candidate and reference else 0.0
+
+
+def probe(
+    problems: Sequence[Problem], complete: Callable[[Sequence[str]], Sequence[str]], share: float
+) -> dict[str, float]:
+    """How well greedy continuations of cut questions restore the rest, and answer the question that was not shown.
+
+    ``exact`` compares the continuation's beginning with the rest, word by word.
+    """
+    pairs = [cut(prompt_text(problem), share) for problem in problems]
+    texts = complete([shown for shown, _ in pairs])
+    scores, exact, right = [], [], []
+    for problem, (_, hidden), text in zip(problems, pairs, texts, strict=True):
+        wanted, got = normal_words(hidden), normal_words(text)
+        got = got[: len(wanted)]
+        scores.append(rouge_l(got, wanted))
+        exact.append(bool(wanted) and got == wanted)
+        right.append(grade(text, problem.answer, extraction="lenient").score == 1.0)
+    count = max(1, len(problems))
+    return {"rouge_l": sum(scores) / count, "exact": sum(exact) / count, "answered": sum(right) / count}
+
+
+def greedy_completer(config: RunConfig) -> Callable[[Sequence[str]], list[str]]:
+    """Greedy continuation of plain texts, without a template, by the configured model and rollout engine."""
+    from dataclasses import replace
+
+    from rltrain import dist
+    from rltrain.model import load_policy
+
+    policy = load_policy(config.model)
+    policy.model.to(dist.device())
+    rollout: Any = part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed)
+    greedy = replace(config.sampling, temperature=0.0, top_p=1.0, top_k=0)
+
+    def complete(texts: Sequence[str]) -> list[str]:
+        prompts = [
+            Prompt(
+                problem=Problem(id=str(index), prompt=text, answer=""),
+                token_ids=tuple(policy.tokenizer(text)["input_ids"]),
+            )
+            for index, text in enumerate(texts)
+        ]
+        drawn = rollout.generate(prompts, step=0, group_size=1, sampling=greedy)
+        return [group.completions[0].text for group in drawn]
+
+    return complete
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+
+def audit(splits: Mapping[str, Sequence[Problem]], rewards: Mapping[str, RewardConfig]) -> dict[str, list[Finding]]:
+    """All findings by check. The first split is the one trained on."""
+    train = next(iter(splits))
+    golds = [found for split, problems in splits.items() for found in check_golds(problems, rewards, split=split)]
+    others = [split for split in splits if split != train]
+    overlap = [found for split in others for found in check_overlap(splits[train], splits[split], split=split)]
+    duplicates = check_duplicates(splits)
+    across = [found for found in duplicates if not found.why.startswith(f"same prompt as {found.split} ")]
+    inside = [found for found in duplicates if found not in across]
+    return {"golds": golds, "duplicates_inside": inside, "duplicates_across": across, "overlap_13gram": overlap}
+
+
+def passing(problems: Sequence[Problem], findings: Sequence[Finding], *, split: str) -> list[Problem]:
+    """The problems of ``split`` without the rows that were found faulty."""
+    faulty = {found.id for found in findings if found.split == split}
+    return [problem for problem in problems if problem.id not in faulty]
+
+
+def load_splits(config: RunConfig, limit: int) -> dict[str, list[Problem]]:
+    """The first ``limit`` problems of every split that the data set has."""
+    source = part_of(config.data).function
+    loaded = {split: source(config.data, split) for split in SPLITS}
+    return {
+        split: [problems[index] for index in range(min(limit, len(problems)))] for split, problems in loaded.items()
+    }
+
+
+def main(config: RunConfig, *, limit: int, probes: int) -> int:
+    """Audit, write the report, print the counts; the exit code."""
+    splits = load_splits(config, limit)
+    findings = audit(splits, config.rewards)
+    report: dict[str, Any] = {
+        "problems": {split: len(problems) for split, problems in splits.items()},
+        "counts": {check: len(rows) for check, rows in findings.items()},
+        "findings": {check: [asdict(row) for row in rows] for check, rows in findings.items()},
+    }
+    if probes:
+        complete = greedy_completer(config)
+        report["probes"] = {f"{share:.0%}": probe(splits["test"][:probes], complete, share) for share in PROBE_SHARES}
+    path = Path(config.run_dir) / "audit.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    _print(report, path)
+    return int(any(findings[check] for check in ("golds", "duplicates_across", "overlap_13gram")))
+
+
+def _print(report: Mapping[str, Any], path: Path) -> None:
+    for split, count in report["problems"].items():
+        print(f"{split:20s} {count} problems")
+    for check, count in report["counts"].items():
+        first = report["findings"][check][:1]
+        print(
+            f"{check:20s} {count}"
+            + (f"   first: {first[0]['split']} {first[0]['id']}: {first[0]['why']}" if first else "")
+        )
+    for share, values in report.get("probes", {}).items():
+        print(f"probe at {share:11s} " + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    print(f"written to {path}")
+
+
+def command_line() -> None:
+    """Take our own flags off the command line, leave the rest to Hydra."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--probe", type=int, default=0, metavar="N")
+    parser.add_argument("--limit", type=int, default=20_000, metavar="N")
+    flags, rest = parser.parse_known_args()
+    sys.argv[1:] = rest
+    codes: list[int] = []
+    cli.run(lambda config: codes.append(main(config, limit=flags.limit, probes=flags.probe)))
+    sys.exit(max(codes, default=0))
+
+
+if __name__ == "__main__":
+    command_line()
