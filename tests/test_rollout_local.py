@@ -50,6 +50,10 @@ def model(name: str):
         ),
         "gpt2": lambda: transformers.GPT2Config(**VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128),
         "bloom": lambda: transformers.BloomConfig(**VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        "mamba": lambda: transformers.MambaConfig(**VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "gpt_oss": lambda: transformers.GptOssConfig(
+            **SHARED, **VOCABULARY, num_key_value_heads=2, head_dim=8, sliding_window=6, num_local_experts=4
+        ),
     }[name]()
     config.tie_word_embeddings = False
     network = transformers.AutoModelForCausalLM.from_config(config)
@@ -88,7 +92,7 @@ def plain_logprobs(network: Any, prompt: Prompt, token_ids: tuple[int, ...], tem
     return logprobs.gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2", "gpt2", "bloom", "mamba", "gpt_oss"])
 def test_logprobs_are_those_of_a_plain_forward(name):
     sampling = SamplingConfig(max_new_tokens=24, temperature=0.8)
     groups = engine(name).generate(PROMPTS, step=3, group_size=3, sampling=sampling)

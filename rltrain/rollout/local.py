@@ -194,6 +194,11 @@ class LocalRollout:
         if config.dtype == "bfloat16" and policy.model.dtype != torch.bfloat16:
             self._model = copy.deepcopy(policy.model).requires_grad_(False).to(torch.bfloat16)
 
+    @property
+    def same_distribution(self) -> bool:
+        """Whether the log-probs are the policy's own, so that the trainer need not compute them again."""
+        return self._model is self._policy.model
+
     def sync(self, policy: Any) -> None:
         """Nothing to copy, unless decoding has weights of its own."""
         if self._model is policy.model:

@@ -31,7 +31,11 @@ class PlainDecoder:
     def __init__(self, model: Any, *, pad_id: int) -> None:
         self._model = model
         self._pad_id = pad_id
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        # Purely recurrent models name their state so, and take a mask with the prompt only.
+        self._recurrent = "past_key_values" not in parameters
+        self._cache_name = "cache_params" if self._recurrent else "past_key_values"
         self._cache: Any = None
         self._mask_BT: Tensor
 
@@ -39,13 +43,13 @@ class PlainDecoder:
         positions = {"position_ids": positions_BT} if self._takes_positions else {}
         output = self._model(
             input_ids=ids_BT,
-            attention_mask=self._mask_BT,
-            past_key_values=self._cache,
+            attention_mask=None if self._recurrent and self._cache is not None else self._mask_BT,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: self._cache},
             **positions,
         )
-        self._cache = output.past_key_values
+        self._cache = output[self._cache_name]
         return output.logits[:, -1]
 
     def admit(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
@@ -53,8 +57,7 @@ class PlainDecoder:
         ids_PT, self._mask_BT = left_padded(prompts, self._pad_id, self._model.device)
         self._cache = None
         logits_PV = self._forward(ids_PT, padded_positions(self._mask_BT))
-        self._cache.batch_repeat_interleave(group_size)
-        self._mask_BT = self._mask_BT.repeat_interleave(group_size, dim=0)
+        self._select(torch.arange(len(prompts)).repeat_interleave(group_size))
         return logits_PV.repeat_interleave(group_size, dim=0)
 
     def step(self, tokens_B: Tensor) -> Tensor:
@@ -64,6 +67,10 @@ class PlainDecoder:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
-        rows_B = torch.tensor(rows, device=self._mask_BT.device, dtype=torch.int64)
-        self._cache.batch_select_indices(rows_B)
+        self._select(torch.tensor(rows, dtype=torch.int64))
+
+    def _select(self, rows_B: Tensor) -> None:
+        rows_B = rows_B.to(self._mask_BT.device)
+        # Meant for beams, and the one selection that every kind of layer has, recurrent states included.
+        self._cache.reorder_cache(rows_B)
         self._mask_BT = self._mask_BT[rows_B]
