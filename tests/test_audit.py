@@ -104,3 +104,10 @@ def test_command_writes_the_report_and_fails_on_faults(tmp_path):
     assert report["counts"] == {"golds": 1, "duplicates_inside": 0, "duplicates_across": 0, "overlap_13gram": 0}
     assert sum(report["problems"].values()) == 41
     assert "golds                1" in done.stdout
+
+
+def test_signs_make_a_difference():
+    splits = {"train": [problem("a", "What is 2 + 3?", "5")], "test": [problem("b", "What is 2 * 3?", "6")]}
+    assert {check: len(rows) for check, rows in audit(splits, {"answer": MathConfig()}).items()} == {
+        "golds": 0, "duplicates_inside": 0, "duplicates_across": 0, "overlap_13gram": 0
+    }  # fmt: skip

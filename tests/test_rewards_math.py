@@ -32,7 +32,7 @@ def box(content):
 
 
 def boxed_cases():
-    for name in ("LATEX", "NUMBERS", "STRUCTURES", "HOSTILE"):
+    for name in ("LATEX", "NUMBERS", "STRUCTURES", "NEIGHBOURS", "HOSTILE"):
         yield from ((name, gold, box(content), score) for gold, content, score in getattr(tables, name))
     yield from (("OUTPUTS", *case) for case in tables.OUTPUTS)
 
@@ -67,7 +67,7 @@ def test_tables_have_at_least_forty_cases_in_each_spirit():
 
 
 def test_table_golds_grade_themselves():
-    golds = {gold for name in ("LATEX", "NUMBERS", "STRUCTURES") for gold, _, _ in getattr(tables, name)}
+    golds = {gold for name in ("LATEX", "NUMBERS", "STRUCTURES", "NEIGHBOURS") for gold, _, _ in getattr(tables, name)}
     assert [gold for gold in golds if verify(box(gold), gold).score != 1.0] == []
 
 

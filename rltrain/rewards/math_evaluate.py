@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from rltrain.rewards.math_expression import Expression, Node
@@ -166,7 +167,8 @@ def _context() -> Any:
     return _local.mp
 
 
-def evaluated(expression: Expression, symbols: frozenset[str]) -> list[Any]:
+@lru_cache(maxsize=4096)
+def evaluated(expression: Expression, symbols: frozenset[str]) -> tuple[Any, ...]:
     """Values at the standard points for ``symbols``; None where the expression has none."""
     values, mp = [], _context()
     for point in _points(symbols, mp):
@@ -176,7 +178,7 @@ def evaluated(expression: Expression, symbols: frozenset[str]) -> list[Any]:
             values.append(None)
         if not symbols:
             break
-    return values
+    return tuple(values)
 
 
 def agree(a: Any, b: Any, *, decimal: bool) -> bool:

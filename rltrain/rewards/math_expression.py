@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from rltrain.rewards.math_number import Number, parse_number
@@ -306,6 +307,7 @@ def _whole(*values: Fraction) -> bool:
     return all(value.denominator == 1 for value in values)
 
 
+@lru_cache(maxsize=4096)
 def parse_expression(text: str) -> Expression:
     """Parse the whole text, or raise ``Unparsed``."""
     if len(text) > MAX_CHARACTERS:

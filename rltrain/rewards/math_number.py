@@ -93,11 +93,11 @@ def _fraction(found: re.Match[str]) -> Number | None:
     return Number(value=_signed(found, value))
 
 
-def close(a: Fraction, b: Fraction) -> bool:
-    """``|a - b| <= 1e-6 max(|a|, |b|)``; against zero, ``|a| <= 1e-12``."""
-    if a == 0 or b == 0:
-        return abs(a + b) <= ZERO_TOLERANCE
-    return abs(a - b) <= RELATIVE_TOLERANCE * max(abs(a), abs(b))
+def close(gold: Fraction, answer: Fraction) -> bool:
+    """``|a - b| <= 1e-6 max(|a|, |b|)``; for a gold of zero, ``|answer| <= 1e-12``. Zero is not a tiny gold."""
+    if gold == 0:
+        return abs(answer) <= ZERO_TOLERANCE
+    return abs(gold - answer) <= RELATIVE_TOLERANCE * max(abs(gold), abs(answer))
 
 
 def same_number(gold: Number, answer: Number) -> bool:

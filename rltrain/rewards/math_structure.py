@@ -31,6 +31,7 @@ _MATRIX = re.compile(
 _PAIR = re.compile(r"(\d{1,9}(?:\s*:\s*\d{1,9})+)\s*(?:\\text\s*\{)?\s*((?:[ap]\.?\s?m\.?)?)\s*\}?", re.IGNORECASE)
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[a-zA-ZÀ-ɏ\s'\-,.()!?\"]+")
+_NUMBERED_WORDS = re.compile(r"[a-zA-Z]{3,}[a-zA-Z0-9\s,.'\-]*")
 _MATH_WORDS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "inf", "infinity"}
 _ARTICLES = re.compile(r"\b(?:the|a|an)\s+")
 _SAME_TEXT = {"dne": "does not exist", "empty set": r"\emptyset", "all reals": r"\mathbb{r}",
@@ -136,7 +137,7 @@ def parse_text(text: str) -> Text | None:
     r"""Words, in ``\text{}`` or bare; letters that could be a product of variables are not words."""
     wrapped = _TEXT_COMMAND.search(text) is not None
     plain = _TEXT_COMMAND.sub(r" \1 ", text).replace(r"\,", " ").replace("\\ ", " ").strip()
-    if not _WORDS.fullmatch(plain):
+    if not _WORDS.fullmatch(plain) and not _NUMBERED_WORDS.fullmatch(plain):
         return None
     words = re.findall(r"[^\W\d_]+", plain)
     long = [word for word in words if len(word) > 1 and word.lower() not in ("or", "and")]

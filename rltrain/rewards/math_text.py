@@ -40,6 +40,8 @@ _RENAMED = [
     (re.compile(r"\\l(?:vert|Vert)(?![a-zA-Z])|\\r(?:vert|Vert)(?![a-zA-Z])|\\[vV]ert(?![a-zA-Z])"), "|"),
     (re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"), lambda found: r"\{" if found[0][1] == "l" else r"\}"),
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset "),
+    (re.compile(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
+    (re.compile(r"^([^{}]*)\\over(?![a-zA-Z])([^{}]*)$"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\ast(?![a-zA-Z])"), r"\\cdot "),
     (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
     (re.compile(r"\\(?:degree|textdegree)(?![a-zA-Z])"), r"^\\circ "),
@@ -98,7 +100,7 @@ def strip_wrappers(text: str) -> str:
     r"""Take off ``$…$``, ``\(…\)``, ``\[…\]``, a group around everything, and punctuation at the end."""
     while True:
         before = text
-        text = text.strip().removesuffix(r"\,").removeprefix(r"\,").strip().rstrip(";").rstrip()
+        text = text.strip().removesuffix(r"\,").removeprefix(r"\,").strip().rstrip(";\\").rstrip()
         if text.endswith(".") and not text.endswith(".."):
             text = text[:-1].rstrip()
         if text.endswith(","):
