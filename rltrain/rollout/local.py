@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.config import RolloutConfig, SamplingConfig, register, require
+from rltrain.rollout import probes
 from rltrain.rollout.plain import PlainDecoder
 from rltrain.rollout.sampling import row_key, sample, uniforms
 from rltrain.rollout.shared import SharedDecoder
@@ -198,6 +200,10 @@ class LocalRollout:
     def same_distribution(self) -> bool:
         """Whether the log-probs are the policy's own, so that the trainer need not compute them again."""
         return self._model is self._policy.model
+
+    def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
+        """Continuations from inside completions, for estimators that declare ``Need.PROBES``."""
+        return probes.probe(self._policy, requests, settings)
 
     def sync(self, policy: Any) -> None:
         """Nothing to copy, unless decoding has weights of its own."""

@@ -1,0 +1,65 @@
+"""Two ranks are one rank to rounding, with real processes (torchrun, gloo)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import OVERRIDES, metrics
+
+from rltrain import checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(run_dir, ranks: int, *overrides: str) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "rltrain.train", *OVERRIDES, f"run_dir={run_dir}", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def assert_same_run(left: Path, right: Path):
+    for line, expected in zip(metrics(left), metrics(right), strict=True):
+        assert line == pytest.approx(expected, rel=2e-4, abs=2e-6), line["step"]
+    one, two = (load_file(checkpoint.list_checkpoints(d)[-1].policy / "model.safetensors") for d in (left, right))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=5e-5)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks") / "one"
+    result = train(folder, 1)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_two_ranks_equal_one(one_rank, tmp_path):
+    result = train(tmp_path / "two", 2)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "two", one_rank)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_on_two_ranks_equal_one_rank_without(one_rank, tmp_path, stage):
+    result = train(tmp_path / "zero", 2, f"deepspeed.zero_stage={stage}")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "zero", one_rank)
+
+
+def test_dynamic_sampling_keeps_the_same_groups_on_two_ranks(tmp_path):
+    overrides = ["batch.dynamic_sampling=true", "batch.group_size=2", "steps=2"]
+    for ranks in (1, 2):
+        result = train(tmp_path / str(ranks), ranks, *overrides)
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "2", tmp_path / "1")
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
+    result = train(tmp_path / "run", 2, "batch.prompts_per_step=5")
+    assert result.returncode != 0
+    assert "batch.prompts_per_step=5: not divisible by 2 ranks; set a multiple of 2" in result.stderr
