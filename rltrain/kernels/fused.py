@@ -116,7 +116,7 @@ class _Fused(torch.autograd.Function):
             hidden_nD, targets_n = hidden_ND[rows], targets_N[rows]
             target_logits_n, statistics = chunk.fill(hidden_nD, targets_n, entropy=entropy)
             logprobs_N[rows] = statistics.logprobs_N(target_logits_n)
-            if entropy_N is not None:
+            if entropy_N is not None and statistics.entropy_N is not None:
                 entropy_N[rows] = statistics.entropy_N
             chunk_loss, upstream = _differentiate(token_loss, logprobs_N, entropy_N, statistics, rows)
             loss += chunk_loss

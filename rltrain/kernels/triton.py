@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Tiles:
-        """Sizes that fit the registers of sm_80 and sm_90 without a spill."""
+        """Sizes without a spill on sm_80 and sm_90 where 16 divides D: see scripts/bench/triton_report.py."""
         return cls(32, 64, 16, 4, 2) if dtype == torch.float32 else cls(64, 128, 64, 8, 3)
 
 
@@ -217,6 +217,11 @@ def _shared_arguments(head: Head, hidden_ND: Tensor) -> tuple[tuple[Any, ...], t
     return sizes, (1.0 if head.softcap is None else head.softcap, 1 / head.temperature), constants
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """A launch, for type checkers, which read a kernel's parameters as those of a plain call."""
+    kernel[grid](*arguments, **constants)
+
+
 class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -240,13 +245,16 @@ class _Triton(torch.autograd.Function):
         merged = hidden_ND.new_empty(3, N, dtype=torch.float32)
         logprobs_N, entropy_N = hidden_ND.new_empty(2, N, dtype=torch.float32)
         if N:
-            forward_kernel[(row_blocks, splits)](
-                hidden_ND, weight_VD, bias_V, targets_N, *statistics, N, V, *sizes, columns_per_split, *scalars,
+            _launch(
+                forward_kernel, (row_blocks, splits),
+                hidden_ND, weight_VD, bias_V, targets_N.contiguous(), *statistics,
+                N, V, *sizes, columns_per_split, *scalars,
                 ENTROPY=entropy, **constants,
             )  # fmt: skip
-            merge_kernel[(triton.cdiv(N, MERGE_ROWS),)](
-                *statistics, *merged, logprobs_N, entropy_N, N, splits, ENTROPY=entropy, BLOCK_N=MERGE_ROWS
-            )
+            _launch(
+                merge_kernel, (triton.cdiv(N, MERGE_ROWS),),
+                *statistics, *merged, logprobs_N, entropy_N, N, splits, ENTROPY=entropy, BLOCK_N=MERGE_ROWS,
+            )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, merged)
         ctx.scalars = (temperature, softcap)
@@ -269,7 +277,8 @@ class _Triton(torch.autograd.Function):
             dlogits_Nv = hidden_ND.new_empty(N, columns)
             bias_sums = merged.new_empty(row_blocks, columns) if wants_bias else None
             if N:
-                dlogits_kernel[(row_blocks, triton.cdiv(columns, tiles.V))](
+                _launch(
+                    dlogits_kernel, (row_blocks, triton.cdiv(columns, tiles.V)),
                     hidden_ND, weight_VD[block], None if bias_V is None else bias_V[block], targets_N - block.start,
                     *merged, grad_N, None if entropy_grad_N is None else entropy_grad_N.contiguous(),
                     dlogits_Nv, bias_sums, N, columns, *sizes, *scalars,
