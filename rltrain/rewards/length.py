@@ -13,13 +13,18 @@ from rltrain.types import Context, Group, Scores
 
 @dataclass(kw_only=True)
 class OverlongConfig(RewardConfig):
-    """See :func:`soft_overlong_penalty`. ``max_tokens=0`` takes the sampling limit."""
+    """See :func:`soft_overlong_penalty`.
+
+    ``max_tokens=0`` takes the sampling limit, ``cache_tokens=0`` a fifth of that (the paper's 4,096 of 20,480).
+    """
 
     max_tokens: int = 0
-    cache_tokens: int = 64
+    cache_tokens: int = 0
 
     def __post_init__(self) -> None:
-        require(self.cache_tokens > 0, f"reward.cache_tokens={self.cache_tokens}: must be > 0")
+        require(
+            self.cache_tokens >= 0, f"reward.cache_tokens={self.cache_tokens}: must be >= 0; 0 is a fifth of the limit"
+        )
         require(
             self.max_tokens == 0 or self.cache_tokens <= self.max_tokens,
             f"reward.cache_tokens={self.cache_tokens}: wider than max_tokens={self.max_tokens}; lower it",
@@ -40,13 +45,13 @@ def soft_overlong_penalty(length_tokens: int, *, max_tokens: int, cache_tokens: 
 def overlong(groups: Sequence[Group], config: OverlongConfig, context: Context) -> Scores:
     """The soft overlong penalty of each completion."""
     limit = config.max_tokens or context.max_new_tokens
+    cache = config.cache_tokens or max(1, limit // 5)
     require(
-        config.cache_tokens <= limit,
-        f"reward.cache_tokens={config.cache_tokens}: wider than the limit of {limit} tokens; set it in (0, {limit}]",
+        cache <= limit, f"reward.cache_tokens={cache}: wider than the limit of {limit} tokens; set it in (0, {limit}]"
     )
     return Scores(
         scores=[
-            [soft_overlong_penalty(length, max_tokens=limit, cache_tokens=config.cache_tokens) for length in lengths]
+            [soft_overlong_penalty(length, max_tokens=limit, cache_tokens=cache) for length in lengths]
             for lengths in ([len(completion.token_ids) for completion in group.completions] for group in groups)
         ]
     )

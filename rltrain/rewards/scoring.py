@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rltrain import dist
-from rltrain.config import RewardConfig, part_of
+from rltrain.config import ConfigError, RewardConfig, part_of
 from rltrain.rewards.custom import UserRewardConfig
 from rltrain.types import Context, Group, Mean, Metric, Metrics, Scores
 
@@ -80,6 +80,8 @@ def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
         failure = _length_fault(result.scores, sizes)
     except TimeoutError as error:
         failure, timed_out = str(error), True
+    except ConfigError:  # an impossible setting is the user's to mend, not a failure of one batch
+        raise
     except Exception as error:
         log.debug("reward %s", name, exc_info=True)
         failure = f"{type(error).__name__}: {error}"
