@@ -15,10 +15,14 @@ _BOX_COMMAND = re.compile(r"\\+(?:boxed|fbox)(?![a-zA-Z])")
 _BOX_TOKEN = re.compile(r"(?P<command>\\+(?:boxed|fbox)(?![a-zA-Z]))\s*(?P<brace>\{)?|\\.|[{}]", re.DOTALL)
 # What may follow a box without braces: a number, a command, a single letter; never a word of prose.
 _BRACELESS = re.compile(r"(?=[-+]?[\d.\\]|[-+]?[a-zA-Z](?![a-zA-Z]))[^\s{}$]{1,64}(?:\{[^{}]*\}[^\s{}$]{0,64}){0,8}")
-_JOINER_NOISE = re.compile(r"\\(?:text|q?quad|,|;|[()\[\]])|[$&{}()\[\]~*.|/\-\s]+")
+_JOINER_NOISE = re.compile(
+    r"\\(?:text|q?quad|,|;|[()\[\]])"  # spacing
+    r"|(?<![\w\\])\(?[a-zA-Z\d]{1,2}[.)](?=[\s$])"  # the mark of a list item: "2." or "(b)"
+    r"|[$&{}()\[\]~*.|/\-\s]+"
+)
 _JOINER = re.compile(
     r"(?:(?:[,;]|and|or)(?: ?(?:and|or))?(?: (?:maybe|possibly|perhaps|also|even|else|alternatively|equivalently))?"
-    r"(?: ?[a-z]\w{0,3} ?=)?)?",
+    r"(?: ?[a-z]\w{0,3} ?=)?|=)?",
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")

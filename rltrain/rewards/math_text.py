@@ -26,8 +26,10 @@ _SYMBOLS = str.maketrans(
 )
 
 _DROPPED = re.compile(
-    r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg|displaystyle|textstyle|limits|nolimits)"
-    r"(?![a-zA-Z])\s*\.?|\\!"
+    r"\\(?:left|right)(?![a-zA-Z])\s*(?:\.(?!\d))?"
+    r"|\\(?:bigg?|Bigg?)[lrm]?(?![a-zA-Z])"
+    r"|\\(?:displaystyle|textstyle|limits|nolimits|tiny|small|normalsize|large|Large|LARGE|huge|Huge|underline)(?![a-zA-Z])"
+    r"|\\(?:text)?color\s*\{[a-zA-Z]*\}|\\!"
 )
 _RENAMED = [
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
@@ -74,7 +76,7 @@ def _spell_fraction(found: re.Match[str]) -> str:
 def _plain_character(character: str) -> str:
     if character.isascii():
         return character
-    if unicodedata.category(character) == "Cf":
+    if unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f":
         return ""
     digit = unicodedata.decimal(character, None)
     return character if digit is None else str(digit)
