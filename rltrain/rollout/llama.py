@@ -32,8 +32,9 @@ class LlamaStep:
     @staticmethod
     def supports(model: Any) -> bool:
         """Known architectures with whole weights: under ZeRO-3 they are gathered by hooks of modules skipped here."""
+        known = model.config.model_type in _MODEL_TYPES and type(model).__module__.startswith("transformers.models.")
         sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-        return model.config.model_type in _MODEL_TYPES and hasattr(model, "lm_head") and not sharded
+        return known and hasattr(model, "lm_head") and not sharded
 
     def __call__(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
         x_BD = self._backbone.embed_tokens(tokens_B)
