@@ -69,3 +69,7 @@ def test_repetition_is_the_share_of_repeated_ngrams():
     assert repetition_penalty([1, 2, 1, 2, 1], ngram=2, max_penalty=-0.5) == pytest.approx(-0.25)
     assert repetition_penalty([1], ngram=2, max_penalty=-1) == 0
     assert repetition([group([4, 0])], RepetitionConfig(), Context()).scores == [[0.0, 0.0]]
+
+
+def test_overlong_cache_is_a_fifth_of_the_limit_unless_given():
+    assert overlong([group([80, 90])], OverlongConfig(), Context(max_new_tokens=100)).scores == [[0, -0.5]]

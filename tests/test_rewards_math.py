@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import verifier_hostile as hostile
 import verifier_tables as tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from rltrain.rewards.math_extract import boxes
 from rltrain.types import Completion, Context, Group, Problem, Prompt
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "verifier_cases.json").read_text())
+SPIRITS = ("LATEX", "NUMBERS", "STRUCTURES", "NEIGHBOURS")
 STATUSES = {"ok", "no_answer", "parse_error", "timeout", "gold_error", "infra"}
 # The whole fuzz has 20,000 outputs: RLTRAIN_FUZZ=20000 pytest tests/test_rewards_math.py -k fuzz
 FUZZ = int(os.environ.get("RLTRAIN_FUZZ", 1000))
@@ -32,9 +34,10 @@ def box(content):
 
 
 def boxed_cases():
-    for name in ("LATEX", "NUMBERS", "STRUCTURES", "NEIGHBOURS", "HOSTILE"):
+    for name in SPIRITS:
         yield from ((name, gold, box(content), score) for gold, content, score in getattr(tables, name))
-    yield from (("OUTPUTS", *case) for case in tables.OUTPUTS)
+    yield from (("HOSTILE", gold, box(content), score) for gold, content, score in hostile.HOSTILE)
+    yield from (("OUTPUTS", *case) for case in hostile.OUTPUTS)
 
 
 @pytest.mark.parametrize("case", VECTORS, ids=range(len(VECTORS)))
@@ -62,23 +65,23 @@ def test_own_tables():
 
 
 def test_tables_have_at_least_forty_cases_in_each_spirit():
-    sizes = [len(getattr(tables, name)) for name in ("LATEX", "NUMBERS", "STRUCTURES", "HOSTILE", "OUTPUTS")]
+    sizes = [len(getattr(tables, name)) for name in SPIRITS] + [len(hostile.HOSTILE), len(hostile.OUTPUTS)]
     assert min(sizes) >= 40
 
 
 def test_table_golds_grade_themselves():
-    golds = {gold for name in ("LATEX", "NUMBERS", "STRUCTURES", "NEIGHBOURS") for gold, _, _ in getattr(tables, name)}
+    golds = {gold for name in SPIRITS for gold, _, _ in getattr(tables, name)}
     assert [gold for gold in golds if verify(box(gold), gold).score != 1.0] == []
 
 
-@pytest.mark.parametrize(("gold", "output", "score"), tables.LENIENT)
+@pytest.mark.parametrize(("gold", "output", "score"), hostile.LENIENT)
 def test_lenient_reads_answer_lines(gold, output, score):
     assert verify(output, gold, strict=False).score == score
     if "boxed" not in output:
         assert verify(output, gold).score == 0.0
 
 
-@pytest.mark.parametrize("gold", tables.UNGRADEABLE_GOLDS)
+@pytest.mark.parametrize("gold", hostile.UNGRADEABLE_GOLDS)
 def test_ungradeable_golds_abstain_whatever_the_answer(gold):
     for output in (box("3"), box(gold), "no box"):
         verdict = verify(output, gold)
@@ -249,11 +252,11 @@ def _group(texts, gold, prompt="q"):
 
 
 def test_reward_scores_and_metrics(tmp_path):
-    path = tmp_path / "samples.jsonl"
+    path = tmp_path / "run" / "samples.jsonl"
     groups = [_group([box("5"), box("6"), "Answer: 5", box("{")], "5"), _group([box("1"), box("2")], "see figure")]
     result = math_reward(groups, MathConfig(samples_path=str(path)), Context(step=3))
     assert result.scores == [[1.0, 0.0, 0.0, 0.0], [None, None]]
-    metrics = {name: metric for name, metric in result.metrics.items() if "latency" not in name}
+    metrics = result.metrics
     assert metrics["verifier/ok"].total == 2 and metrics["verifier/ok"].count == 6
     assert metrics["verifier/gold_error"].total == 2 and metrics["verifier/no_answer"].total == 2
     assert (metrics["verifier/accuracy_of_extracted"].total, metrics["verifier/accuracy_of_extracted"].count) == (1, 2)

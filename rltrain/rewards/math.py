@@ -233,9 +233,9 @@ def _metrics(graded: Sequence[tuple[Verdict, float]], hits: int) -> dict[str, Me
     }
     metrics["verifier/extracted"] = Mean.of([float(verdict.extracted is not None) for verdict in verdicts])
     metrics["verifier/accuracy_of_extracted"] = Mean.of(answered)
-    metrics["verifier/cache_hits"] = Mean(total=hits, count=len(graded))
-    metrics["verifier/latency_p50_ms"] = Max(value=latency_ms[len(latency_ms) // 2])
-    metrics["verifier/latency_p99_ms"] = Max(value=latency_ms[int(0.99 * (len(latency_ms) - 1))])
+    metrics["perf/verifier_cache_hits"] = Mean(total=hits, count=len(graded))
+    metrics["perf/verifier_p50_ms"] = Max(value=latency_ms[len(latency_ms) // 2])
+    metrics["perf/verifier_p99_ms"] = Max(value=latency_ms[int(0.99 * (len(latency_ms) - 1))])
     return metrics
 
 
@@ -246,5 +246,7 @@ def _keep_sample(path: str, step: int, group: Group, text: str, verdict: Verdict
     if verdict.status not in ("timeout", "infra", "gold_error") and not missed:
         return
     row = {"step": step, "id": group.prompt.problem.id, "gold": gold, "lenient_is_right": missed, "tail": text[-2000:]}
-    with Path(f"{path}.rank{dist.rank()}" if dist.world_size() > 1 else path).open("a") as file:
+    file_path = Path(f"{path}.rank{dist.rank()}" if dist.world_size() > 1 else path)
+    file_path.parent.mkdir(parents=True, exist_ok=True)
+    with file_path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(row | asdict(verdict)) + "\n")

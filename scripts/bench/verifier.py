@@ -21,7 +21,7 @@ from rltrain.rewards import math as verifier
 from rltrain.rewards import math_cas
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-import verifier_tables
+import verifier_hostile
 
 LATEX = [
     (r"\frac{3}{4}", [r"\frac{3}{4}", r"\dfrac34", "0.75", r"\frac{3}{5}"]),
@@ -99,8 +99,8 @@ def hostile() -> list[tuple[float, str, str]]:
     """(seconds, status, answer) of every hostile case, slowest first; the CAS child is running already."""
     verifier.verify(r"\boxed{\mathbb{R}\setminus\{0\}}", r"(-\infty,0)\cup(0,\infty)")
     rows = []
-    cases = [(gold, rf"\boxed{{{answer}}}") for gold, answer, _ in verifier_tables.HOSTILE]
-    for gold, completion in cases + [(gold, output) for gold, output, _ in verifier_tables.OUTPUTS]:
+    cases = [(gold, rf"\boxed{{{answer}}}") for gold, answer, _ in verifier_hostile.HOSTILE]
+    for gold, completion in cases + [(gold, output) for gold, output, _ in verifier_hostile.OUTPUTS]:
         start = time.perf_counter()
         verdict = verifier.verify(completion, gold)
         rows.append((time.perf_counter() - start, verdict.status, completion[:50].encode("ascii", "replace").decode()))
