@@ -116,11 +116,16 @@ class LoraConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Base of every model source's config; the function is ``f(config) -> (model, tokenizer)``."""
+    """Base of every model source's config; the function is ``f(config) -> (model, tokenizer)``.
+
+    ``chat`` puts a problem's text into the tokenizer's chat template, after the ``system`` message and the
+    ``examples``: pairs of a question and its answer, as earlier turns.
+    """
 
     dtype: str = "float32"
     chat: bool = False
     system: str | None = None
+    examples: list[list[str]] = field(default_factory=list)
     gradient_checkpointing: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -128,6 +133,14 @@ class ModelConfig:
         require(
             self.dtype in ("float32", "bfloat16"),
             f"model.dtype={self.dtype}: not supported; set float32 or bfloat16",
+        )
+        require(
+            all(len(pair) == 2 for pair in self.examples),
+            "model.examples: an entry is not a pair; give [question, answer] for each",
+        )
+        require(
+            self.chat or not (self.examples or self.system),
+            "model.examples and model.system: need a chat template; set model.chat=true",
         )
 
 
@@ -146,6 +159,7 @@ class SamplingConfig:
         require(self.temperature >= 0, f"sampling.temperature={self.temperature}: must be >= 0 (0 is greedy)")
         require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: must lie in (0, 1]; 1 keeps every token")
         require(self.top_k >= 0, f"sampling.top_k={self.top_k}: must be >= 0; 0 keeps every token")
+        require(all(self.stop), "sampling.stop: holds an empty string, which stops at once; remove it")
         require(self.max_new_tokens >= 1, f"sampling.max_new_tokens={self.max_new_tokens}: set at least 1")
 
 

@@ -117,16 +117,17 @@ def add_lora(model: Any, config: LoraConfig) -> Any:
     return peft.get_peft_model(model, adapters)
 
 
-def encode(policy: Policy, problem: Problem, *, chat: bool, system: str | None = None) -> Prompt:
-    """A problem as token ids; chat messages (or text with ``chat``) go through the tokenizer's template."""
-    messages = [] if isinstance(problem.prompt, str) else [dict(message) for message in problem.prompt]
-    if isinstance(problem.prompt, str) and not chat:
+def encode(policy: Policy, problem: Problem, config: ModelConfig) -> Prompt:
+    """A problem as token ids; chat messages (or text with ``config.chat``) go through the tokenizer's template."""
+    if isinstance(problem.prompt, str) and not config.chat:
         return Prompt(problem=problem, token_ids=tuple(policy.tokenizer(problem.prompt)["input_ids"]))
-    if isinstance(problem.prompt, str):
-        messages = [{"role": "user", "content": problem.prompt}]
-    if system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    text = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text_only = isinstance(problem.prompt, str)
+    turns = [{"role": "user", "content": problem.prompt}] if text_only else [dict(turn) for turn in problem.prompt]
+    for question, answer in reversed(config.examples):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}, *turns]
+    if config.system is not None and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": config.system}, *turns]
+    text = policy.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
     return Prompt(problem=problem, token_ids=tuple(ids))
 
@@ -135,7 +136,7 @@ def encode_all(
     policy: Policy, problems: Sequence[Problem], config: ModelConfig, *, max_prompt_tokens: int
 ) -> tuple[list[Prompt], list[Problem]]:
     """Prompts within the limit, and the problems that were left out for being longer (or empty)."""
-    prompts = [encode(policy, problem, chat=config.chat, system=config.system) for problem in problems]
+    prompts = [encode(policy, problem, config) for problem in problems]
     fits = [0 < len(prompt.token_ids) <= max_prompt_tokens for prompt in prompts]
     kept = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
     return kept, [problem for problem, fit in zip(problems, fits, strict=True) if not fit]

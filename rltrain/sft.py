@@ -65,7 +65,7 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
         )
     rows = []
     for problem in problems:
-        prompt = encode(policy, problem, chat=config.model.chat, system=config.model.system).token_ids
+        prompt = encode(policy, problem, config.model).token_ids
         solution = policy.tokenizer(problem.meta[field], add_special_tokens=False)["input_ids"]
         ids = [*prompt, *solution, policy.tokenizer.eos_token_id]
         if len(ids) <= config.cold_start.max_length:
