@@ -266,6 +266,28 @@ class BatchConfig:
 
 
 @dataclass(kw_only=True)
+class ScorerConfig:
+    """The model phi that rewards read likelihoods from: the ``policy``, a ``frozen`` model, or the policy's ``ema``.
+
+    Frozen is the initial policy, or the model at ``path``, which must share the policy's vocabulary. The EMA is kept in
+    fp32: ``phi <- decay·phi + (1 - decay)·theta`` after each optimiser step.
+    """
+
+    kind: str = "frozen"
+    path: str | None = None
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        kinds = ("policy", "frozen", "ema")
+        require(self.kind in kinds, f"scorer.kind={self.kind}: unknown; set one of {', '.join(kinds)}")
+        require(0 <= self.decay < 1, f"scorer.decay={self.decay}: must lie in [0, 1); 0.999 is usual")
+        require(
+            self.path is None or self.kind == "frozen",
+            f"scorer.path with scorer.kind={self.kind}: has no effect; set scorer.kind=frozen or leave the path out",
+        )
+
+
+@dataclass(kw_only=True)
 class EvaluationConfig:
     """Held-out evaluation: ``samples`` completions of each of ``problems`` problems; every 0 steps means never."""
 
@@ -324,14 +346,21 @@ class ColdStartConfig:
 
     steps: int = 0
     batch_size: int = 64
-    learning_rate: float = 3e-3
-    warmup_steps: int = 20
+    learning_rate: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    warmup_steps: int = 30
+    schedule: str = "constant"
     weight_decay: float = 0.0
     problems: int = 50_000
     max_length: int = 1024
     solution_field: str = "solution"
 
     def __post_init__(self) -> None:
+        schedules = ("constant", "linear", "cosine")
+        require(
+            self.schedule in schedules,
+            f"cold_start.schedule={self.schedule}: unknown; set one of {', '.join(schedules)}",
+        )
         require(self.steps >= 0, f"cold_start.steps={self.steps}: must be >= 0; 0 trains nothing before RL")
 
 
@@ -356,6 +385,7 @@ class RunConfig:
     rollout: RolloutConfig = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
