@@ -14,7 +14,7 @@ from typing import Any
 
 from rltrain import dist
 from rltrain.config import TrackingConfig
-from rltrain.types import Max, Mean, Metric, Metrics, Min, Sum
+from rltrain.types import Mean, Metric, Metrics, Std
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +50,9 @@ class Accumulator:
 
 
 def _value(metric: Metric) -> float | None:
-    if isinstance(metric, Mean):
-        return metric.total / metric.count if metric.count else None
-    return metric.value
-
-
-def sample_std(values: Sequence[float]) -> float:
-    """Standard deviation with ddof 1; 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    if isinstance(metric, (Mean, Std)) and not metric.count:
+        return None
+    return metric.total / metric.count if isinstance(metric, Mean) else metric.value
 
 
 class JsonlWriter:
@@ -165,6 +157,3 @@ def _run_id(run_dir: Path) -> str:
     if not path.exists():
         path.write_text(os.urandom(4).hex())
     return path.read_text().strip()
-
-
-__all__ = ["Accumulator", "JsonlWriter", "Max", "Mean", "Min", "Sum", "WandbWriter", "read_jsonl", "sample_std"]

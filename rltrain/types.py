@@ -10,6 +10,7 @@ Legend. A tensor's name ends in its axes:
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -140,7 +141,40 @@ class Sum:
         return Sum(value=self.value + other.value)
 
 
-Metric = Mean | Max | Min | Sum
+@dataclass(frozen=True, kw_only=True)
+class Std:
+    """A standard deviation (ddof 1; 0 of one value): count, mean, sum of squared deviations (Chan et al., 1979)."""
+
+    count: float
+    mean: float
+    squares: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Std:
+        """Of all the values of a tensor."""
+        if not values.numel():
+            return cls(count=0, mean=0.0, squares=0.0)
+        mean = values.double().mean()
+        squares = (values.double() - mean).square().sum()
+        return cls(count=values.numel(), mean=float(mean), squares=float(squares))
+
+    @property
+    def value(self) -> float:
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+
+    def __add__(self, other: Std) -> Std:
+        count = self.count + other.count
+        if not count:
+            return self
+        shift = other.mean - self.mean
+        return Std(
+            count=count,
+            mean=self.mean + shift * other.count / count,
+            squares=self.squares + other.squares + shift**2 * self.count * other.count / count,
+        )
+
+
+Metric = Mean | Max | Min | Sum | Std
 Metrics = Mapping[str, Metric]
 
 

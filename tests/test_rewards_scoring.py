@@ -91,7 +91,7 @@ def test_weighted_sum_with_named_unweighted_parts():
     assert scored[0].reward_parts["length"].tolist() == [9, 9, 2]
     assert scored[0].rewards_G.dtype == torch.float64
     assert value(metrics["rewards/answer/mean"]) == pytest.approx(4 / 9)
-    assert value(metrics["rewards/answer/std"]) == pytest.approx(math.sqrt(9 / 8 * 4 / 9 * 5 / 9))
+    assert metrics["rewards/answer/std"].value == pytest.approx(math.sqrt(9 / 8 * 4 / 9 * 5 / 9))
     assert value(metrics["reward"]) == pytest.approx((2.9 + 0.9 + 0.2 + 3 * 2.9 + 3 * 0.9) / 9)
     assert [value(metrics[f"groups/{name}"]) for name in ("all_right", "all_wrong", "mixed")] == pytest.approx(
         [1 / 3] * 3

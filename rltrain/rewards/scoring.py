@@ -21,7 +21,7 @@ from torch import Tensor
 from rltrain import dist
 from rltrain.config import ConfigError, RewardConfig, part_of
 from rltrain.rewards.custom import UserRewardConfig
-from rltrain.types import Context, Group, Mean, Metric, Metrics, Scores
+from rltrain.types import Context, Group, Mean, Metric, Metrics, Scores, Std
 
 log = logging.getLogger(__name__)
 
@@ -174,8 +174,7 @@ def _metrics(groups: Sequence[Group], parts: Mapping[str, Part]) -> dict[str, Me
         values = torch.cat([torch.zeros(0, dtype=torch.float64), *part.scores])
         metrics[f"rewards/{name}/mean"] = Mean.of(_counted(values))
         metrics[f"rewards/{name}/abstained"] = Mean.of(values.isnan())
-        if len(_counted(values)):
-            metrics[f"rewards/{name}/std"] = Mean.of(float(_std(_counted(values))))
+        metrics[f"rewards/{name}/std"] = Std.of(_counted(values))
     totals = [_counted(group.rewards_G) for group in groups if group.rewards_G is not None]
     totals = [total for total in totals if len(total)]
     metrics["reward"] = Mean.of([float(value) for total in totals for value in total])
