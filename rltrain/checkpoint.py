@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rltrain import dist
+from rltrain import dist, runs
 from rltrain.config import CheckpointConfig, ConfigError, RunError
 from rltrain.engine import Engine
 from rltrain.model import Policy
@@ -85,23 +85,12 @@ def find_damage(saved: Saved) -> str | None:
 
 def check_same_config(saved: Saved, config: Mapping[str, Any]) -> None:
     """Refuse to resume a run under a config that computes something else; the error names the keys."""
-    old, new = _flat(saved.manifest["config"]), _flat(config)
-    differing = sorted(
-        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_KEYS
-    )
-    if differing:
-        changes = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing[:5])
+    # A schedule that ends at the last step makes every rate depend on how many steps there are.
+    free = [key for key in FREE_KEYS if key != "steps" or config["optimizer"]["schedule"] == "constant"]
+    if changes := runs.changes(saved.manifest["config"], config, ignored=free):
         raise ConfigError(
             f"{saved.path}: made with another config ({changes}); restore these keys or set another run_dir"
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def save(

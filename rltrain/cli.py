@@ -7,12 +7,12 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rltrain.config import ConfigError, RunConfig, RunError, discover, parts
-
 
 # Lines of Hydra's and OmegaConf's messages that tell a user nothing.
 UNSAID = ("full_key", "object_type", "reference_type", "Set the env", "Config search path", "provider=")
@@ -102,12 +102,26 @@ def setup_logging() -> None:
     logging.getLogger("rltrain").setLevel(logging.INFO)
 
 
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Print what a user did wrong, or what ended a run, and exit: 2 for the config, 1 for the run."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"config error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def run(task: Callable[[RunConfig], None]) -> None:
     """Entry point: compose the command line into a RunConfig and hand it to ``task``; exit 2 on a config error."""
     import hydra
-    from hydra.errors import HydraException
     from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
 
     # With this set Hydra raises instead of printing a page; what is shown is then ours to decide.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -124,15 +138,9 @@ def run(task: Callable[[RunConfig], None]) -> None:
             configs.append(error)
 
     compose_only.__module__ = "__main__"
-    try:
+    with errors_in_one_line():
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(compose_only)()
         for config in configs:
             if isinstance(config, ConfigError):
                 raise config
             task(config)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"config error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,21 @@ def resolved(config: RunConfig) -> dict[str, Any]:
         chosen = getattr(config, group)
         plain[group] = {key: {"kind": names[type(value)]} | asdict(value) for key, value in chosen.items()}
     return json.loads(json.dumps(plain))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:
+    """What differs between two resolved configs, ``key: old -> new, …``, at most five; top-level keys may be ignored."""
+    old, new = _flat(before), _flat(after)
+    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k.split(".")[0] not in ignored)
+    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:5])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def write_provenance(run_dir: Path, config: RunConfig) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rltrain import cli, dist
+from rltrain import cli, dist, runs
 from rltrain.config import ColdStartConfig, ConfigError, RunConfig, RunError, part_of
 from rltrain.model import Policy, encode, load_policy
 from rltrain.types import Problem
@@ -29,21 +29,45 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 def cold_start(config: RunConfig) -> str:
     """The folder of the fine-tuned model, ``run_dir/cold_start``; trained first if it is not there yet.
 
+    One that was made with another config is refused.
+
     Training runs on rank 0 in a process of its own, so that neither the launcher's variables nor the random state of
     the trainer's libraries reach across; the other ranks wait.
     """
     folder = Path(config.run_dir) / "cold_start"
-    if dist.is_main() and not folder.is_dir():
-        process = multiprocessing.get_context("spawn").Process(target=_in_own_process, args=(config, folder))
-        process.start()
-        process.join(config.deadline_s)
-        if process.is_alive():
-            process.kill()
-            raise dist.DeadlineError(f"cold start: not done after deadline_s={config.deadline_s}; raise it")
-        if process.exitcode != 0:
-            raise RunError(f"cold start: failed with exit code {process.exitcode}; its message stands above")
+    if folder.is_dir():
+        _refuse_other_config(folder, config)
+    elif dist.is_main():
+        _run_in_own_process(config, folder)
     dist.barrier("cold start")
     return str(folder)
+
+
+def made_with(config: RunConfig) -> dict[str, Any]:
+    """The part of the config that a cold start is a function of."""
+    resolved = runs.resolved(config)
+    return {key: resolved[key] for key in ("seed", "model", "data", "cold_start")}
+
+
+def _refuse_other_config(folder: Path, config: RunConfig) -> None:
+    before = json.loads((folder / "sft.json").read_text())["config"]
+    if changes := runs.changes(before, made_with(config)):
+        raise ConfigError(
+            f"{folder}: made with another config ({changes}); restore these keys, set another run_dir, or delete it"
+        )
+
+
+def _run_in_own_process(config: RunConfig, folder: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_in_own_process, args=(config, folder))
+    process.start()
+    try:
+        process.join(config.deadline_s)
+        if process.is_alive():
+            raise dist.DeadlineError(f"cold start: not done after deadline_s={config.deadline_s}; raise it")
+    finally:
+        process.kill()  # also when a signal ends the wait
+    if process.exitcode != 0:
+        raise RunError(f"cold start: failed with exit code {process.exitcode}; its message stands above")
 
 
 def _in_own_process(config: RunConfig, folder: Path) -> None:
@@ -51,17 +75,18 @@ def _in_own_process(config: RunConfig, folder: Path) -> None:
         os.environ.pop(name, None)
     cli.setup_logging()
     cli.discover()
-    train(config, folder)
+    with cli.errors_in_one_line():
+        train(config, folder)
 
 
 def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> list[dict[str, list[int]]]:
-    """Token ids and labels of each worked solution, prompts without loss; the prompt is encoded as for RL, EOS closes it."""
+    """Token ids and labels of each worked solution: the prompt as for RL and without loss, EOS at the end."""
     field = config.cold_start.solution_field
     missing = [problem.id for problem in problems if not problem.meta.get(field)]
     if missing:
         raise ConfigError(
-            f"cold_start.solution_field={field}: {len(missing)} problems have no such field, the first is {missing[0]}; "
-            "choose data with worked solutions or set cold_start.steps=0"
+            f"cold_start.solution_field={field}: {len(missing)} problems have no such field, the first is "
+            f"{missing[0]}; choose data with worked solutions or set cold_start.steps=0"
         )
     rows = []
     for problem in problems:
@@ -97,7 +122,8 @@ def train(config: RunConfig, folder: Path) -> None:
     result = trainer.train()
     _merged(policy.model).save_pretrained(writing)
     policy.tokenizer.save_pretrained(writing)
-    (writing / "sft.json").write_text(json.dumps({"loss": result.training_loss, "examples": len(rows)}))
+    made = {"loss": result.training_loss, "examples": len(rows), "config": made_with(config)}
+    (writing / "sft.json").write_text(json.dumps(made, indent=1))
     writing.replace(folder)
     log.info("cold start: loss %.4f after %d steps, saved to %s", result.training_loss, config.cold_start.steps, folder)
 

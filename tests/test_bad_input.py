@@ -24,9 +24,9 @@ def refused(run_dir, *overrides: str) -> str:
 
 
 def test_missing_model_folder(tmp_path):
-    overrides = ["model=pretrained", "model.path=./no/such/folder", "data=small_integers", f"run_dir={tmp_path / 'run'}"]
+    overrides = ["model=pretrained", "model.path=./no/such/folder", "data=small_integers"]
     with pytest.raises(ConfigError, match=r"model.path=./no/such/folder: no such folder; give a folder"):
-        trainer.fit(cli.compose(overrides))
+        trainer.fit(cli.compose([*overrides, f"run_dir={tmp_path / 'run'}"]))
 
 
 def test_missing_folder_of_a_tiny_model(tmp_path):
@@ -62,6 +62,30 @@ def test_cold_start_without_solutions(tmp_path):
     with pytest.raises(ConfigError, match="cold_start.solution_field=solution: .* have no such field"):
         sft.train(run_config, tmp_path / "cold_start")
     assert not (tmp_path / "cold_start").exists()
+
+
+def test_cold_start_without_solutions_is_one_line_on_the_command_line(tmp_path):
+    """The cold start runs in a process of its own, whose traceback nobody needs."""
+    path = jsonl(tmp_path / "data.jsonl", [{"question": f"{i}+1", "answer": str(i + 1)} for i in range(8)])
+    overrides = [*OVERRIDES, *hub(path), "cold_start.steps=1", f"run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "rltrain.sft", *overrides]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    cause, outcome = result.stderr.strip().splitlines()[-2:]
+    assert cause.startswith("config error: cold_start.solution_field=solution: ")
+    assert outcome == "error: cold start: failed with exit code 2; its message stands above"
+
+
+def test_cold_start_made_with_another_config_is_refused(tmp_path):
+    from rltrain import sft
+
+    cold = ["cold_start.steps=1", "cold_start.batch_size=2"]
+    sft.train(config(tmp_path / "run", *cold), tmp_path / "run" / "cold_start")
+    assert sft.cold_start(config(tmp_path / "run", *cold, "steps=9")) == str(tmp_path / "run" / "cold_start")
+    message = refused(tmp_path / "run", *cold, "cold_start.learning_rate=0.5", "data.max_operand=3")
+    assert "cold_start.learning_rate: " in message
+    assert "-> 0.5" in message
+    assert "data.max_operand: " in message
 
 
 def test_disk_full_while_saving_leaves_the_old_checkpoint_and_resumes(tmp_path):

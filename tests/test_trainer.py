@@ -240,6 +240,12 @@ def test_checkpoint_of_another_config_is_refused_by_key(unbroken):
         trainer.fit(config(unbroken, "optimizer.learning_rate=0.01"))
 
 
+def test_more_steps_are_free_under_a_constant_rate_alone(tmp_path):
+    trainer.fit(config(tmp_path / "run", "steps=1", "optimizer.schedule=linear"))
+    with pytest.raises(ConfigError, match="steps: 1 -> 2"):
+        trainer.fit(config(tmp_path / "run", "steps=2", "optimizer.schedule=linear"))
+
+
 def test_a_used_run_folder_is_refused_when_asked(unbroken):
     with pytest.raises(ConfigError, match="holds a run; set another run_dir"):
         trainer.fit(config(unbroken, "checkpoint.resume=never"))
