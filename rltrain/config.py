@@ -82,6 +82,27 @@ def discover() -> None:
             importlib.import_module(f"{package_name}.{module.name}")
 
 
+def load_callable(import_path: str, *, key: str) -> Callable[..., Any]:
+    """The callable that ``module:attribute`` names; ``key`` is the setting that an error message points to."""
+    setting = f"{key}={import_path}"
+    module_name, _, attribute = import_path.partition(":")
+    well_formed = bool(module_name and attribute and not module_name.startswith("."))
+    require(well_formed, f"{setting}: not of the form my_package.my_module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A package that the module itself imports is its own affair; only the path that was asked for is explained.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(
+            f"{setting}: no module named {error.name}; install it or add its folder to PYTHONPATH"
+        ) from None
+    require(hasattr(module, attribute), f"{setting}: {module_name} has no {attribute}; name one of its functions")
+    function = getattr(module, attribute)
+    require(callable(function), f"{setting}: {attribute} is {type(function).__name__}, not callable; name a function")
+    return function
+
+
 @dataclass(kw_only=True)
 class AdvantageConfig:
     """Base of every estimator's config; the function is ``f(groups, config, context) -> Advantages``."""

@@ -53,10 +53,10 @@ def test_a_function_from_outside_is_the_estimator(outside):
         ("outside_package.nothing:f", "no module named outside_package.nothing;"),
         ("outside_package.credit:other", "outside_package.credit has no other; name one of its functions"),
         ("outside_package.credit:version", "version is str, not callable; name a function"),
-        ("outside_package.credit", "not of the form my_package.my_module:estimator"),
-        ("outside_package.credit:", "not of the form my_package.my_module:estimator"),
-        (":scaled_reward", "not of the form my_package.my_module:estimator"),
-        (".credit:scaled_reward", "not of the form my_package.my_module:estimator"),
+        ("outside_package.credit", "not of the form my_package.my_module:function"),
+        ("outside_package.credit:", "not of the form my_package.my_module:function"),
+        (":scaled_reward", "not of the form my_package.my_module:function"),
+        (".credit:scaled_reward", "not of the form my_package.my_module:function"),
     ],
 )
 def test_a_wrong_path_is_refused_in_one_line_when_the_config_is_made(outside, path, message):

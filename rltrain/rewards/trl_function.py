@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rltrain.config import register
-from rltrain.rewards.custom import UserRewardConfig, load_function
+from rltrain.config import load_callable, register
+from rltrain.rewards.custom import UserRewardConfig
 from rltrain.types import Context, Group, Scores
 
 
@@ -38,7 +38,7 @@ def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
 @register("reward", "trl_function", TrlFunctionConfig)
 def trl_function(groups: Sequence[Group], config: TrlFunctionConfig, context: Context) -> Scores:
     """Call the function once for the batch and give its list back by group."""
-    values = load_function(config.import_path)(**trl_arguments(groups, context))
+    values = load_callable(config.import_path, key="reward.import_path")(**trl_arguments(groups, context))
     expected = sum(len(group.completions) for group in groups)
     if len(values) != expected:
         raise ValueError(f"{config.import_path} returned {len(values)} rewards for {expected} completions")
