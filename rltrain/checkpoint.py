@@ -5,6 +5,7 @@ run_dir/checkpoints/step_000050/
     engine/           DeepSpeed's state: weights, optimiser, one file per rank where sharded
     policy/           a plain transformers folder
     parts.json        state_dict of stateful parts
+    tensors.safetensors   their tensors, if they have any
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from rltrain import dist, runs
 from rltrain.config import CheckpointConfig, ConfigError, RunError
 from rltrain.engine import Engine
 from rltrain.model import Policy
 
 log = logging.getLogger(__name__)
+
+TENSORS = "tensors.safetensors"
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
 FREE_KEYS = ("run_dir", "name", "steps", "tracking", "checkpoint", "deadline_s")
@@ -94,7 +100,14 @@ def check_same_config(saved: Saved, config: Mapping[str, Any]) -> None:
 
 
 def save(
-    run_dir: Path, step: int, *, engine: Engine, policy: Policy, parts: Mapping[str, Any], config: Mapping[str, Any]
+    run_dir: Path,
+    step: int,
+    *,
+    engine: Engine,
+    policy: Policy,
+    parts: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
 ) -> Saved:
     """Write a checkpoint; all ranks call this. On any failure the older ones stay as they were."""
     final = run_dir / "checkpoints" / f"step_{step:06d}"
@@ -109,6 +122,8 @@ def save(
         if dist.is_main():
             export(policy, writing / "policy")
             (writing / "parts.json").write_text(json.dumps(dict(parts)))
+            if tensors:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, writing / TENSORS)
             _finish(writing, final, step=step, config=config)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(writing, ignore_errors=True)
@@ -176,6 +191,12 @@ def load(saved: Saved, *, engine: Engine) -> dict[str, Any]:
         )
     engine.load_state(saved.path / "engine")
     return json.loads((saved.path / "parts.json").read_text())
+
+
+def load_tensors(saved: Saved) -> dict[str, Tensor]:
+    """The tensors of the stateful parts, on the CPU; none if the run had none."""
+    path = saved.path / TENSORS
+    return load_file(path) if path.exists() else {}
 
 
 def prune(run_dir: Path, config: CheckpointConfig, *, best_step: int | None) -> None:

@@ -120,7 +120,7 @@ def collate(
     batches = [_token_batch([rows[i] for i in one], denominators, aggregation, max_new_tokens) for one in bins]
     # At least one, so that a step without any signal is still an optimiser step, with a gradient of zero.
     most = max(1, int(dist.all_max(torch.tensor(len(batches)), name="number of micro-batches")))
-    return batches + [_empty_batch() for _ in range(most - len(batches))], denominators
+    return batches + [empty_batch() for _ in range(most - len(batches))], denominators
 
 
 def _token_batch(rows: Sequence[Row], denominators: Denominators, aggregation: str, max_new_tokens: int) -> TokenBatch:
@@ -150,7 +150,7 @@ def _token_batch(rows: Sequence[Row], denominators: Denominators, aggregation: s
     )
 
 
-def _empty_batch() -> TokenBatch:
+def empty_batch() -> TokenBatch:
     """One token of weight 0: this rank takes part in the collectives of a micro-batch it has no rows for."""
     zero_N = torch.zeros(1)
     return TokenBatch(

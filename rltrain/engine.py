@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ class Engine:
         norm = self._clip() if self.zero_stage == 0 else None
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Trainable parameters by name, each whole while held (ZeRO 3 shards them); all ranks call this together."""
+        from deepspeed.zero import GatheredParameters
+
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                with GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                    yield name, parameter.detach()
 
     def save_state(self, folder: Path) -> None:
         """Weights, optimiser and counters; every rank writes its part."""

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from rltrain import cli, dist
 from rltrain.config import ConfigError, EvaluationConfig, RewardConfig, RunConfig, SamplingConfig, part_of
+from rltrain.logprobs import LogprobModel
 from rltrain.metrics import Accumulator
 from rltrain.model import Policy, encode_all, load_policy
 from rltrain.rewards.scoring import score
-from rltrain.types import Context, Group, Mean, Metrics, Problem, Prompt
+from rltrain.scorer import load_scorer
+from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +121,14 @@ def main(config: RunConfig) -> None:
     dist.setup(deadline_s=config.deadline_s)
     policy = load_policy(config.model)
     policy.model.to(dist.device())
+    needs_scorer = Need.SCORER in config.needs()
     rollout = part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed)
-    context = Context(seed=config.seed, tokenizer=policy.tokenizer, max_new_tokens=config.sampling.max_new_tokens)
+    context = Context(
+        seed=config.seed,
+        tokenizer=policy.tokenizer,
+        max_new_tokens=config.sampling.max_new_tokens,
+        scorer=load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0)) if needs_scorer else None,
+    )
     metrics, _ = evaluate(
         rollout,
         held_out_prompts(config, policy),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +19,24 @@ def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
     return TokenBatch(**(vars(batch) | moved))
 
 
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's training flag is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class LogprobModel(nn.Module):
     """Wraps a causal language model so that ``forward(batch)`` gives fp32 log-probs and entropies of its loss tokens.
 
-    Log-probs are those of softmax(logits / temperature), the distribution that the sampler drew from.
+    Log-probs are those of softmax(logits / temperature), the distribution that the sampler drew from, unless a call
+    asks for another temperature.
     """
 
     def __init__(self, model: Any, *, temperature: float) -> None:
@@ -28,7 +44,9 @@ class LogprobModel(nn.Module):
         self.model = model
         self.temperature = temperature
 
-    def forward(self, batch: TokenBatch, *, entropy: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, batch: TokenBatch, *, entropy: bool = True, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """``(logprobs_N, entropy_N)`` of ``batch.targets_N``; differentiable."""
         hidden_ND = hidden_states(self.model, batch)[batch.source_N]
         head = self.model.get_output_embeddings()
@@ -37,7 +55,7 @@ class LogprobModel(nn.Module):
             hidden_ND,
             head.weight,
             batch.targets_N,
-            temperature=self.temperature / logit_scale(config),
+            temperature=(temperature or self.temperature) / logit_scale(config),
             entropy=entropy,
             bias_V=getattr(head, "bias", None),
             softcap=getattr(config, "final_logit_softcapping", None),

@@ -88,12 +88,14 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
     )
 
 
-def load_frozen(config: ModelConfig, *, path: str | None = None) -> Any:
-    """A model without gradients, in eval mode: a reference or a scorer."""
+def load_frozen(config: ModelConfig, *, path: str | None = None) -> Policy:
+    """A model without gradients, in eval mode, and its tokenizer: a reference or a scorer."""
     plain = copy.copy(config)
     plain.lora = LoraConfig()
     plain.gradient_checkpointing = False
-    return load_policy(plain, path=path).model.requires_grad_(False).eval()
+    frozen = load_policy(plain, path=path)
+    frozen.model.requires_grad_(False).eval()
+    return frozen
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -135,5 +135,6 @@ def dump_batch(run_dir: Path, name: str, batch: TokenBatch) -> str:
 
     path = run_dir / "bundles" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in vars(batch).items() if isinstance(value, Tensor)}, path)
+    # Cloned, because old and sampler log-probs may be one tensor, which safetensors refuses.
+    save_file({key: value.clone() for key, value in vars(batch).items() if isinstance(value, Tensor)}, path)
     return str(path)

@@ -30,6 +30,7 @@ from rltrain.model import Policy, load_frozen, load_policy
 from rltrain.prompts import PromptSource
 from rltrain.recorder import Recorder
 from rltrain.rewards.scoring import score
+from rltrain.scorer import Scorer, load_scorer
 from rltrain.types import Context, Group, Max, Mean, Min, Need, Prompt, Sum, TokenBatch
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Run:
     policy: Policy
     engine: Engine
     reference: LogprobModel | None
+    scorer: Scorer | None
     rollout: Any
     source: PromptSource
     held_out: Sequence[Prompt]
@@ -82,6 +84,7 @@ class Run:
             max_new_tokens=self.config.sampling.max_new_tokens,
             tokenizer=self.policy.tokenizer,
             rollout=self.rollout if probes else None,
+            scorer=self.scorer,
         )
 
 
@@ -149,6 +152,8 @@ def update(run: Run, step: int, batches: Sequence[TokenBatch], metrics: Accumula
     refuse_non_finite(run, step, batches, losses)
     rate = learning_rate(step, run.config.optimizer, total_steps=run.config.steps)
     metrics.add({"grad_norm": Mean.of(run.engine.step(learning_rate=rate)), "learning_rate": Mean.of(rate)})
+    if run.scorer is not None:
+        metrics.add(run.scorer.follow(run.engine.full_parameters()))
 
 
 def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
@@ -313,6 +318,7 @@ def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
         engine=run.engine,
         policy=run.policy,
         parts={"progress": dataclasses.asdict(run.progress)},
+        tensors=run.scorer.tensors() if run.scorer is not None else {},
         config=runs.resolved(run.config),
     )
     if dist.is_main():
@@ -376,15 +382,23 @@ def build(config: RunConfig) -> Run:
         config.deepspeed,
         dtype=config.model.dtype,
     )
+    reference = load_reference(config, path=config.reference or initial)
+    scorer = None
+    if Need.SCORER in config.needs():
+        scorer = load_scorer(config, policy, engine, initial=initial, reference=reference)
+        scorer.start(engine.full_parameters())
     progress = Progress()
     if saved is not None:
         progress = Progress(**checkpoint.load(saved, engine=engine)["progress"])
+        if scorer is not None:
+            scorer.start(checkpoint.load_tensors(saved).items())
         log.info("resumed from %s", saved.path)
     return Run(
         config=config,
         policy=policy,
         engine=engine,
-        reference=load_reference(config, path=config.reference or initial),
+        reference=reference,
+        scorer=scorer,
         rollout=part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed),
         source=source,
         held_out=held_out,
@@ -409,5 +423,5 @@ def load_reference(config: RunConfig, *, path: str | None) -> LogprobModel | Non
     """The initial policy (or ``reference``), frozen, where the loss or a part needs it."""
     if Need.REFERENCE_LOGPROBS not in config.needs():
         return None
-    model = load_frozen(config.model, path=path).to(dist.device())
+    model = load_frozen(config.model, path=path).model.to(dist.device())
     return LogprobModel(model, temperature=config.sampling.temperature)

@@ -49,6 +49,18 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpanRequest:
+    """A sequence to score: log-probs are wanted of ``token_ids[start:stop]`` for each ``(start, stop)``, start >= 1."""
+
+    token_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not all(1 <= start <= stop <= len(self.token_ids) for start, stop in self.spans):
+            raise ValueError(f"SpanRequest: spans {self.spans} do not lie in 1..{len(self.token_ids)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
     """Sampled ids (EOS included) and the fp32 log-probs of the distribution they were sampled from.
 

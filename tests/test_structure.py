@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "config", "dist"},
     {"metrics", "console", "kernels", "data", "model", "cli"},
     {"rewards", "advantages", "loss", "collate", "logprobs", "prompts"},
-    {"rollout", "engine", "runs", "summary", "recorder"},
+    {"rollout", "engine", "runs", "summary", "recorder", "scorer"},
     {"checkpoint", "evaluate", "sft"},
     {"trainer"},
     {"train", "audit", "compat"},

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.config import RolloutConfig, SamplingConfig, register, require
+from rltrain.logprobs import inference
 from rltrain.rollout import probes
 from rltrain.rollout.plain import PlainDecoder
 from rltrain.rollout.sampling import row_key, sample, uniforms
@@ -70,19 +70,6 @@ class _Job:
     @property
     def live(self) -> bool:
         return not all(row.done for row in self.rows)
-
-
-@contextmanager
-def _inference(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's training flag is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Batch:
@@ -233,7 +220,7 @@ class LocalRollout:
             max_new_tokens=sampling.max_new_tokens,
             tokenizer=self._policy.tokenizer,
         )
-        with _inference(self._model):
+        with inference(self._model):
             _Batch(self._decoder(), rule, sampling, self._config).run(jobs)
         return [
             Group(prompt=prompt, completions=tuple(self._completion(row, rule) for row in job.rows))

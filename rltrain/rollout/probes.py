@@ -8,7 +8,6 @@ copied per cut: K cuts with N continuations cost K·(suffix + answer) + K·N·L 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 from rltrain.config import require
+from rltrain.logprobs import inference
 from rltrain.model import Policy
 from rltrain.rollout import sampling
 
@@ -244,19 +244,6 @@ def _batches(requests: Sequence[ProbeRequest], settings: ProbeSettings) -> Itera
         yield batch
 
 
-@contextmanager
-def _inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's training flag is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def probe(policy: Policy, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
     r"""SPAE's two numbers at every cut of every completion (arXiv 2601.03823), one result per request.
 
@@ -278,7 +265,7 @@ def probe(policy: Policy, requests: Sequence[ProbeRequest], settings: ProbeSetti
     )
     none = torch.empty(0, dtype=torch.float64)
     results = [ProbeResult(accuracy_K=none, confidence_K=none) for _ in requests]
-    with _inference(policy.model):
+    with inference(policy.model):
         for batch in _batches(requests, settings):
             found = _Batch(policy, [requests[i] for i in batch], settings).results()
             for i, result in zip(batch, found, strict=True):
