@@ -119,8 +119,11 @@ def save(
     dist.barrier("checkpoint folder")
     try:
         engine.save_state(writing / "engine")
+        with engine.whole_weights():
+            if dist.is_main():
+                export(policy, writing / "policy")
+        dist.barrier("every rank's part of the checkpoint")
         if dist.is_main():
-            export(policy, writing / "policy")
             (writing / "parts.json").write_text(json.dumps(dict(parts)))
             if tensors:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, writing / TENSORS)

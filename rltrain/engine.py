@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def deepspeed_dict(config: DeepSpeedConfig, optimizer: OptimizerConfig, *, dtype
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    own = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm if config.zero_stage else 0.0,
@@ -69,8 +70,17 @@ def deepspeed_dict(config: DeepSpeedConfig, optimizer: OptimizerConfig, *, dtype
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 10**9,
-        **config.extra,
     }
+    return _merged(own, config.extra)
+
+
+def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``extra`` laid over it, dictionaries entry by entry."""
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 class Engine:
@@ -118,6 +128,29 @@ class Engine:
             if parameter.requires_grad:
                 with GatheredParameters([parameter], enabled=self.zero_stage == 3):
                     yield name, parameter.detach()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Under ZeRO 3 every weight is gathered once, for sampling and export; all ranks enter and leave together.
+
+        Inside, ranks may call the model different numbers of times: the hooks that gather layer by layer are off.
+        """
+        if self.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        offload = self.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                for parameter in self.module.parameters():
+                    parameter.ds_active_sub_modules.clear()
+                offload._register_deepspeed_module(offload.module)
 
     def save_state(self, folder: Path) -> None:
         """Weights, optimiser and counters; every rank writes its part."""

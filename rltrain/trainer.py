@@ -111,10 +111,11 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
     with SignalWatch() as signals:
         for step in range(run.first_step, config.steps):
             metrics, context = Accumulator(), run.context(step)
-            groups = collect(run, context, metrics)
-            with metrics.timed("advantage"):
-                advantages = estimator(groups, config.advantage, context)
-                metrics.add(advantages.metrics)
+            with run.engine.whole_weights():
+                groups = collect(run, context, metrics)
+                with metrics.timed("advantage"):
+                    advantages = estimator(groups, config.advantage, context)
+                    metrics.add(advantages.metrics)
             with metrics.timed("collate"):
                 batches, denominators = collate(
                     groups,
@@ -128,7 +129,7 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
             with metrics.timed("train"):
                 for epoch in range(config.batch.update_epochs):
                     update(run, step, batches, metrics, first=epoch == 0)
-            with metrics.timed("sync"):
+            with metrics.timed("sync"), run.engine.whole_weights():
                 run.rollout.sync(run.policy)
             values = step_values(run, step, groups, metrics, denominators) | held_out_metrics(run, step + 1)
             recorder.write(step + 1, values)
@@ -272,16 +273,18 @@ def held_out_metrics(run: Run, step: int) -> dict[str, float]:
     every = run.config.evaluation.every_steps
     if every == 0 or (step % every and step != run.config.steps):
         return {}
-    values, groups = evaluate(
-        run.rollout,
-        run.held_out,
-        evaluation_rewards(run.config),
-        run.config.evaluation,
-        run.config.sampling,
-        run.context(step),
-    )
+    with run.engine.whole_weights():
+        values, groups = evaluate(
+            run.rollout,
+            run.held_out,
+            evaluation_rewards(run.config),
+            run.config.evaluation,
+            run.config.sampling,
+            run.context(step),
+        )
+    mine = runs.sample_rows(step, groups, None, run.policy.tokenizer)
+    rows = [row for rows in dist.gather_objects(mine, name="held-out samples") for row in rows]
     if dist.is_main():
-        rows = runs.sample_rows(step, groups, None, run.policy.tokenizer)
         runs.write_samples(run.folder, f"eval_step_{step:06d}", rows)
     if values["eval_accuracy"] > run.progress.best_accuracy:
         run.progress.best_accuracy, run.progress.best_step = values["eval_accuracy"], step

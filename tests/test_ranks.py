@@ -12,6 +12,7 @@ from tiny_run import OVERRIDES, metrics
 
 from rltrain import checkpoint
 
+PERSISTENCE = ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold")
 ROOT = Path(__file__).parent.parent
 
 
@@ -46,9 +47,21 @@ def test_two_ranks_equal_one(one_rank, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stages_on_two_ranks_equal_one_rank_without(one_rank, tmp_path, stage):
-    result = train(tmp_path / "zero", 2, f"deepspeed.zero_stage={stage}")
+    # By default ZeRO 3 leaves weights as small as these whole on every rank.
+    sharded = [f"+deepspeed.extra.zero_optimization.{key}=0" for key in PERSISTENCE] if stage == 3 else []
+    result = train(tmp_path / "zero", 2, f"deepspeed.zero_stage={stage}", *sharded)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "zero", one_rank)
+
+
+def test_ranks_of_unequal_work_under_zero_3(tmp_path):
+    """One held-out problem for two ranks: one of them has nothing to decode while the other does."""
+    overrides = ["steps=1", "evaluation.problems=1", "evaluation.every_steps=1"]
+    sharded = ["deepspeed.zero_stage=3", *(f"+deepspeed.extra.zero_optimization.{key}=0" for key in PERSISTENCE)]
+    for ranks, options in ((1, overrides), (2, [*overrides, *sharded])):
+        result = train(tmp_path / str(ranks), ranks, *options)
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "2", tmp_path / "1")
 
 
 def test_dynamic_sampling_keeps_the_same_groups_on_two_ranks(tmp_path):
