@@ -202,10 +202,11 @@ def load_tensors(saved: Saved) -> dict[str, Tensor]:
     return load_file(path) if path.exists() else {}
 
 
-def prune(run_dir: Path, config: CheckpointConfig, *, best_step: int | None) -> None:
-    """Keep the last n and the best; runs on rank 0."""
+def prune(run_dir: Path, config: CheckpointConfig, *, step: int, best_step: int | None) -> None:
+    """Keep the last n up to ``step`` and the best; runs on rank 0. Later ones were passed over as damaged."""
     saved = list_checkpoints(run_dir)
-    kept = {one.step for one in saved[-config.keep_last :]} | ({best_step} if config.keep_best else set())
+    past = [one.step for one in saved if one.step <= step]
+    kept = {*past[-config.keep_last :]} | ({best_step} if config.keep_best else set())
     for one in saved:
         if one.step not in kept:
             shutil.rmtree(one.path)

@@ -81,12 +81,12 @@ def setup(*, deadline_s: float) -> None:
     timeout = timedelta(seconds=deadline_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-        torch_dist.init_process_group("nccl", timeout=timeout)
+        named_wait("all ranks to join", lambda: torch_dist.init_process_group("nccl", timeout=timeout))
     elif world_size() == 1:
         # One process needs no port: a file-less in-memory store cannot clash with a neighbour's run.
         torch_dist.init_process_group("gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        torch_dist.init_process_group("gloo", timeout=timeout)
+        named_wait("all ranks to join", lambda: torch_dist.init_process_group("gloo", timeout=timeout))
 
 
 def teardown() -> None:
@@ -102,7 +102,8 @@ def named_wait(name: str, wait: Callable[[], T]) -> T:
         return wait()
     except RuntimeError as error:
         waited_s = time.monotonic() - start
-        raise DeadlineError(f"rank {rank()}: waited {waited_s:.0f} s for '{name}': {error}") from error
+        cause = str(error).strip().partition("\n")[0]
+        raise DeadlineError(f"rank {rank()}: waited {waited_s:.0f} s for '{name}': {cause}") from error
 
 
 def _reduce(values: Tensor, operation: torch_dist.ReduceOp.RedOpType, name: str) -> Tensor:
@@ -141,13 +142,3 @@ def barrier(name: str) -> None:
     """Wait until every rank is here."""
     if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
         named_wait(name, torch_dist.barrier)
-
-
-def main_first(action: Callable[[], T], *, name: str) -> T:
-    """Run ``action`` on rank 0, then on the others: for files that one rank makes and all read."""
-    if is_main():
-        result = action()
-        barrier(name)
-        return result
-    barrier(name)
-    return action()

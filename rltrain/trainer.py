@@ -92,7 +92,8 @@ def fit(config: RunConfig) -> dict[str, float]:
     """Build, train, and return the metrics of the last step."""
     dist.setup(deadline_s=config.deadline_s)
     torch.manual_seed(config.seed)
-    run = build(config)
+    with SignalWatch(at_once=True):
+        run = build(config)
     recorder = Recorder(run.folder, config, first_step=run.first_step, tokenizer=run.policy.tokenizer)
     try:
         values = train(run, recorder)
@@ -111,6 +112,7 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
     with SignalWatch() as signals:
         for step in range(run.first_step, config.steps):
             metrics, context = Accumulator(), run.context(step)
+            torch.manual_seed(step_seed(config.seed, step))
             with run.engine.whole_weights():
                 groups = collect(run, context, metrics)
                 with metrics.timed("advantage"):
@@ -137,6 +139,11 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
             refuse_zero_signal(run, step, groups)
             maybe_save(run, step + 1, signal_name=signals.received())
     return values
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seeds torch's generator (dropout, parts of users) anew at each step, so that a resumed run draws the same."""
+    return seed * 1_000_003 + step
 
 
 def update(run: Run, step: int, batches: Sequence[TokenBatch], metrics: Accumulator, *, first: bool) -> None:
@@ -246,11 +253,16 @@ def step_values(
     """The reduced metrics of a step."""
     lengths = [len(one.token_ids) for group in groups for one in group.completions]
     tokens = sum(len(group.prompt.token_ids) * len(group.completions) for group in groups) + sum(lengths)
+    if lengths:
+        metrics.add(
+            {
+                "completions/max_length": Max(value=float(max(lengths))),
+                "completions/min_length": Min(value=float(min(lengths))),
+            }
+        )
     metrics.add(
         {
             "completions/mean_length": Mean.of(lengths),
-            "completions/max_length": Max(value=float(max(lengths, default=0))),
-            "completions/min_length": Min(value=float(min(lengths, default=0))),
             "completions/clipped_ratio": Mean.of([o.finish == "length" for g in groups for o in g.completions]),
             "tokens_of_step": Sum(value=float(tokens)),
         }
@@ -259,7 +271,7 @@ def step_values(
     run.progress.num_tokens += values.pop("tokens_of_step")
     step_time_s = sum(metrics.timing_s.values())
     return values | {
-        "loss": values["loss"] / run.config.batch.update_epochs,
+        **{name: values[name] / run.config.batch.update_epochs for name in ("loss", "policy_tokens")},
         "num_tokens": run.progress.num_tokens,
         "loss_denominator/tokens": denominators.tokens,
         "loss_denominator/rows": denominators.rows,
@@ -302,8 +314,8 @@ def refuse_zero_signal(run: Run, step: int, groups: Sequence[Group]) -> None:
         log.warning("step %d: every group has equal rewards, nothing is learnt (%d in a row)", step + 1, count)
     if count >= limit > 0:
         raise NoSignalError(
-            f"{count} steps in a row had equal rewards in every group (max_zero_signal_steps={limit}); check the reward, "
-            "or choose problems of a fitting difficulty"
+            f"{count} steps in a row had equal rewards in every group (max_zero_signal_steps={limit}); check the "
+            "reward, or choose problems of a fitting difficulty"
         )
 
 
@@ -325,7 +337,7 @@ def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
         config=runs.resolved(run.config),
     )
     if dist.is_main():
-        checkpoint.prune(run.folder, config, best_step=run.progress.best_step)
+        checkpoint.prune(run.folder, config, step=step, best_step=run.progress.best_step)
     if signal_name and not last:
         if dist.is_main():
             log.warning(
@@ -335,11 +347,15 @@ def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
 
 
 class SignalWatch:
-    """SIGINT, SIGTERM and SIGUSR1 only set a flag: the step is finished and saved first. A second SIGINT interrupts."""
+    """SIGINT, SIGTERM and SIGUSR1 only set a flag: the step is finished and saved first. A second SIGINT interrupts.
+
+    ``at_once`` is for the time before the first step, when there is nothing to save.
+    """
 
     WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self._at_once = at_once
         self._seen = 0
         self._before: dict[int, Any] = {}
 
@@ -353,6 +369,9 @@ class SignalWatch:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._at_once:
+            log.warning("%s: stopped before the first step; the same command starts it", signal.Signals(number).name)
+            raise Interrupted(EXIT_INTERRUPTED)
         if number == signal.SIGINT and self._seen == signal.SIGINT:
             raise KeyboardInterrupt
         self._seen = number
@@ -378,7 +397,8 @@ def build(config: RunConfig) -> Run:
         runs.write_provenance(folder, config)
     initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
     policy = load_policy(config.model, path=initial)
-    source, held_out = PromptSource(config, policy), held_out_prompts(config, policy)
+    source = PromptSource(config, policy)
+    held_out = held_out_prompts(config, policy) if config.evaluation.every_steps > 0 else []
     engine = Engine(
         LogprobModel(policy.model, temperature=config.sampling.temperature),
         config.optimizer,

@@ -50,6 +50,15 @@ def test_same_seed_gives_identical_metrics_and_weights(unbroken, tmp_path):
     assert_same_weights(final_weights(tmp_path / "again"), final_weights(unbroken))
 
 
+def test_dropout_is_a_function_of_the_step(tmp_path):
+    """Torch's generator is seeded anew at each step, so that a resumed run drops the same units."""
+    overrides = ["model.lora.rank=4", "model.lora.dropout=0.5", "evaluation.every_steps=0", "optimizer.learning_rate=0.1"]
+    trainer.fit(config(tmp_path / "unbroken", *overrides))
+    trainer.fit(config(tmp_path / "run", *overrides, "steps=2"))
+    trainer.fit(config(tmp_path / "run", *overrides))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "unbroken")
+
+
 def test_another_seed_gives_other_metrics(unbroken, tmp_path):
     trainer.fit(config(tmp_path / "other", "seed=1", "steps=1"))
     assert metrics(tmp_path / "other")[1] != metrics(unbroken)[1]
@@ -82,6 +91,17 @@ def test_a_damaged_checkpoint_is_passed_over(unbroken, tmp_path, caplog):
     trainer.fit(config(tmp_path / "run"))
     assert "policy/model.safetensors has another checksum" in caplog.text
     assert metrics(tmp_path / "run") == metrics(unbroken)
+
+
+def test_a_damaged_checkpoint_does_not_push_out_intact_ones(tmp_path):
+    options = ["checkpoint.keep_last=1", "checkpoint.every_steps=1", "checkpoint.keep_best=false"]
+    trainer.fit(config(tmp_path / "run", *options, "steps=1"))
+    shutil.copytree(tmp_path / "run", tmp_path / "later")
+    trainer.fit(config(tmp_path / "later", *options, "steps=3"))
+    damaged = shutil.copytree(tmp_path / "later" / "checkpoints" / "step_000003", tmp_path / "run" / "checkpoints" / "step_000003")
+    (damaged / "parts.json").unlink()
+    trainer.fit(config(tmp_path / "run", *options, "steps=2"))
+    assert checkpoint.newest_intact(tmp_path / "run").step == 2
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
@@ -135,7 +155,8 @@ def test_exported_policy_is_a_plain_transformers_model(unbroken):
 
 
 def test_old_checkpoints_are_pruned_but_not_the_best(tmp_path):
-    trainer.fit(config(tmp_path / "run", "checkpoint.every_steps=1", "checkpoint.keep_last=1", "evaluation.every_steps=0"))
+    options = ["checkpoint.every_steps=1", "checkpoint.keep_last=1", "evaluation.every_steps=0"]
+    trainer.fit(config(tmp_path / "run", *options))
     assert [saved.step for saved in checkpoint.list_checkpoints(tmp_path / "run")] == [4]
 
 
@@ -150,7 +171,9 @@ def test_kl_penalty_needs_and_uses_the_initial_policy(tmp_path):
 
 def test_several_update_epochs_clip(tmp_path):
     trainer.fit(config(tmp_path / "run", "batch.update_epochs=4", "optimizer.learning_rate=1e-2", "steps=1"))
-    assert metrics(tmp_path / "run")[1]["clip_ratio/region_mean"] > 0
+    line = metrics(tmp_path / "run")[1]
+    assert line["clip_ratio/region_mean"] > 0
+    assert 0 < line["policy_tokens"] <= line["loss_denominator/tokens"]
 
 
 def test_lora_trains_adapters_alone(tmp_path):
@@ -171,7 +194,8 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_teach(tmp_path):
 
 def test_dynamic_sampling_without_signal_is_an_error_that_says_so(tmp_path):
     overrides = ["batch.dynamic_sampling=true", "batch.max_sampling_attempts=2", "rewards.answer.probability=1.0"]
-    with pytest.raises(trainer.NoSignalError, match="0 of 4 groups had unequal rewards after batch.max_sampling_attempts=2"):
+    message = "0 of 4 groups had unequal rewards after batch.max_sampling_attempts=2"
+    with pytest.raises(trainer.NoSignalError, match=message):
         trainer.fit(config(tmp_path / "run", *overrides))
 
 
@@ -221,6 +245,18 @@ def test_sigterm_finishes_the_step_saves_and_resumes_exactly(tmp_path):
     trainer.fit(config(tmp_path / "unbroken", *overrides))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "unbroken")
     assert_same_weights(final_weights(tmp_path / "run"), final_weights(tmp_path / "unbroken"))
+
+
+def test_a_signal_during_the_cold_start_ends_it_too(tmp_path):
+    arguments = [f"run_dir={tmp_path / 'run'}", "cold_start.steps=100000", "cold_start.batch_size=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rltrain.train", *OVERRIDES, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    wait_for((tmp_path / "run" / ".writing_cold_start").exists, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)  # returns once the child too has closed its end of the pipe
+    assert process.returncode == trainer.EXIT_INTERRUPTED
+    assert "SIGTERM: stopped before the first step; the same command starts it" in errors
 
 
 def metrics_if_any(run_dir) -> list[dict]:
