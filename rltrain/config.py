@@ -399,6 +399,7 @@ class RunConfig:
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     eval_data: DataConfig | None = None
+    cold_start_data: DataConfig | None = None
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
     eval_rewards: dict[str, RewardConfig] = field(default_factory=dict)
     advantage: AdvantageConfig = MISSING

@@ -122,11 +122,11 @@ class Engine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Trainable parameters by name, each whole while held (ZeRO 3 shards them); all ranks call this together."""
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                with GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
                     yield name, parameter.detach()
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rltrain.config import MISSING, ConfigError, LoraConfig, ModelConfig, part_of, register, require
-from rltrain.types import Problem, Prompt
+from rltrain.types import Message, Problem, Prompt, TokenProblem
 
 TINY_ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 
@@ -121,17 +121,26 @@ def add_lora(model: Any, config: LoraConfig) -> Any:
 
 def encode(policy: Policy, problem: Problem, config: ModelConfig) -> Prompt:
     """A problem as token ids; chat messages (or text with ``config.chat``) go through the tokenizer's template."""
-    if isinstance(problem.prompt, str) and not config.chat:
-        return Prompt(problem=problem, token_ids=tuple(policy.tokenizer(problem.prompt)["input_ids"]))
-    text_only = isinstance(problem.prompt, str)
-    turns = [{"role": "user", "content": problem.prompt}] if text_only else [dict(turn) for turn in problem.prompt]
+
+    def render(prompt: str | Sequence[Message]) -> tuple[int, ...]:
+        return prompt_ids(policy.tokenizer, prompt, config)
+
+    if isinstance(problem, TokenProblem):
+        return problem.encode(policy.tokenizer, render)
+    return Prompt(problem=problem, token_ids=render(problem.prompt))
+
+
+def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], config: ModelConfig) -> tuple[int, ...]:
+    """The ids of a text or of chat messages."""
+    if isinstance(prompt, str) and not config.chat:
+        return tuple(tokenizer(prompt)["input_ids"])
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     for question, answer in reversed(config.examples):
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}, *turns]
     if config.system is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": config.system}, *turns]
-    text = policy.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(problem=problem, token_ids=tuple(ids))
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_all(

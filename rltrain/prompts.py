@@ -38,7 +38,7 @@ class PromptSource:
         )
         if dropped:
             log.warning(
-                "step %d: %d prompts exceed sampling.max_prompt_tokens=%d and are left out, the first is %s",
+                "step %d: %d prompts are empty or over sampling.max_prompt_tokens=%d and left out, the first is %s",
                 step, len(dropped), limit, dropped[0].id,
             )  # fmt: skip
         return prompts, dropped

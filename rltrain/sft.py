@@ -80,9 +80,12 @@ def _in_own_process(config: RunConfig, folder: Path) -> None:
 
 
 def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> list[dict[str, list[int]]]:
-    """Token ids and labels of each worked solution: the prompt as for RL and without loss, EOS at the end."""
+    """Token ids and labels of each worked solution: the prompt as for RL and without loss, EOS at the end.
+
+    Where the prompt is cut from a text, the rest of the text follows the solution.
+    """
     field = config.cold_start.solution_field
-    missing = [problem.id for problem in problems if not problem.meta.get(field)]
+    missing = [problem.id for problem in problems if field not in problem.meta]
     if missing:
         raise ConfigError(
             f"cold_start.solution_field={field}: {len(missing)} problems have no such field, the first is "
@@ -90,10 +93,11 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
         )
     rows = []
     for problem in problems:
-        prompt = encode(policy, problem, config.model).token_ids
+        encoded = encode(policy, problem, config.model)
+        prompt = encoded.token_ids
         solution = policy.tokenizer(problem.meta[field], add_special_tokens=False)["input_ids"]
-        ids = [*prompt, *solution, policy.tokenizer.eos_token_id]
-        if len(ids) <= config.cold_start.max_length:
+        ids = [*prompt, *solution, *encoded.continuation_ids, policy.tokenizer.eos_token_id]
+        if prompt and len(ids) <= config.cold_start.max_length:
             rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
     if len(rows) < len(problems):
         log.warning("cold start: %d solutions over max_length were left out", len(problems) - len(rows))
@@ -107,7 +111,8 @@ def train(config: RunConfig, folder: Path) -> None:
     import datasets
     from trl import SFTTrainer
 
-    source = part_of(config.data).function(config.data, "train")
+    data = config.data if config.cold_start_data is None else config.cold_start_data
+    source = part_of(data).function(data, "train")
     count = min(config.cold_start.problems, len(source), config.cold_start.steps * config.cold_start.batch_size)
     policy = load_policy(config.model)
     rows = examples([source[index] for index in range(count)], policy, config)

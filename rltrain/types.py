@@ -9,9 +9,10 @@ Legend. A tensor's name ends in its axes:
 
 from __future__ import annotations
 
+import abc
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,10 +43,22 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A problem as the token ids the policy is fed."""
+    """A problem as the token ids the policy is fed; ``continuation_ids`` follow them in the problem's own text.
+
+    No token ids: the problem cannot be asked, and is left out.
+    """
 
     problem: Problem
     token_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...] = ()
+
+
+class TokenProblem(Problem, abc.ABC):
+    """A problem that makes its own prompt, because it is cut or joined in token ids."""
+
+    @abc.abstractmethod
+    def encode(self, tokenizer: Any, render: Callable[[str], tuple[int, ...]]) -> Prompt:
+        """``render`` gives the ids of a text as a prompt, through the chat template where the model has one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rltrain.advantages.group import group_advantages
+from rltrain.config import ConfigError, RewardConfig, register, require
+from rltrain.data.text import TextPrompt
+from rltrain.types import Completion, Context, Group, Mean, Need, Scores, SpanRequest
 
 
 def information_gain(
@@ -22,3 +27,76 @@ def information_gain(
     thoughts_G = torch.as_tensor(thought_logprobs, dtype=torch.float64).detach()
     rewards_G = thoughts_G - torch.as_tensor(baseline_logprob, dtype=torch.float64).detach()
     return rewards_G, group_advantages(rewards_G, baseline="leave_one_out", scale="none")
+
+
+@dataclass(kw_only=True)
+class InformationGainConfig(RewardConfig):
+    """``discount`` weighs the h-th target token (from 0) by ``discount**h``; phi is what ``scorer`` says."""
+
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.discount <= 1, f"reward.discount={self.discount}: must lie in (0, 1]; 1 weighs all alike")
+
+
+def is_closed(prompt: TextPrompt, completion: Completion) -> bool:
+    """Whether the thought ends with its closing tag."""
+    at_end = completion.token_ids[-len(prompt.closing_ids) :] == prompt.closing_ids
+    return at_end or prompt.closing in completion.text
+
+
+def thought_request(prompt: TextPrompt, completion: Completion) -> SpanRequest:
+    """The target after prompt and thought as sampled; an unclosed thought is closed, its stop token dropped."""
+    thought_ids = completion.token_ids
+    if not is_closed(prompt, completion):
+        sampled_ids = thought_ids[:-1] if completion.finish == "stop" else thought_ids
+        thought_ids = sampled_ids + prompt.closing_ids
+    ids = prompt.token_ids + thought_ids + prompt.target_ids
+    return SpanRequest(token_ids=ids, spans=((len(ids) - len(prompt.target_ids), len(ids)),))
+
+
+def baseline_request(prompt: TextPrompt) -> SpanRequest:
+    """The target straight after the prefix: no instruction, no thought."""
+    ids = prompt.context_ids + prompt.target_ids
+    return SpanRequest(token_ids=ids, spans=((len(prompt.context_ids), len(ids)),))
+
+
+@register("reward", "information_gain", InformationGainConfig, needs={Need.SCORER})
+def information_gain_reward(groups: Sequence[Group], config: InformationGainConfig, context: Context) -> Scores:
+    """:func:`information_gain` of each thought, summed over the target tokens; theta is the policy as it is now."""
+    prompts = [_text_prompt(group, context.tokenizer) for group in groups]
+    pairs = [(prompt, one) for group, prompt in zip(groups, prompts, strict=True) for one in group.completions]
+    thoughts = _summed(context.scorer.policy([thought_request(*pair) for pair in pairs]), config.discount)
+    baselines = _summed(context.scorer.phi([baseline_request(prompt) for prompt in prompts]), config.discount)
+    sizes = [len(group.completions) for group in groups]
+    gains = [information_gain(*pair)[0] for pair in zip(thoughts.split(sizes), baselines, strict=True)]
+    gains_N = torch.cat([torch.zeros(0, dtype=torch.float64), *gains])
+    metrics = {
+        "information_gain/mean": Mean.of(gains_N),
+        "information_gain/share_positive": Mean.of(gains_N > 0),
+        "information_gain/thought_logprob": Mean.of(thoughts),
+        "information_gain/baseline_logprob": Mean.of(baselines),
+        "information_gain/share_unclosed": Mean.of([not is_closed(*pair) for pair in pairs]),
+    }
+    return Scores(scores=[gains_G.tolist() for gains_G in gains], metrics=metrics)
+
+
+def _summed(scored: Sequence[Sequence[Tensor]], discount: float) -> Tensor:
+    """Per request, the discounted sum over the tokens of its one span; float64."""
+    sums = [sum(discount**h * value for h, value in enumerate(span.tolist())) for (span,) in scored]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def _text_prompt(group: Group, tokenizer: Any) -> TextPrompt:
+    """The group's prompt; ConfigError where it has no target, or thoughts go on after their closing tag."""
+    prompt = group.prompt
+    if not isinstance(prompt, TextPrompt):
+        raise ConfigError(
+            f"rewards: an information gain needs text to predict, and {prompt.problem.id} has none; choose text data"
+        )
+    for completion in group.completions:
+        require(
+            prompt.closing not in tokenizer.decode(completion.token_ids[:-1]),
+            f"sampling.stop: lacks {prompt.closing!r}, so that thoughts go on after their end; add it",
+        )
+    return prompt
