@@ -133,7 +133,8 @@ def _token_batch(rows: Sequence[Row], denominators: Denominators, aggregation: s
     ]
     # The token at position t is predicted by the hidden state at t - 1.
     source = [
-        torch.arange(end - count - 1, end - 1) for end, count in zip(boundaries_S1[1:], completion_S, strict=True)
+        torch.arange(end - len(row.completion_ids) - 1, end - 1)
+        for end, row in zip(boundaries_S1[1:].tolist(), rows, strict=True)
     ]
     sampler_logprobs_N = torch.tensor([value for row in rows for value in row.sampler_logprobs], dtype=torch.float32)
     return TokenBatch(

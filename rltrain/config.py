@@ -180,6 +180,8 @@ class SamplingConfig:
         require(self.temperature >= 0, f"sampling.temperature={self.temperature}: must be >= 0 (0 is greedy)")
         require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: must lie in (0, 1]; 1 keeps every token")
         require(self.top_k >= 0, f"sampling.top_k={self.top_k}: must be >= 0; 0 keeps every token")
+        for key in ("max_new_tokens", "max_prompt_tokens"):
+            require(getattr(self, key) >= 1, f"sampling.{key}={getattr(self, key)}: set at least 1")
         require(all(self.stop), "sampling.stop: holds an empty string, which stops at once; remove it")
         require(self.max_new_tokens >= 1, f"sampling.max_new_tokens={self.max_new_tokens}: set at least 1")
 
@@ -222,6 +224,7 @@ class LossConfig:
             f"loss.dual_clip={self.dual_clip}: must be > 1 (3.0 is usual), or null to turn it off",
         )
         require(self.kl_coef >= 0, f"loss.kl_coef={self.kl_coef}: must be >= 0; 0 needs no reference model")
+        require(self.entropy_coef >= 0, f"loss.entropy_coef={self.entropy_coef}: must be >= 0; 0 adds no entropy bonus")
         require(self.importance_cap >= 1, f"loss.importance_cap={self.importance_cap}: must be >= 1; 2.0 is usual")
 
 
@@ -244,6 +247,7 @@ class OptimizerConfig:
             f"optimizer.schedule={self.schedule}: unknown; set one of {', '.join(schedules)}",
         )
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: must be > 0")
+        require(len(self.betas) == 2, f"optimizer.betas={self.betas}: set two numbers, for example [0.9,0.999]")
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: must be >= 0")
         require(self.max_grad_norm > 0, f"optimizer.max_grad_norm={self.max_grad_norm}: must be > 0")
 
@@ -320,6 +324,7 @@ class EvaluationConfig:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps}: must be >= 0; 0 means never")
         require(self.samples >= 1, f"evaluation.samples={self.samples}: set at least 1")
         require(self.problems >= 1, f"evaluation.problems={self.problems}: set at least 1")
         require(
@@ -339,6 +344,7 @@ class CheckpointConfig:
     resume: str = "auto"
 
     def __post_init__(self) -> None:
+        require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must be >= 0; 0: at the end alone")
         require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: set at least 1")
         require(
             self.resume in ("auto", "never"),
@@ -383,6 +389,7 @@ class ColdStartConfig:
             f"cold_start.schedule={self.schedule}: unknown; set one of {', '.join(schedules)}",
         )
         require(self.steps >= 0, f"cold_start.steps={self.steps}: must be >= 0; 0 trains nothing before RL")
+        require(self.batch_size >= 1, f"cold_start.batch_size={self.batch_size}: set at least 1")
 
 
 @dataclass(kw_only=True)
@@ -417,6 +424,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, f"steps={self.steps}: must be >= 0")
+        require(self.deadline_s > 0, f"deadline_s={self.deadline_s}: must be > 0; 1800 is usual")
         longest = self.sampling.max_prompt_tokens + self.sampling.max_new_tokens
         require(
             self.batch.token_budget >= longest,

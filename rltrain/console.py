@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from rltrain import dist
 
@@ -41,7 +42,7 @@ class Console:
             self._bar.stop()
 
 
-def _progress_bar(first_step: int, steps: int):  # noqa: ANN202 - rich's types are imported lazily
+def _progress_bar(first_step: int, steps: int) -> tuple[Any, Any]:
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -93,16 +93,14 @@ class Engine:
         _skip_shared_memory_op(deepspeed)
         self.optimizer_config = optimizer
         self.zero_stage = config.zero_stage
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=module.to(dist.device()),
+        self.module = module.to(dist.device())
+        parts = deepspeed.initialize(
+            model=self.module,
             optimizer=build_optimizer(module, optimizer),
             config=deepspeed_dict(config, optimizer, dtype=dtype),
         )
-
-    @property
-    def module(self) -> nn.Module:
-        """The wrapped module."""
-        return self.deepspeed.module
+        self.deepspeed: Any = parts[0]
+        self.optimizer: Any = parts[1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -148,6 +146,7 @@ class Engine:
             try:
                 yield
             finally:
+                parameter: Any
                 for parameter in self.module.parameters():
                     parameter.ds_active_sub_modules.clear()
                 offload._register_deepspeed_module(offload.module)

@@ -36,7 +36,7 @@ def policy_loss(
 
 
 def log_ratios(logprobs_N: Tensor, batch: TokenBatch, config: LossConfig) -> Tensor:
-    """``log pi - log pi_old`` of each token; with ``ratio="sequence"`` its mean over the sequence (GSPO, 2507.18071)."""
+    """``log pi - log pi_old`` of each token; with ``ratio="sequence"`` the sequence's mean (GSPO, 2507.18071)."""
     log_ratio_N = logprobs_N - batch.old_logprobs_N
     if config.ratio == "token":
         return log_ratio_N

@@ -76,10 +76,13 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
 
     logging.disable_progress_bar()
     model, tokenizer = part_of(config).function(config)
+    if config.chat and tokenizer.chat_template is None:
+        raise ConfigError("model.chat=true: the tokenizer has no chat template; set model.chat=false")
     if config.lora.rank > 0:
         model = add_lora(model, config.lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # in evaluation mode, in which weights are loaded, nothing is recomputed
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -111,7 +114,7 @@ def add_lora(model: Any, config: LoraConfig) -> Any:
 
     adapters = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type] - peft divides it by the rank
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",

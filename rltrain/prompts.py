@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class PromptSource:
-    """``next(step)`` is a pure function of (seed, step): the same prompts on any number of ranks, and after a resume."""
+    """``next(step)`` is a pure function of (seed, step): the same on any number of ranks, and after a resume."""
 
     def __init__(self, config: RunConfig, policy: Policy) -> None:
         self._config = config

@@ -37,7 +37,7 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:
-    """What differs between two resolved configs, ``key: old -> new, …``, at most five; top-level keys may be ignored."""
+    """What differs between two resolved configs, ``key: old -> new, …``, at most five, outside the ``ignored`` keys."""
     old, new = _flat(before), _flat(after)
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k.split(".")[0] not in ignored)
     return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:5])

@@ -23,6 +23,7 @@ from rltrain.types import Problem
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # the label that transformers leaves out of the loss
+DEPENDS_ON = ("seed", "model", "data", "cold_start_data", "cold_start")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
 
 
@@ -45,8 +46,7 @@ def cold_start(config: RunConfig) -> str:
 
 def made_with(config: RunConfig) -> dict[str, Any]:
     """The part of the config that a cold start is a function of."""
-    resolved = runs.resolved(config)
-    return {key: resolved[key] for key in ("seed", "model", "data", "cold_start")}
+    return {key: value for key, value in runs.resolved(config).items() if key in DEPENDS_ON}
 
 
 def _refuse_other_config(folder: Path, config: RunConfig) -> None:

@@ -38,7 +38,8 @@ def table(rows: Rows) -> str:
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """Trailing mean."""
-    return [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+    trailing = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [sum(one) / len(one) for one in trailing]
 
 
 def plot_curves(runs: Mapping[str, Rows], path: Path, *, window: int = 10) -> None:

@@ -33,6 +33,11 @@ def test_missing_folder_of_a_tiny_model(tmp_path):
     assert "model.path=nowhere: no such folder" in refused(tmp_path / "run", "model.path=nowhere")
 
 
+def test_chat_without_a_template(tmp_path):
+    message = "model.chat=true: the tokenizer has no chat template; set model.chat=false"
+    assert message in refused(tmp_path / "run", "model.chat=true")
+
+
 def jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

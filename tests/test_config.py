@@ -88,6 +88,13 @@ def test_needs_follow_from_the_parts():
     (["deepspeed.offload_optimizer=true"], "set deepspeed.zero_stage>=1"),
     (["evaluation.samples=4"], "set evaluation.temperature=1.0 or evaluation.samples=1"),
     (["model=pretrained"], "model.path: has no value"),
+    (["sampling.max_new_tokens=0"], "sampling.max_new_tokens=0: set at least 1"),
+    (["evaluation.every_steps=-1"], "evaluation.every_steps=-1: must be >= 0; 0 means never"),
+    (["checkpoint.every_steps=-1"], "checkpoint.every_steps=-1: must be >= 0"),
+    (["loss.entropy_coef=-0.1"], "loss.entropy_coef=-0.1: must be >= 0"),
+    (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: set two numbers"),
+    (["deadline_s=0"], "deadline_s=0.0: must be > 0"),
+    (["cold_start.batch_size=0"], "cold_start.batch_size=0: set at least 1"),
     (["optimizer.schedule=step"], "set one of constant, linear, cosine"),
 ])  # fmt: skip
 def test_impossible_combinations_name_key_cause_and_remedy(overrides, message):

@@ -55,7 +55,8 @@ def test_inverted_is_one_minus_the_right_reward():
     assert inverted.scores[0][0] == 0.0 and inverted.scores[0][2] == 1.0
     assert inverted.scores[1] == [None, None]
     assert inverted.metrics["accuracy"] == Mean(total=1, count=3)
-    assert inverted_reward(groups[:1], InvertedRewardConfig(base=BASE, options=EXACT), Context()).scores == [[0.0, 1.0, 1.0]]
+    exact = inverted_reward(groups[:1], InvertedRewardConfig(base=BASE, options=EXACT), Context())
+    assert exact.scores == [[0.0, 1.0, 1.0]]
 
 
 def test_majority_wrong_rewards_the_wrong_majority_and_abstains_elsewhere():
@@ -84,7 +85,8 @@ def test_majority_wrong_rewards_the_wrong_majority_and_abstains_elsewhere():
 def test_majority_wrong_with_a_continuous_base_needs_a_threshold():
     near = [group("7.0001", "7.0001", "3")]
     assert majority_wrong_reward(near, MajorityWrongRewardConfig(base=BASE), Context()).scores == [[1.0, 1.0, 0.0]]
-    assert majority_wrong_reward(near, MajorityWrongRewardConfig(base=BASE, right_at=0.99), Context()).scores == [[None] * 3]
+    lenient = MajorityWrongRewardConfig(base=BASE, right_at=0.99)
+    assert majority_wrong_reward(near, lenient, Context()).scores == [[None] * 3]
 
 
 @pytest.mark.parametrize("config", [InvertedRewardConfig, MajorityWrongRewardConfig])

@@ -17,6 +17,7 @@ from tiny_run import OVERRIDES, config, metrics
 from rltrain import checkpoint, trainer
 from rltrain.config import ConfigError
 from rltrain.engine import NonFiniteError
+from rltrain.model import load_policy
 from rltrain.types import Need
 
 
@@ -52,7 +53,7 @@ def test_same_seed_gives_identical_metrics_and_weights(unbroken, tmp_path):
 
 def test_dropout_is_a_function_of_the_step(tmp_path):
     """Torch's generator is seeded anew at each step, so that a resumed run drops the same units."""
-    overrides = ["model.lora.rank=4", "model.lora.dropout=0.5", "evaluation.every_steps=0", "optimizer.learning_rate=0.1"]
+    overrides = ["model.lora.rank=4", "model.lora.dropout=0.5", "evaluation.every_steps=0"]
     trainer.fit(config(tmp_path / "unbroken", *overrides))
     trainer.fit(config(tmp_path / "run", *overrides, "steps=2"))
     trainer.fit(config(tmp_path / "run", *overrides))
@@ -98,7 +99,8 @@ def test_a_damaged_checkpoint_does_not_push_out_intact_ones(tmp_path):
     trainer.fit(config(tmp_path / "run", *options, "steps=1"))
     shutil.copytree(tmp_path / "run", tmp_path / "later")
     trainer.fit(config(tmp_path / "later", *options, "steps=3"))
-    damaged = shutil.copytree(tmp_path / "later" / "checkpoints" / "step_000003", tmp_path / "run" / "checkpoints" / "step_000003")
+    last = "checkpoints/step_000003"
+    damaged = shutil.copytree(tmp_path / "later" / last, tmp_path / "run" / last)
     (damaged / "parts.json").unlink()
     trainer.fit(config(tmp_path / "run", *options, "steps=2"))
     assert checkpoint.newest_intact(tmp_path / "run").step == 2
@@ -182,6 +184,21 @@ def test_lora_trains_adapters_alone(tmp_path):
     names = load_file(saved.policy / "adapter_model.safetensors").keys()
     assert names
     assert all("lora_" in name for name in names)
+
+
+def test_gradient_checkpointing_of_a_loaded_model_runs_each_layer_twice(unbroken):
+    """transformers loads in evaluation mode, in which it would keep every activation all the same."""
+    path = checkpoint.list_checkpoints(unbroken)[-1].policy
+    calls = []
+    for enabled in ("false", "true"):
+        overrides = [f"model.path={path}", f"model.gradient_checkpointing={enabled}"]
+        model = load_policy(config(unbroken, *overrides).model).model
+        counted = [0]
+        attention = model.model.layers[0].self_attn
+        attention.register_forward_hook(lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
+        model(torch.tensor([[10, 11]])).logits.sum().backward()
+        calls += counted
+    assert calls == [1, 2]
 
 
 def test_dynamic_sampling_fills_the_batch_with_groups_that_teach(tmp_path):
