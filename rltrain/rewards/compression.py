@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rltrain.advantages.group import group_advantages
+from rltrain.config import ConfigError, RewardConfig, register, require
+from rltrain.data.traces import TracePrompt
+from rltrain.rewards.length import repetition_penalty
+from rltrain.types import Completion, Context, Group, Mean, Need, Scores, SpanRequest
 
 FLOOR_MARGIN = 1.0
 FLOOR_ALONE = -10.0
@@ -38,3 +46,133 @@ def _means(logprobs: Sequence[Any] | Tensor) -> Tensor:
     """Mean of each sequence, NaN of an empty one."""
     means = [torch.as_tensor(one, dtype=torch.float64).detach().mean() for one in logprobs]
     return torch.stack(means) if means else torch.zeros(0, dtype=torch.float64)
+
+
+@dataclass(kw_only=True)
+class CompressionRewardConfig(RewardConfig):
+    """See :func:`compression_reward`; phi is what ``scorer`` says.
+
+    For ablation, both worse in the paper: ``pooled`` takes one mean over the tokens of answer and trace together;
+    ``length_weight`` adds that times ``(|z| - |z'|)/|z|``, whitened over the group. ``ngram`` is for the metrics.
+    """
+
+    beta: float = 1.2
+    pooled: bool = False
+    length_weight: float = 0.0
+    ngram: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.beta >= 0, f"reward.beta={self.beta}: must be >= 0; 0 leaves the trace's own likelihood out")
+        require(self.ngram >= 1, f"reward.ngram={self.ngram}: must be >= 1")
+
+
+def compressed_ids(prompt: TracePrompt, completion: Completion, tokenizer: Any) -> tuple[int, ...]:
+    """The ids between the tags, as sampled; none if a tag is missing or doubled, the text blank, or the output cut.
+
+    A token that holds a tag together with other text counts as tag.
+    """
+    opening, closing = prompt.config.opening, prompt.config.closing
+    pieces = [tokenizer.decode([token]) for token in completion.token_ids]
+    text, ends = "".join(pieces), list(itertools.accumulate(map(len, pieces)))
+    prefilled = prompt.config.prefill.rstrip().endswith(opening)
+    if completion.finish != "stop" or text.count(closing) != 1 or text.count(opening) != (0 if prefilled else 1):
+        return ()
+    start = 0 if prefilled else text.index(opening) + len(opening)
+    stop = text.index(closing)
+    if not text[start:stop].strip():
+        return ()
+    spans = zip(completion.token_ids, [0, *ends], ends, strict=False)
+    return tuple(token for token, begin, end in spans if begin >= start and end <= stop)
+
+
+def score_request(prompt: TracePrompt, trace_ids: Sequence[int]) -> SpanRequest:
+    """Question, compressed trace, answer, in one sequence: neither the original trace nor the instruction is in it.
+
+    The spans are the trace and the answer; the text around the answer is conditioned on, and not scored.
+    """
+    context = prompt.with_trace(trace_ids) + prompt.before_answer_ids
+    start = len(prompt.question_ids)
+    return SpanRequest(
+        token_ids=context + prompt.answer_ids,
+        spans=((start, start + len(trace_ids)), (len(context), len(context) + len(prompt.answer_ids))),
+    )
+
+
+@register("reward", "compression", CompressionRewardConfig, needs={Need.SCORER})
+def compression(groups: Sequence[Group], config: CompressionRewardConfig, context: Context) -> Scores:
+    """The reward of each compressed trace; outputs without one get the floor of their group."""
+    prompts = [_trace_prompt(group) for group in groups]
+    pairs = list(zip(groups, prompts, strict=True))
+    found = [[compressed_ids(prompt, one, context.tokenizer) for one in g.completions] for g, prompt in pairs]
+    asked = [score_request(prompt, ids) for (_, prompt), row in zip(pairs, found, strict=True) for ids in row if ids]
+    scored = iter(context.scorer.phi(asked))
+    likelihoods = [[next(scored) if ids else [torch.zeros(0), torch.zeros(0)] for ids in row] for row in found]
+    rewards = [_rewards(*one, config) for one in zip(prompts, found, likelihoods, strict=True)]
+    metrics = [_metrics(*one, config, context.tokenizer) for one in zip(prompts, found, likelihoods, strict=True)]
+    return Scores(scores=[rewards_G.tolist() for rewards_G in rewards], metrics=_merged(metrics))
+
+
+def _trace_prompt(group: Group) -> TracePrompt:
+    if not isinstance(group.prompt, TracePrompt):
+        raise ConfigError(f"rewards: there is no trace to compress in {group.prompt.problem.id}; choose data of traces")
+    return group.prompt
+
+
+def _rewards(
+    prompt: TracePrompt,
+    found: Sequence[tuple[int, ...]],
+    likelihoods: Sequence[Sequence[Tensor]],
+    config: CompressionRewardConfig,
+) -> Tensor:
+    """Rewards [G] of one group."""
+    traces, answers = ([one[i] for one in likelihoods] for i in (0, 1))
+    if config.pooled:
+        rewards_G = floored(_means([torch.cat(pair) for pair in zip(answers, traces, strict=True)]))
+    else:
+        rewards_G = compression_reward(answers, traces, beta=config.beta)
+    if config.length_weight:
+        original = len(prompt.trace_ids)
+        saved_G = [(original - len(ids)) / original if ids else None for ids in found]
+        rewards_G = rewards_G + config.length_weight * group_advantages(saved_G)
+    return rewards_G
+
+
+def overlap(ids: Sequence[int], original: Sequence[int], *, ngram: int) -> float:
+    """Share of the n-grams of ``ids`` that stand in ``original``; a shorter sequence, not empty, is one n-gram."""
+    n = min(ngram, len(ids))
+    grams, known = _ngrams(ids, n), set(_ngrams(original, n))
+    return sum(gram in known for gram in grams) / len(grams)
+
+
+def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+
+
+def _metrics(
+    prompt: TracePrompt,
+    found: Sequence[tuple[int, ...]],
+    likelihoods: Sequence[Sequence[Tensor]],
+    config: CompressionRewardConfig,
+    tokenizer: Any,
+) -> dict[str, Mean]:
+    """What the reward cannot see: copying, looping, leaking, and the two scores apart."""
+    written = [(ids, one) for ids, one in zip(found, likelihoods, strict=True) if ids]
+    answer = prompt.problem.answer
+    columns = {
+        "length_ratio": [len(ids) / max(1, len(prompt.trace_ids)) for ids, _ in written],
+        "overlap": [overlap(ids, prompt.trace_ids, ngram=config.ngram) for ids, _ in written],
+        "repeated_ngrams": [-repetition_penalty(ids, ngram=config.ngram, max_penalty=-1.0) for ids, _ in written],
+        "states_answer": [float(answer in tokenizer.decode(ids)) for ids, _ in written],
+        "trace_score": [float(one[0].double().mean()) for _, one in written],
+        "answer_score": [float(one[1].double().mean()) for _, one in written],
+        "floored": [float(not ids) for ids in found],
+    }
+    return {f"compression/{name}": Mean.of(values) for name, values in columns.items()}
+
+
+def _merged(metrics: Sequence[Mapping[str, Mean]]) -> dict[str, Mean]:
+    """The metrics of all groups."""
+    merged: dict[str, Mean] = {}
+    for one in metrics:
+        merged |= {name: merged[name] + value if name in merged else value for name, value in one.items()}
+    return merged

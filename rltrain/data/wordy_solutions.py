@@ -1,0 +1,114 @@
+"""Wordy worked solutions of small integer problems, made in code: steps said again, checked, and checked again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+from rltrain.config import register, require
+from rltrain.data.random_calculation import RandomCalculation, RandomCalculationConfig
+from rltrain.data.text import uniform
+from rltrain.data.traces import CompressionConfig, trace_problem
+from rltrain.types import Problem
+
+TASKS = ("compress", "solve")
+
+
+@dataclass(kw_only=True)
+class WordySolutionsConfig(CompressionConfig):
+    """RandomCalculation's small integers; keys as there. ``tasks`` are taken in turn.
+
+    compress: shorten the wordy solution; ``meta["solution"]`` keeps each line that says nothing new with probability
+    ``keep``. solve: the question alone; its solution is the wordy one and the boxed answer.
+    """
+
+    instruction: str = "{question}\n{trace}\n"
+    ask: str = "{question}\n"
+    before_trace: str = ""
+    after_trace: str = "\n"
+    tasks: list[str] = field(default_factory=lambda: ["compress"])
+    keep: float = 0.5
+    steps: list[int] = field(default_factory=lambda: [2])
+    max_operand: int = 20
+    operators: str = "+-*"
+    train_size: int = 100_000
+    validation_size: int = 512
+    test_size: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(self.tasks) and all(task in TASKS for task in self.tasks),
+            f"data.tasks={list(self.tasks)}: unknown; list some of {', '.join(TASKS)}",
+        )
+        require(0 <= self.keep <= 1, f"data.keep={self.keep}: must lie in [0, 1]")
+        self.expressions()
+
+    def expressions(self) -> RandomCalculationConfig:
+        """The problems that are solved."""
+        return RandomCalculationConfig(
+            preset="integers",
+            steps=self.steps,
+            max_operand=self.max_operand,
+            operators=self.operators,
+            train_size=self.train_size,
+            validation_size=self.validation_size,
+            test_size=self.test_size,
+            seed=self.seed,
+            prompt="{expression}",
+        )
+
+
+def wordy_lines(steps: Sequence[str], *key: object) -> list[tuple[str, bool]]:
+    """Lines and whether each says something new: after a step it may be said again, and then checked."""
+    lines = []
+    for number, step in enumerate(steps):
+        lines.append((step, True))
+        if uniform("again", number, *key) < 0.75:
+            lines.append((f"so {step}", False))
+        if uniform("check", number, *key) < 0.75:
+            lines.append((f"check {step}", False))
+    return lines
+
+
+class WordySolutions(Sequence[Problem]):
+    """The tasks of one split, made when they are asked for."""
+
+    def __init__(self, config: WordySolutionsConfig, split: str) -> None:
+        self.config, self.problems = config, RandomCalculation(config.expressions(), split)
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        config, index = self.config, range(len(self))[index]
+        # Not by index alone, which would give each task its own number of steps.
+        task = config.tasks[index // len(config.steps) % len(config.tasks)]
+        return self._task(self.problems[index], task)
+
+    def _task(self, one: Problem, task: str) -> Problem:
+        config, question = self.config, str(one.prompt)
+        *steps, box = str(one.meta["solution"]).split("\n")
+        lines = wordy_lines(steps, config.seed, one.id)
+        trace = "\n".join(line for line, _ in lines)
+        if task == "solve":
+            prompt, solution = config.ask.replace("{question}", question), f"{trace}\n{box}"
+            return Problem(id=one.id, prompt=prompt, answer=one.answer, meta={**one.meta, "solution": solution})
+        kept = [line for line, new in lines if new or uniform("keep", line, config.seed, one.id) < config.keep]
+        short = config.opening + "\n".join(kept) + config.closing
+        solved = Problem(id=one.id, prompt=question, answer=one.answer, meta={**one.meta, "solution": short})
+        return trace_problem(solved, question=question, trace=trace, config=config)
+
+
+@register("data", "wordy_solutions", WordySolutionsConfig)
+def wordy_solutions(config: WordySolutionsConfig, split: str) -> WordySolutions:
+    """The tasks of ``split``; no problem is shared between splits."""
+    return WordySolutions(config, split)
