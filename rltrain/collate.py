@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rltrain import dist
-from rltrain.types import Group, TokenBatch
+from rltrain.types import Group, Mean, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +80,26 @@ def token_weight(length: int, denominators: Denominators, *, aggregation: str, m
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit-decreasing: indices into bins whose total length is at most ``budget``. Ties keep their order."""
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[index] > budget:
-            raise ValueError(
-                f"a sequence of {lengths[index]} tokens exceeds batch.token_budget={budget}; raise the budget"
-            )
-        home = next((b for b, room in enumerate(free) if room >= lengths[index]), None)
-        if home is None:
-            bins.append([])
-            free.append(budget)
-            home = len(bins) - 1
-        bins[home].append(index)
-        free[home] -= lengths[index]
+    """Indices into bins, longest first; a bin whose rows are padded to its longest holds at most ``budget`` tokens.
+
+    Padding counts, so that the budget bounds memory; sorted lengths keep it small. Ties keep their order.
+    """
+    order, bins = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    while order:
+        longest = lengths[order[0]]
+        rows = budget // longest
+        if rows == 0:
+            raise ValueError(f"a sequence of {longest} tokens exceeds batch.token_budget={budget}; raise the budget")
+        bins.append(order[:rows])
+        order = order[rows:]
     return bins
+
+
+def padding_share(batches: Sequence[TokenBatch]) -> Mean:
+    """Share of the forwarded tokens that are padding, as (sum, count)."""
+    lengths = [batch.boundaries_S1.diff() for batch in batches]
+    forwarded = sum(int(lengths_S.max()) * len(lengths_S) for lengths_S in lengths)
+    return Mean(total=float(forwarded - sum(int(lengths_S.sum()) for lengths_S in lengths)), count=float(forwarded))
 
 
 def collate(

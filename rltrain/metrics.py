@@ -32,6 +32,10 @@ class Accumulator:
             known = self._metrics.get(name)
             self._metrics[name] = metric if known is None else known + metric  # type: ignore[operator]
 
+    def replace(self, name: str, metric: Metric) -> None:
+        """Put this metric in the place of what was added under its name."""
+        self._metrics[name] = metric
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to ``timing_s/<stage>``."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rltrain import checkpoint, dist, runs, sft
-from rltrain.collate import Denominators, collate
+from rltrain.collate import Denominators, collate, padding_share
 from rltrain.config import ConfigError, RunConfig, RunError, part_of
 from rltrain.engine import Engine, NonFiniteError, learning_rate
 from rltrain.evaluate import evaluate, evaluation_rewards, held_out_prompts
@@ -119,15 +119,9 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
                     advantages = estimator(groups, config.advantage, context)
                     metrics.add(advantages.metrics)
             with metrics.timed("collate"):
-                batches, denominators = collate(
-                    groups,
-                    advantages.values,
-                    aggregation=config.loss.aggregation,
-                    token_budget=config.batch.token_budget,
-                    max_new_tokens=config.sampling.max_new_tokens,
-                    keep_zero_advantages=config.loss.kl_coef > 0 or config.loss.entropy_coef > 0,
-                )
-                batches = with_fixed_logprobs(run, [to_device(batch, dist.device()) for batch in batches])
+                batches, denominators = micro_batches(run, groups, advantages.values)
+                metrics.add({"padding_share": padding_share(batches)})
+                batches = with_fixed_logprobs(run, batches)
             with metrics.timed("train"):
                 for epoch in range(config.batch.update_epochs):
                     update(run, step, batches, metrics, first=epoch == 0)
@@ -207,6 +201,22 @@ def has_signal(group: Group) -> bool:
     assert group.rewards_G is not None
     valid = group.rewards_G[~group.rewards_G.isnan()]
     return len(valid) > 1 and bool((valid != valid[0]).any())
+
+
+def micro_batches(
+    run: Run, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]
+) -> tuple[list[TokenBatch], Denominators]:
+    """This rank's micro-batches on its device; rows that cannot move the policy are left out."""
+    config = run.config
+    batches, denominators = collate(
+        groups,
+        advantages,
+        aggregation=config.loss.aggregation,
+        token_budget=config.batch.token_budget,
+        max_new_tokens=config.sampling.max_new_tokens,
+        keep_zero_advantages=config.loss.kl_coef > 0 or config.loss.entropy_coef > 0,
+    )
+    return [to_device(batch, dist.device()) for batch in batches], denominators
 
 
 @torch.no_grad()

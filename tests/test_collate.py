@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rltrain.collate import Denominators, collate, pack, token_weight
+from rltrain.collate import Denominators, collate, pack, padding_share, token_weight
 from rltrain.types import Completion, Group, Problem, Prompt
 
 
@@ -88,11 +88,28 @@ def test_without_rows_there_is_one_micro_batch_of_weight_zero():
     assert [b.weights_N.tolist() for b in batches] == [[0.0]]
 
 
-def test_pack_fills_first_fit_decreasing_under_the_budget():
-    assert pack([4, 3, 3, 2, 6], budget=7) == [[4], [0, 1], [2, 3]]
-    bins = pack([5, 1, 4, 4, 2, 2, 3], budget=7)
-    assert sorted(i for one in bins for i in one) == list(range(7))
+def test_pack_counts_padding_against_the_budget():
+    """Longest first; rows of a bin are padded to its longest."""
+    assert pack([4, 3, 3, 2, 6], budget=8) == [[4], [0, 1], [2, 3]]
+    assert pack([4, 3, 3, 2, 6], budget=12) == [[4, 0], [1, 2, 3]]
+    lengths = [5, 1, 4, 4, 2, 2, 3]
+    bins = pack(lengths, budget=9)
+    assert sorted(index for one in bins for index in one) == list(range(7))
+    assert all(max(lengths[index] for index in one) * len(one) <= 9 for one in bins)
     assert pack([], budget=7) == []
+
+
+def test_one_long_row_does_not_pad_many_short_ones_over_the_budget():
+    bins = pack([4000] + [10] * 400, budget=4096)
+    assert bins[0] == [0]
+    assert [len(one) for one in bins[1:]] == [400]
+
+
+def test_padding_share_by_hand():
+    """Rows of 5 and 3 tokens padded to 5: 2 of 10."""
+    (batch,), _ = packed([group([3, 1], [0, 1])])
+    share = padding_share([batch])
+    assert (share.total, share.count) == (2, 10)
 
 
 def test_a_sequence_over_the_budget_is_refused():
