@@ -393,6 +393,26 @@ class ColdStartConfig:
 
 
 @dataclass(kw_only=True)
+class CompressConfig:
+    """``rltrain.compress``: which traces, how many at a time, and how the frozen model answers from the short ones.
+
+    ``problems=0`` takes all of ``split``. A row is kept if the reward ``verifier`` gives 1 to its answer.
+    """
+
+    split: str = "train"
+    problems: int = 0
+    batch_size: int = 64
+    temperature: float = 1.0
+    answer_temperature: float = 0.0
+    max_answer_tokens: int = 256
+    verifier: RewardConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(self.problems >= 0, f"compress.problems={self.problems}: must be >= 0; 0 takes all")
+        require(self.batch_size >= 1, f"compress.batch_size={self.batch_size}: set at least 1")
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """Everything a run is a function of. The same file serves train, sft and evaluate."""
 
@@ -421,6 +441,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, f"steps={self.steps}: must be >= 0")

@@ -21,7 +21,7 @@ LAYERS = [
     {"rollout", "engine", "runs", "summary", "recorder", "scorer"},
     {"checkpoint", "evaluate", "sft"},
     {"trainer"},
-    {"train", "audit", "compat"},
+    {"train", "audit", "compress", "compat"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"advantages", "rewards", "kernels", "loss", "collate"}

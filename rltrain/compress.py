@@ -1,0 +1,200 @@
+"""ConMax's data set: compress traces with a trained policy, answer again from the short ones, keep what is right.
+
+python -m rltrain.compress +experiment=conmax model.path=COMPRESSOR scorer.path=FROZEN run_dir=FOLDER
+
+FOLDER/compressed.jsonl   one line per trace as it is done: what came of it, and its lengths
+FOLDER/sft.jsonl          at the end: the kept rows; prompt and solution for rltrain.sft
+FOLDER/compress.json      the config, and at the end the counts
+
+The same command goes on where a killed one stopped, and gives the same files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rltrain import cli, dist, runs
+from rltrain.config import ConfigError, RunConfig, part_of
+from rltrain.data.traces import Trace, TracePrompt
+from rltrain.model import Policy, encode_all, load_frozen, load_policy
+from rltrain.rewards.compression import compressed_ids
+from rltrain.rewards.scoring import score
+from rltrain.scorer import check_same_vocabulary
+from rltrain.types import Completion, Context, Problem, Prompt
+
+log = logging.getLogger(__name__)
+
+# Sampling keys of a step that neither training nor evaluation reaches.
+COMPRESSION_STEP = -2
+RIGHT = 1 - 1e-9
+FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "steps")
+KEPT, WRONG, NO_TRACE, LEFT_OUT = "kept", "wrong", "no trace", "left out"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """The compressor and the frozen model that answers, each with its rollout engine."""
+
+    config: RunConfig
+    compressor: Policy
+    writing: Any
+    answering: Any
+
+    def rows(self, traces: Sequence[Problem]) -> list[Row]:
+        """What came of each trace, in order."""
+        config = self.config
+        limit = config.sampling.max_prompt_tokens
+        prompts, dropped = encode_all(self.compressor, traces, config.model, max_prompt_tokens=limit)
+        sampling = dataclasses.replace(config.sampling, temperature=config.compress.temperature)
+        groups = self.writing.generate(prompts, step=COMPRESSION_STEP, group_size=1, sampling=sampling)
+        found = [(_trace_prompt(group.prompt), group.completions[0]) for group in groups]
+        short = [(prompt, compressed_ids(prompt, one, self.compressor.tokenizer)) for prompt, one in found]
+        rows = {one.id: _row(one.id, LEFT_OUT) for one in dropped}
+        rows |= {prompt.problem.id: _row(prompt.problem.id, NO_TRACE) for prompt, ids in short if not ids}
+        rows |= {row["id"]: row for row in self._answered([pair for pair in short if pair[1]])}
+        return [rows[trace.id] for trace in traces]
+
+    def _answered(self, short: Sequence[tuple[TracePrompt, tuple[int, ...]]]) -> Iterator[Row]:
+        """Rows of the traces that were compressed: the frozen model goes on from question and short trace."""
+        asked = [Prompt(problem=prompt.problem, token_ids=prompt.with_trace(ids)) for prompt, ids in short]
+        sampling = dataclasses.replace(
+            self.config.sampling,
+            temperature=self.config.compress.answer_temperature,
+            max_new_tokens=self.config.compress.max_answer_tokens,
+            max_prompt_tokens=max((len(prompt.token_ids) for prompt in asked), default=1),
+            stop=[],
+        )
+        groups = self.answering.generate(asked, step=COMPRESSION_STEP, group_size=1, sampling=sampling)
+        context = Context(seed=self.config.seed, tokenizer=self.compressor.tokenizer)
+        assert self.config.compress.verifier is not None
+        scored, _ = score(groups, {"answer": self.config.compress.verifier}, context)
+        for (prompt, ids), group in zip(short, scored, strict=True):
+            assert group.rewards_G is not None
+            right = float(group.rewards_G[0]) >= RIGHT  # NaN, where the verifier cannot tell, is not
+            yield self._row(prompt, ids, group.completions[0], KEPT if right else WRONG)
+
+    def _row(self, prompt: TracePrompt, ids: tuple[int, ...], answer: Completion, status: str) -> Row:
+        trace, layout = prompt.problem, prompt.config
+        assert isinstance(trace, Trace)
+
+        def solution(text: str) -> str:
+            return layout.before_trace + text + layout.after_trace + answer.text
+
+        return _row(trace.id, status) | {
+            "prompt": layout.ask.replace("{question}", trace.question),
+            "solution": solution(self.compressor.tokenizer.decode(ids)),
+            "original_solution": solution(trace.trace),
+            "answer": trace.answer,
+            "original_tokens": len(prompt.trace_ids),
+            "compressed_tokens": len(ids),
+        }
+
+
+def _row(trace_id: str, status: str) -> Row:
+    return {"id": trace_id, "status": status}
+
+
+def _trace_prompt(prompt: Prompt) -> TracePrompt:
+    if not isinstance(prompt, TracePrompt):
+        raise ConfigError(f"data: {prompt.problem.id} is no trace to compress; choose data of traces")
+    return prompt
+
+
+def load(config: RunConfig) -> Pipeline:
+    """The compressor is the configured model; ``scorer.path`` is the frozen model, which may be the same."""
+    if config.compress.verifier is None:
+        raise ConfigError("compress.verifier: none is set; choose one, for example reward@compress.verifier=boxed")
+    compressor, frozen = load_policy(config.model), load_frozen(config.model, path=config.scorer.path)
+    check_same_vocabulary(compressor, frozen, path=config.scorer.path)
+    engines = []
+    for policy in (compressor, frozen):
+        policy.model.to(dist.device())
+        engines.append(part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed))
+    return Pipeline(config=config, compressor=compressor, writing=engines[0], answering=engines[1])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of an earlier run; a last line torn by a kill is cut off the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """On disk before this returns, so that a kill loses at most the batch at work."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    writing = path.with_name(f".writing_{path.name}")
+    writing.write_text(text)
+    writing.replace(path)
+
+
+def counts(rows: Sequence[Row]) -> dict[str, float]:
+    """Rows by status, the share dropped, and mean lengths in tokens over the kept rows."""
+    kept = [row for row in rows if row["status"] == KEPT]
+    by_status = Counter(str(row["status"]) for row in rows)
+    means = {name: _mean([row[name] for row in kept]) for name in ("original_tokens", "compressed_tokens")}
+    return {**by_status, "dropped_share": 1 - len(kept) / max(1, len(rows)), **means}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Rows of two configs must not end up in one file."""
+    if path.exists() and (changed := runs.changes(json.loads(path.read_text())["config"], config, ignored=FREE_KEYS)):
+        raise ConfigError(f"{path}: made with another config ({changed}); restore these keys or set another run_dir")
+
+
+def compress(config: RunConfig) -> dict[str, float]:
+    """Compress what is not done yet; returns the counts."""
+    folder, resolved = Path(config.run_dir), runs.resolved(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_other_config(folder / "compress.json", resolved)
+    write_whole(folder / "compress.json", json.dumps({"config": resolved}))
+    traces: Sequence[Problem] = part_of(config.data).function(config.data, config.compress.split)
+    total = min(config.compress.problems or len(traces), len(traces))
+    path, pipeline = folder / "compressed.jsonl", load(config)
+    rows = read_rows(path)
+    for start in range(len(rows), total, config.compress.batch_size):
+        done = pipeline.rows([traces[i] for i in range(start, min(start + config.compress.batch_size, total))])
+        append_rows(path, done)
+        rows += done
+        log.info("%d of %d traces, %d kept", len(rows), total, sum(row["status"] == KEPT for row in rows))
+    found = counts(rows)
+    write_whole(folder / "sft.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["status"] == KEPT))
+    write_whole(folder / "compress.json", json.dumps({"config": resolved, "counts": found}, indent=1))
+    return found
+
+
+def main(config: RunConfig) -> None:
+    """One process: compress, and print the counts."""
+    if dist.world_size() > 1:
+        raise ConfigError(
+            f"rltrain.compress: started on {dist.world_size()} ranks; start one, and split the data instead"
+        )
+    print("\n".join(f"{name:20s} {value:.4g}" for name, value in compress(config).items()))
+
+
+if __name__ == "__main__":
+    cli.run(main)
