@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import metrics
 
-from rltrain import checkpoint, cli, dist, trainer
+from rltrain import checkpoint, cli, trainer
 from rltrain.advantages.group import group_advantages
 from rltrain.config import ConfigError, discover, part_of
 from rltrain.data.traces import CompressionConfig, TracesConfig, trace_problem
@@ -297,10 +297,5 @@ def test_two_ranks_give_the_rewards_of_one(start, unbroken, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     for line, expected in zip(metrics(tmp_path / "two"), metrics(unbroken), strict=True):
+        line.pop("padding_share", None), expected.pop("padding_share", None)  # the layout may differ
         assert line == pytest.approx(expected, rel=5e-4, abs=5e-6), line["step"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _leave_the_process_group():
-    yield
-    dist.teardown()

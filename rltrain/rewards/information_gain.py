@@ -74,6 +74,7 @@ def information_gain_reward(groups: Sequence[Group], config: InformationGainConf
     metrics = {
         "information_gain/mean": Mean.of(gains_N),
         "information_gain/share_positive": Mean.of(gains_N > 0),
+        "accuracy": Mean.of(gains_N > 0),  # a thought is right where it helps
         "information_gain/thought_logprob": Mean.of(thoughts),
         "information_gain/baseline_logprob": Mean.of(baselines),
         "information_gain/share_unclosed": Mean.of([not is_closed(*pair) for pair in pairs]),
