@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_run import config, metrics
 
-from rltrain import checkpoint, dist, trainer
+from rltrain import checkpoint, cli, dist, trainer
 from rltrain.config import ConfigError, ScorerConfig
 from rltrain.logprobs import LogprobModel
 from rltrain.model import TinyConfig, load_policy
@@ -114,9 +114,39 @@ def test_the_policy_is_its_own_phi_when_asked(policy, tmp_path):
     assert torch.equal(scorer.policy(REQUESTS)[0][0], scorer.phi(REQUESTS)[0][0])
 
 
-def test_a_scorer_with_another_vocabulary_is_one_line_before_training(policy):
+def saved(policy, folder):
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def frozen_run(policy_folder, scorer_folder, run_dir):
+    overrides = ["+experiment=rlp", "cold_start.steps=0", "model=pretrained", f"model.path={policy_folder}"]
+    return cli.compose([*overrides, "scorer.kind=frozen", f"scorer.path={scorer_folder}", f"run_dir={run_dir}"])
+
+
+def test_a_frozen_scorer_is_the_model_at_its_path(policy, tmp_path):
+    other = load_policy(dataclasses.replace(SMALL, init_seed=1))
+    run_config = frozen_run(saved(policy, tmp_path / "policy"), saved(other, tmp_path / "other"), tmp_path / "run")
+    scorer = load_scorer(run_config, policy, LogprobModel(policy.model, temperature=1.0))
+    for model, found in ((policy.model, scorer.policy(REQUESTS)), (other.model, scorer.phi(REQUESTS))):
+        expected = naive(model, REQUESTS[0].token_ids, 4, 6)
+        torch.testing.assert_close(found[0][1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_with_a_scorer_of_another_vocabulary_ends_before_its_first_step(policy, tmp_path):
     other = load_policy(SMALL)
     other.tokenizer.add_tokens(["<step>"])
+    run_config = frozen_run(saved(policy, tmp_path / "policy"), saved(other, tmp_path / "other"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"other: its vocabulary .*; choose a model that shares") as error:
+        trainer.fit(run_config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_scorer_with_fewer_embeddings_than_tokens_is_refused(policy):
+    other = load_policy(SMALL)
+    other.model.resize_token_embeddings(90)
     with pytest.raises(ConfigError, match=r"scorer.path=there: its vocabulary .*; choose a model that shares"):
         check_same_vocabulary(policy, other, path="there")
 
