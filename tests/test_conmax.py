@@ -140,7 +140,8 @@ def test_length_reward_is_whitened_and_added(policy):
     with_length = score(policy, *outputs, config=CompressionRewardConfig(length_weight=0.5)).scores[0]
     original = len("3+4=7\nso 3+4=7")
     white = group_advantages([(original - n) / original for n in (5, 1, 11)] + [None])
-    assert with_length == pytest.approx([p + 0.5 * float(w) for p, w in zip(plain, white, strict=True)])
+    expected = [p + 0.5 * float(w) for p, w in zip(plain[:3], white[:3], strict=True)]
+    assert with_length == pytest.approx([*expected, min(expected) - 1])
 
 
 def test_metrics_show_copying_looping_leaking_and_length(policy):

@@ -134,6 +134,8 @@ def _rewards(
         original = len(prompt.trace_ids)
         saved_G = [(original - len(ids)) / original if ids else None for ids in found]
         rewards_G = rewards_G + config.length_weight * group_advantages(saved_G)
+        # The floor moves along, so that no trace is worth less than none.
+        rewards_G = floored(torch.where(torch.tensor([bool(ids) for ids in found]), rewards_G, torch.nan))
     return rewards_G
 
 
