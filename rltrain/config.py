@@ -458,6 +458,13 @@ class RunConfig:
             "loss.importance_correction with a truncated sampler: its support differs from the trainer's; "
             "set sampling.top_k=0 sampling.top_p=1",
         )
+        for name, reward in self.rewards.items():
+            waits_s = getattr(reward, "deadline_s", 0.0)
+            require(
+                waits_s <= self.deadline_s / 2,
+                f"rewards.{name}.deadline_s={waits_s}: other ranks wait for at most deadline_s={self.deadline_s}; "
+                "set it to half of that or less",
+            )
         require(
             self.sampling.temperature > 0,
             "sampling.temperature=0: greedy completions of one prompt are all alike; set sampling.temperature>0",
