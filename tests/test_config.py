@@ -95,7 +95,10 @@ def test_needs_follow_from_the_parts():
     (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: set two numbers"),
     (["deadline_s=0"], "deadline_s=0.0: must be > 0"),
     (["cold_start.batch_size=0"], "cold_start.batch_size=0: set at least 1"),
-    (["reward@rewards.answer=custom", "rewards.answer.import_path=json:dumps", "rewards.answer.deadline_s=1000"], "set it to half of that or less"),
+    (
+        ["reward@rewards.answer=custom", "rewards.answer.import_path=json:dumps", "rewards.answer.deadline_s=1000"],
+        "set it to half of that or less",
+    ),
     (["optimizer.schedule=step"], "set one of constant, linear, cosine"),
 ])  # fmt: skip
 def test_impossible_combinations_name_key_cause_and_remedy(overrides, message):
