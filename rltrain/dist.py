@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -78,6 +79,7 @@ def setup(*, deadline_s: float) -> None:
     if torch_dist.is_initialized():
         return
     _export_launcher_variables()
+    _forget_left_groups()
     timeout = timedelta(seconds=deadline_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -87,6 +89,14 @@ def setup(*, deadline_s: float) -> None:
         torch_dist.init_process_group("gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         named_wait("all ranks to join", lambda: torch_dist.init_process_group("gloo", timeout=timeout))
+
+
+def _forget_left_groups() -> None:
+    """A group that was left, by us or by another library, stays in DeepSpeed's caches; a new one must not meet it."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None:
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups._release_process_group_references(group=None)
 
 
 def teardown() -> None:

@@ -158,6 +158,7 @@ from rltrain.rewards.sandbox import Pool
 pool = Pool("test_rewards_sandbox:work", deadline_s=60.0, item_cpu_s=60.0)
 pool.call("echo", 1)
 slot = pool.free.get(); pool.free.put(slot)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for its background jobs
 if sys.argv[1] != "idle":
     threading.Thread(target=pool.call, args=(sys.argv[1], 60), daemon=True).start()
     time.sleep(0.3)

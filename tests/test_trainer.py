@@ -60,6 +60,13 @@ def test_dropout_is_a_function_of_the_step(tmp_path):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "unbroken")
 
 
+def test_a_run_after_a_left_process_group(unbroken, tmp_path):
+    """Another library may end the group between two runs of one process."""
+    torch.distributed.destroy_process_group()
+    trainer.fit(config(tmp_path / "again", "steps=2"))
+    assert metrics(tmp_path / "again")[1] == metrics(unbroken)[1]
+
+
 def test_another_seed_gives_other_metrics(unbroken, tmp_path):
     trainer.fit(config(tmp_path / "other", "seed=1", "steps=1"))
     assert metrics(tmp_path / "other")[1] != metrics(unbroken)[1]
@@ -117,8 +124,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, aggregation):
     (reference, weights), *others = results
     for lines, other_weights in others:
         for line, expected in zip(lines, reference, strict=True):
-            layout = {"padding_share": expected.get("padding_share")} if "padding_share" in expected else {}
-            assert line | layout == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
         for name, value in weights.items():
             torch.testing.assert_close(other_weights[name], value, rtol=1e-4, atol=2e-5)
 
