@@ -32,7 +32,13 @@ format: $(installed)
 	$(python) -m ruff format .
 
 bench: $(installed)
-	@set -e; for script in scripts/bench/*.py; do echo "== $$script"; $(python) $$script --short $(ARGS); done
+	$(python) scripts/bench/random_calculation.py --rounds 3
+	$(python) scripts/bench/prefix_tree.py --rounds 2
+	$(python) scripts/bench/estimators.py --groups 4 --completions 1024
+	$(python) scripts/bench/verifier.py --repeats 1
+	$(python) scripts/bench/rollout.py --rounds 3
+	$(python) scripts/bench/probes.py --short
+	$(python) scripts/bench/logprobs.py --shapes 256,64,4096 --rounds 1
 
 venv: $(installed)
 
