@@ -291,3 +291,15 @@ def test_an_exhausted_space_is_an_error_with_the_remedy():
             random_calculation(
                 RandomCalculationConfig(preset="integers", steps=[1], max_operand=1, max_value=1, operators="-"), split
             )[0]
+
+
+def test_a_checked_solution_repeats_its_first_lines_before_the_box():
+    """Every count of checks from none to all occurs, and what is checked was derived."""
+    config = RandomCalculationConfig(preset="integers", steps=[3], prompt="{expression}\n", solution="checked")
+    checks_of = []
+    for problem in random_calculation(config, "train")[:64]:
+        *lines, box = problem.meta["solution"].split("\n")
+        checks_of.append(len(lines) - 3)
+        assert lines[3:] == [f"check {line}" for line in lines[: checks_of[-1]]]
+        assert box == f"\\boxed{{{problem.answer}}}"
+    assert set(checks_of) == {0, 1, 2, 3}

@@ -41,6 +41,7 @@ from rltrain.data.expressions import (
 from rltrain.types import Problem
 
 SPLITS = ("train", "validation", "test")
+SOLUTIONS = ("steps", "answer", "checked")
 SPLIT_OF_QUARTER = ("train", "train", "validation", "test")
 MAX_STEPS = 20
 MAX_REDRAWS = 512
@@ -162,8 +163,14 @@ def decimal_text(value: Fraction) -> str:
 
 
 def solution_text(expression: Expression, notation: Notation, style: str) -> str:
-    r"""``style="steps"``: one line per operator, then the exact value in ``\boxed{}``; ``"answer"``: the box alone."""
-    lines = worked_steps(expression, notation) if style == "steps" else []
+    r"""``style="steps"``: one line per operator, then the exact value in ``\boxed{}``; ``"answer"``: the box alone.
+
+    ``"checked"``: between the two, the first c lines again after ``check``, c of 0..operators as the expression's key
+    has it: a solution that goes on after the answer is found.
+    """
+    lines = [] if style == "answer" else worked_steps(expression, notation)
+    if style == "checked":
+        lines += [f"check {line}" for line in lines[: expression.key % (len(lines) + 1)]]
     return "\n".join([*lines, f"\\boxed{{{value_text(expression.value, notation)}}}"])
 
 
@@ -197,7 +204,9 @@ class RandomCalculationConfig(DataConfig):
             size = getattr(self, f"{split}_size")
             require(size >= 1, f"data.{split}_size={size}: an empty data set; set at least 1")
         require("{expression}" in self.prompt, f"data.prompt={self.prompt!r}: lacks the problem; add {{expression}}")
-        require(self.solution in ("steps", "answer"), f"data.solution={self.solution}: unknown; set steps or answer")
+        require(
+            self.solution in SOLUTIONS, f"data.solution={self.solution}: unknown; set one of {', '.join(SOLUTIONS)}"
+        )
         require(self.max_operand >= 1, f"data.max_operand={self.max_operand}: must be >= 1")
         require(
             self.min_value <= 0 <= self.max_operand <= self.max_value,
