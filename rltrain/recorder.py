@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rltrain import dist, runs, summary
 from rltrain.config import RunConfig
 from rltrain.console import Console
 from rltrain.metrics import JsonlWriter, WandbWriter
-from rltrain.types import Group
+from rltrain.types import Advantages, Group
 
 
 class Recorder:
@@ -37,7 +35,7 @@ class Recorder:
             self._wandb.write(step, values)
             self._console.update(step, values)
 
-    def write_samples(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> None:
+    def write_samples(self, step: int, groups: Sequence[Group], advantages: Advantages) -> None:
         """The completions of a step with their rewards and token advantages, of all ranks, every so many steps."""
         if self._every_steps == 0 or step % self._every_steps:
             return
@@ -45,7 +43,8 @@ class Recorder:
         rows = [row for rows in dist.gather_objects(mine, name="samples") for row in rows]
         if dist.is_main():
             runs.write_samples(self._run_dir, f"step_{step:06d}", rows)
-            self._wandb.write_samples(step, rows)
+            # A wandb table keeps its columns; which notes there are may change from step to step.
+            self._wandb.write_samples(step, [{k: v for k, v in row.items() if "note/" not in k} for row in rows])
 
     def summarise(self) -> None:
         """At the end: the learning curve as a picture, and the table of held-out metrics on standard output."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rltrain import dist
 from rltrain.config import RunConfig, parts
-from rltrain.types import Group, TokenBatch
+from rltrain.types import Advantages, Group, Notes, TokenBatch
 
 PACKAGES = ("rltrain", "torch", "transformers", "trl", "deepspeed", "datasets", "hydra-core", "wandb", "peft", "vllm")
 
@@ -38,9 +38,15 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:
     """What differs between two resolved configs, ``key: old -> new, …``, at most five, outside the ``ignored`` keys."""
+    found = [(key, pair) for key, pair in differences(before, after).items() if key.split(".")[0] not in ignored]
+    return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in found[:5])
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """``{"group.key": (old, new)}`` where two resolved configs differ; None where one of them lacks the key."""
     old, new = _flat(before), _flat(after)
-    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k.split(".")[0] not in ignored)
-    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:5])
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return {key: (old.get(key), new.get(key)) for key in keys}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -92,9 +98,13 @@ def git_revision() -> str | None:
 
 
 def sample_rows(
-    step: int, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]] | None, tokenizer: Any
+    step: int, groups: Sequence[Group], advantages: Advantages | None, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """One row per completion: what was asked, what came, what it earned, and each token's log-prob and advantage."""
+    """One row per completion: what was asked, what came, what it earned, each token's log-prob and advantage, and the
+    notes that parts left: a column ``note/NAME`` each, empty where a group has none.
+    """
+    notes = _notes(groups, advantages)
+    names = sorted(set().union(*notes))
     rows = []
     for p, group in enumerate(groups):
         assert group.rewards_G is not None
@@ -105,6 +115,7 @@ def sample_rows(
                     "problem_id": group.prompt.problem.id,
                     "sample": g,
                     "prompt": tokenizer.decode(group.prompt.token_ids),
+                    "prompt_ids": list(group.prompt.token_ids),
                     "completion": completion.text,
                     "answer": group.prompt.problem.answer,
                     "finish": completion.finish,
@@ -113,10 +124,18 @@ def sample_rows(
                     "token_ids": list(completion.token_ids),
                     "tokens": [tokenizer.decode([token]) for token in completion.token_ids],
                     "logprobs": list(completion.logprobs),
-                    "advantages": [] if advantages is None else advantages[p][g].tolist(),
+                    "advantages": [] if advantages is None else advantages.values[p][g].tolist(),
+                    **{f"note/{name}": list(notes[p][name][g]) if name in notes[p] else [] for name in names},
                 }
             )
     return rows
+
+
+def _notes(groups: Sequence[Group], advantages: Advantages | None) -> list[Notes]:
+    """Per group, what its rewards and the estimator left."""
+    if advantages is None or not advantages.notes:
+        return [group.notes for group in groups]
+    return [{**group.notes, **notes} for group, notes in zip(groups, advantages.notes, strict=True)]
 
 
 def write_samples(run_dir: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:

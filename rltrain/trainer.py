@@ -129,7 +129,7 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
                 run.rollout.sync(run.policy)
             values = step_values(run, step, groups, metrics, denominators) | held_out_metrics(run, step + 1)
             recorder.write(step + 1, values)
-            recorder.write_samples(step + 1, groups, advantages.values)
+            recorder.write_samples(step + 1, groups, advantages)
             refuse_zero_signal(run, step, groups)
             maybe_save(run, step + 1, signal_name=signals.received())
     return values

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Finish = Literal["stop", "length"]
 Message = Mapping[str, str]
+# What a part wants kept with the samples of a group: by name, one list per completion.
+Notes = Mapping[str, Sequence[Sequence[float | str]]]
 
 
 class Need(enum.Enum):
@@ -100,6 +102,7 @@ class Group:
     completions: tuple[Completion, ...]
     rewards_G: Tensor | None = None
     reward_parts: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         size = len(self.completions)
@@ -217,18 +220,23 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages:
-    """One value per completion token: ``values[p][g]`` has shape ``[T]`` of completion g of group p."""
+    """One value per completion token: ``values[p][g]`` has shape ``[T]`` of completion g of group p.
+
+    ``notes[p]`` says how group p came by its values, for the samples that a run keeps; none at all is fine.
+    """
 
     values: Sequence[Sequence[Tensor]]
     metrics: Metrics = field(default_factory=dict)
+    notes: Sequence[Notes] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a reward returns: ``scores[p][g]``, None to abstain, and its own metrics."""
+    """What a reward returns: ``scores[p][g]``, None to abstain, its own metrics, and notes as in ``Advantages``."""
 
     scores: Sequence[Sequence[float | None]]
     metrics: Metrics = field(default_factory=dict)
+    notes: Sequence[Notes] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

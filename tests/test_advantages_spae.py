@@ -246,6 +246,15 @@ def test_the_estimator_probes_step_ends_of_groups_with_a_signal():
         assert torch.equal(row_T, wanted)
 
 
+def test_notes_say_where_steps_end_and_what_their_probes_found():
+    equal, mixed = run_spae(GROUPS, Table(ACCURACY)).notes
+    assert equal == {}
+    assert [list(row) for row in mixed["step_tokens"]] == [[3, 2, 2], [2, 1], [], []]
+    probed = [ACCURACY["mixed", index] for index in range(4)]
+    assert mixed["step_accuracy"] == mixed["step_confidence"] == probed
+    assert mixed["step_potential"] == [step_potential(row, row).tolist() for row in probed]
+
+
 def test_diagnostics_by_hand():
     metrics = run_spae(GROUPS, Table(ACCURACY)).metrics
     phi = {accuracy: 1.5 * accuracy**2 - 0.5 * accuracy for accuracy in (0.2, 0.99, 0.1)}

@@ -26,6 +26,11 @@ def as_scores(groups, options, context):
     return Scores(scores=[[options["value"]] * len(group.completions) for group in groups])
 
 
+def with_notes(groups, options, context):
+    rows = [float(len(one.text)) for one in groups[0].completions]
+    return Scores(scores=[rows], notes=[{"halves": [[row / 2] for row in rows][: options.get("kept")]}])
+
+
 def raises(groups, options, context):
     raise KeyError("no such column")
 
@@ -121,6 +126,13 @@ def test_a_failing_function_is_counted_and_its_batch_abstains(name, caplog):
     assert scored[0].reward_parts["answer"].tolist() == [1.0, 0.0]
     assert metrics["rewards/mine/errors"].total == 2 and metrics["rewards/mine/timeouts"].total == 0
     assert "reward mine failed" in caplog.text
+
+
+def test_notes_of_rewards_stay_with_their_group():
+    scored, _ = score([group(["a", "bcd"])], {"answer": MathConfig(), "mine": user("with_notes")}, Context())
+    assert scored[0].notes == {"halves": [[0.5], [1.5]]}
+    short, metrics = score([group(["a", "bcd"])], {"mine": user("with_notes", options={"kept": 1})}, Context())
+    assert short[0].notes == {} and metrics["rewards/mine/errors"].total == 2
 
 
 def test_values_that_are_no_finite_numbers_abstain_one_by_one():

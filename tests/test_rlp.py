@@ -102,6 +102,15 @@ def test_discount_weighs_later_targets(policies):
     assert rewards == pytest.approx([first + 0.5 * second], abs=1e-5)
 
 
+def test_notes_hold_the_gain_on_each_target_token(policies):
+    group = group_of(policies[0], "1</think>", "2</think>", horizon=2)
+    result = information_gain_reward([group], InformationGainConfig(discount=0.5), context_of(policies))
+    (notes,) = result.notes
+    assert notes["position"] == [[4], [4]]
+    assert notes["target_tokens"] == [["7", "+"]] * 2
+    assert result.scores[0] == pytest.approx([first + 0.5 * second for first, second in notes["target_gain"]])
+
+
 def test_metrics_count_unclosed_thoughts_and_positive_gains(policies):
     group = group_of(policies[0], "12</think>", "12", "1<eos>", "3</think>")
     result = information_gain_reward([group], InformationGainConfig(), context_of(policies))

@@ -150,6 +150,7 @@ def test_samples_hold_ids_logprobs_rewards_and_advantages(unbroken):
     for row in rows:
         assert len(row["token_ids"]) == len(row["logprobs"]) == len(row["advantages"]) == len(row["tokens"])
         assert row["reward"] == row["reward/answer"]
+        assert 0 < len(row["prompt_ids"]) <= 32
     mean = sum(row["reward"] for row in rows) / 16
     assert mean == pytest.approx(metrics(unbroken)[2]["reward"])
 

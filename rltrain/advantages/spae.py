@@ -14,7 +14,7 @@ from rltrain.advantages.group import as_rewards, has_signal
 from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 from rltrain.advantages.spae_steps import Steps, check_delimiter, split_steps
 from rltrain.config import AdvantageConfig, register, require
-from rltrain.types import Advantages, Context, Group, Mean, Need
+from rltrain.types import Advantages, Context, Group, Mean, Need, Notes
 
 Floats = Sequence[float] | Tensor
 Nested = Sequence[Sequence[Floats]]
@@ -257,9 +257,17 @@ def _first(flags_K: Tensor) -> int | None:
     return int(flags_K.nonzero()[0]) if bool(flags_K.any()) else None
 
 
-def _advantages_and_metrics(
-    groups: Sequence[Group], config: SpaeConfig, context: Context
-) -> tuple[list[list[Tensor]], dict[str, Mean]]:
+def _notes(splits: Sequence[Steps], probes: Sequence[ProbeResult]) -> Notes:
+    """Of a group, for its samples: per completion the tokens of each step, and what the probe at its end found."""
+    return {
+        "step_tokens": [steps.step_tokens for steps in splits],
+        "step_accuracy": [probe.accuracy_K.tolist() for probe in probes],
+        "step_confidence": [probe.confidence_K.tolist() for probe in probes],
+        "step_potential": [step_potential(probe.accuracy_K, probe.confidence_K).tolist() for probe in probes],
+    }
+
+
+def _of_kept(groups: Sequence[Group], config: SpaeConfig, context: Context) -> Advantages:
     texts = vocabulary(context.tokenizer)
     rewards = [as_rewards(group.rewards_G) for group in groups]
     splits = [_split_group(group, config, texts) for group in groups]
@@ -289,7 +297,8 @@ def _advantages_and_metrics(
     metrics = _diagnostics(
         [row[0] for row in counted], [row[1] for row in counted], [row[2] for row in counted], config
     )
-    return values, metrics | {"timing_s/probe": seconds}
+    notes = [_notes(*pair) for pair in zip(splits, probes, strict=True)]
+    return Advantages(values=values, metrics=metrics | {"timing_s/probe": seconds}, notes=notes)
 
 
 @register("advantage", "spae", SpaeConfig, needs={Need.PROBES})
@@ -301,9 +310,10 @@ def spae(groups: Sequence[Group], config: SpaeConfig, context: Context) -> Advan
     """
     check_delimiter(context.tokenizer, config.delimiter)
     kept = [group for group in groups if has_signal(as_rewards(group.rewards_G))]
-    values, metrics = _advantages_and_metrics(kept, config, context)
-    of_group = {id(group): group_values for group, group_values in zip(kept, values, strict=True)}
+    found = _of_kept(kept, config, context)
+    of_group = {id(one[0]): one[1:] for one in zip(kept, found.values, found.notes, strict=True)}
     zeros = [[torch.zeros(len(ids)).double() for ids in group.completion_ids] for group in groups]
+    pairs = [of_group.get(id(group), (zero, {})) for group, zero in zip(groups, zeros, strict=True)]
     return Advantages(
-        values=[of_group.get(id(group), zero) for group, zero in zip(groups, zeros, strict=True)], metrics=metrics
+        values=[values for values, _ in pairs], metrics=found.metrics, notes=[notes for _, notes in pairs]
     )

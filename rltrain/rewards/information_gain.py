@@ -12,7 +12,7 @@ from torch import Tensor
 from rltrain.advantages.group import group_advantages
 from rltrain.config import ConfigError, RewardConfig, register, require
 from rltrain.data.text import TextPrompt
-from rltrain.types import Completion, Context, Group, Mean, Need, Scores, SpanRequest
+from rltrain.types import Completion, Context, Group, Mean, Need, Notes, Scores, SpanRequest
 
 
 def information_gain(
@@ -66,8 +66,9 @@ def information_gain_reward(groups: Sequence[Group], config: InformationGainConf
     """:func:`information_gain` of each thought, summed over the target tokens; theta is the policy as it is now."""
     prompts = [_text_prompt(group, context.tokenizer) for group in groups]
     pairs = [(prompt, one) for group, prompt in zip(groups, prompts, strict=True) for one in group.completions]
-    thoughts = _summed(context.scorer.policy([thought_request(*pair) for pair in pairs]), config.discount)
-    baselines = _summed(context.scorer.phi([baseline_request(prompt) for prompt in prompts]), config.discount)
+    thought_spans = context.scorer.policy([thought_request(*pair) for pair in pairs])
+    baseline_spans = context.scorer.phi([baseline_request(prompt) for prompt in prompts])
+    thoughts, baselines = _summed(thought_spans, config.discount), _summed(baseline_spans, config.discount)
     sizes = [len(group.completions) for group in groups]
     gains = [information_gain(*pair)[0] for pair in zip(thoughts.split(sizes), baselines, strict=True)]
     gains_N = torch.cat([torch.zeros(0, dtype=torch.float64), *gains])
@@ -79,7 +80,22 @@ def information_gain_reward(groups: Sequence[Group], config: InformationGainConf
         "information_gain/baseline_logprob": Mean.of(baselines),
         "information_gain/share_unclosed": Mean.of([not is_closed(*pair) for pair in pairs]),
     }
-    return Scores(scores=[gains_G.tolist() for gains_G in gains], metrics=metrics)
+    remaining = iter(thought_spans)
+    notes = [
+        _notes(prompt, [next(remaining)[0] for _ in range(size)], baseline_H, context.tokenizer)
+        for prompt, size, (baseline_H,) in zip(prompts, sizes, baseline_spans, strict=True)
+    ]
+    return Scores(scores=[gains_G.tolist() for gains_G in gains], metrics=metrics, notes=notes)
+
+
+def _notes(prompt: TextPrompt, thoughts: Sequence[Tensor], baseline_H: Tensor, tokenizer: Any) -> Notes:
+    """Of a group, for its samples: where its document is cut, and what each thought gains on each target token."""
+    targets = [tokenizer.decode([token]) for token in prompt.target_ids]
+    return {
+        "position": [[len(prompt.context_ids)]] * len(thoughts),
+        "target_tokens": [targets] * len(thoughts),
+        "target_gain": [(thought_H - baseline_H).tolist() for thought_H in thoughts],
+    }
 
 
 def _summed(scored: Sequence[Sequence[Tensor]], discount: float) -> Tensor:

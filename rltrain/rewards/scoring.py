@@ -21,7 +21,7 @@ from torch import Tensor
 from rltrain import dist
 from rltrain.config import ConfigError, RewardConfig, part_of
 from rltrain.rewards.custom import UserRewardConfig
-from rltrain.types import Context, Group, Mean, Metric, Metrics, Scores, Std
+from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Part:
     scores: Sequence[Tensor]
     failed: Sequence[Tensor]
     metrics: Metrics = field(default_factory=dict)
+    notes: Sequence[Notes] = ()
 
 
 def score(
@@ -52,6 +53,7 @@ def score(
             group,
             rewards_G=_total([(parts[name], config.weight) for name, config in rewards.items()], index),
             reward_parts={name: part.scores[index] for name, part in parts.items()},
+            notes={key: rows for part in parts.values() if part.notes for key, rows in part.notes[index].items()},
         )
         for index, group in enumerate(groups)
     ]
@@ -77,7 +79,7 @@ def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
     failure, timed_out, result = "", False, Scores(scores=[])
     try:
         result = _call(name, config, groups, context)
-        failure = _length_fault(result.scores, sizes)
+        failure = _length_fault(result.scores, sizes) or _notes_fault(result.notes, sizes)
     except TimeoutError as error:
         failure, timed_out = str(error), True
     except ConfigError:  # an impossible setting is the user's to mend, not a failure of one batch
@@ -93,7 +95,8 @@ def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
     rows = [[_number(value) for value in row] for row in result.scores]
     scores = [torch.tensor([value for value, _ in row], dtype=torch.float64) for row in rows]
     failed = [torch.tensor([bad for _, bad in row], dtype=torch.bool) for row in rows]
-    return Part(scores=scores, failed=failed, metrics={**result.metrics, **_failures(name, failed, False)})
+    metrics = {**result.metrics, **_failures(name, failed, False)}
+    return Part(scores=scores, failed=failed, metrics=metrics, notes=result.notes)
 
 
 def _number(value: Any) -> tuple[float, bool]:
@@ -113,6 +116,13 @@ def _length_fault(scores: Any, sizes: Sequence[int]) -> str:
     except TypeError:
         return f"returned {type(scores).__name__}; give one list of scores per group"
     return "" if returned == list(sizes) else f"returned {returned} scores per group, expected {list(sizes)}"
+
+
+def _notes_fault(notes: Sequence[Notes], sizes: Sequence[int]) -> str:
+    fitting = len(notes) in (0, len(sizes)) and all(
+        len(rows) == size for one, size in zip(notes, sizes, strict=False) for rows in one.values()
+    )
+    return "" if fitting else "returned notes that do not fit; give one list per completion of every group, or none"
 
 
 def _call(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> Scores:
