@@ -50,7 +50,7 @@ def test_measure_finds_what_was_put_in(bench):
 
 
 def test_leave_one_out_is_unbiased_and_the_mean_baseline_short_by_one_part_in_g(bench):
-    row = next(row for row in bench.contenders([], ["rloo"]))
+    row = next(row for row in bench.contenders({}, ["rloo"]))
     world = bench.enumerate_world(bench.TASKS[0], 0)
     pairs = np.array([(i, j) for i in range(len(world.completions)) for j in (0, 7, 500)])
     # Given o_j, the pairs' expectation over o_i is exact: weight each pair by the probability of its first member.
@@ -70,6 +70,11 @@ def test_estimators_from_outside_and_newly_registered_ones_have_rows(bench, tmp_
         "from rltrain.advantages.group import GroupConfig, group\n"
         "def plain(groups, options, context):\n"
         "    return group(groups, GroupConfig(scale='none'), context)\n"
+        "def verls(token_level_rewards, response_mask, index):\n"
+        "    rewards = token_level_rewards.sum(1)\n"
+        "    baselines = [rewards[[j for j, other in enumerate(index) if other == one]].mean() for one in index]\n"
+        "    advantages = (rewards - rewards.new_tensor(baselines))[:, None] * response_mask\n"
+        "    return advantages, advantages\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -82,6 +87,7 @@ def test_estimators_from_outside_and_newly_registered_ones_have_rows(bench, tmp_
 
     words = ["--completions", "128", "--batch", "32", "--groups", "4", "--resamples", "20"]
     words += ["--only", "dr_grpo", "tempo", "spae", "bench_only", "--custom", "outside_credit:plain"]
+    words += ["--verl", "outside_credit:verls"]
     try:
         cells = bench.main([*words, "--plot", str(tmp_path / "plot.png")])
     finally:
@@ -91,6 +97,10 @@ def test_estimators_from_outside_and_newly_registered_ones_have_rows(bench, tmp_
     assert {"dr_grpo", "tempo", "spae", "bench_only", "outside_credit:plain"} <= labels
     for task in bench.TASKS:
         assert columns[task.name, "outside_credit:plain"] == columns[task.name, "dr_grpo"]
+        verls, dr_grpo = columns[task.name, "outside_credit:verls"], columns[task.name, "dr_grpo"]
+        assert {key: one.value for key, one in verls.items()} == pytest.approx(
+            {key: one.value for key, one in dr_grpo.items()}, rel=1e-5
+        )
         assert columns[task.name, "bench_only"] == {}
         assert all(np.isfinite(one.value) for one in columns[task.name, "spae"].values())
     assert "Not measured: bench_only: no table will do" in capsys.readouterr().out

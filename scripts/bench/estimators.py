@@ -20,7 +20,7 @@ import importlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -225,9 +225,12 @@ class Contender:
         return np.array(rows)
 
 
-def contenders(custom: Sequence[str], only: Sequence[str]) -> Iterator[Contender]:
-    """Every registered estimator, as its presets if it has any."""
-    presets = PRESETS | ({"custom": [(path, {"import_path": path}) for path in custom]} if custom else {})
+def contenders(outside: Mapping[str, Sequence[str]], only: Sequence[str]) -> Iterator[Contender]:
+    """Every registered estimator, as its presets if it has any; ``outside``: import paths by how they are called."""
+    custom = {path for paths in outside.values() for path in paths}
+    presets = PRESETS | {
+        part: [(path, {"import_path": path}) for path in paths] for part, paths in outside.items() if paths
+    }
     for part in parts("advantage"):
         for label, fields in presets.get(part.name, [(part.name, {})]):
             if not only or label in only or part.name in only or label in custom:
@@ -374,6 +377,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resamples", type=int, default=400, help="bootstrap resamples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--custom", nargs="+", default=[], metavar="MODULE:FUNCTION", help="estimators from outside")
+    parser.add_argument("--verl", nargs="+", default=[], metavar="MODULE:FUNCTION", help="the same, written for verl")
     parser.add_argument("--import", nargs="+", default=[], dest="modules", help="modules that register estimators")
     parser.add_argument("--only", nargs="+", default=[], help="names of estimators or presets")
     parser.add_argument("--table", type=Path, help="also write the table to this file")
@@ -394,7 +398,7 @@ def main(words: Sequence[str] | None = None) -> list[Cell]:
     discover()
     for module in arguments.modules:
         importlib.import_module(module)
-    rows = list(contenders(arguments.custom, arguments.only))
+    rows = list(contenders({"custom": arguments.custom, "verl_function": arguments.verl}, arguments.only))
     worlds = [enumerate_world(task, arguments.seed) for task in TASKS]
     cells = [
         run(world, row, group_size, arguments)

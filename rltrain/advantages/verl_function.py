@@ -1,0 +1,118 @@
+"""Advantage functions written for verl: ``f(token_level_rewards, response_mask, index) -> (advantages, returns)``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rltrain.advantages.group import as_rewards
+from rltrain.config import MISSING, AdvantageConfig, load_callable, register, require
+from rltrain.types import Advantages, Context, Group
+
+KEY = "advantage.import_path"
+
+
+@dataclass(kw_only=True)
+class VerlFunctionConfig(AdvantageConfig):
+    """``import_path=my_package.my_module:estimator``, as it stands in verl.
+
+    ``options`` are more keyword arguments (``norm_adv_by_std_in_grpo: false``); a ``config`` argument without a default
+    gets them as a dictionary.
+    """
+
+    import_path: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.import_path != MISSING:
+            self.arguments(load_callable(self.import_path, key=KEY))
+
+    def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """``options`` as ``function`` takes them; ``ConfigError`` for an argument that nothing here can give."""
+        parameters = inspect.signature(function).parameters
+        open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        given = {name: value for name, value in self.options.items() if open_ended or name in parameters}
+        unknown = set(self.options) - set(given)
+        if "config" in parameters and "config" not in given and parameters["config"].default is inspect.Parameter.empty:
+            given["config"] = dict(self.options)
+            unknown = set()
+        require(not unknown, f"advantage.options={sorted(unknown)}: {self.import_path} takes no such argument")
+        needed = {
+            name
+            for name, each in parameters.items()
+            if each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        }
+        missing = needed - set(given) - {"token_level_rewards", "response_mask", "index"}
+        require(
+            not missing,
+            f"{KEY}={self.import_path}: needs {sorted(missing)}, which only verl's trainer has;"
+            " give it in advantage.options or write the estimator for advantage=custom",
+        )
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerlBatch:
+    """B completions as verl pads them: right-padded, rewards on the last token, one index per prompt."""
+
+    token_level_rewards_BT: Tensor
+    response_mask_BT: Tensor
+    index_B: Any  # an object array of NumPy, as verl has it
+
+
+def verl_batch(groups: Sequence[Group]) -> tuple[VerlBatch, list[tuple[int, int]]]:
+    """The completions that do not abstain and have a token, and for each its (group, sample)."""
+    import numpy as np
+
+    rewards = [as_rewards(group.rewards_G) for group in groups]
+    places = [
+        (g, i)
+        for g, group in enumerate(groups)
+        for i, ids in enumerate(group.completion_ids)
+        if len(ids) and not rewards[g][i].isnan()
+    ]
+    lengths_B = torch.tensor([len(groups[g].completion_ids[i]) for g, i in places], dtype=torch.long)
+    width = int(lengths_B.max()) if places else 0
+    mask_BT = torch.arange(width) < lengths_B[:, None]
+    rewards_BT = torch.zeros(len(places), width)
+    for row, (g, i) in enumerate(places):
+        rewards_BT[row, lengths_B[row] - 1] = rewards[g][i]
+    batch = VerlBatch(
+        token_level_rewards_BT=rewards_BT,
+        response_mask_BT=mask_BT.float(),
+        index_B=np.array([f"{g}/{groups[g].prompt.problem.id}" for g, _ in places], dtype=object),
+    )
+    return batch, places
+
+
+@register("advantage", "verl_function", VerlFunctionConfig)
+def verl_function(groups: Sequence[Group], config: VerlFunctionConfig, context: Context) -> Advantages:
+    """The function's advantages on each completion's own tokens; a completion that abstains gets 0.
+
+    It sees the groups of this rank, in fp32, as one right-padded batch; ``index`` is the same for the completions of
+    one prompt. An answer of another shape is a ``ValueError``.
+    """
+    function = load_callable(config.import_path, key=KEY)
+    values = [[torch.zeros(len(ids)) for ids in group.completion_ids] for group in groups]
+    batch, places = verl_batch(groups)
+    if not places:
+        return Advantages(values=values)
+    advantages_BT, _ = function(
+        token_level_rewards=batch.token_level_rewards_BT,
+        response_mask=batch.response_mask_BT,
+        index=batch.index_B,
+        **config.arguments(function),
+    )
+    if advantages_BT.shape != batch.response_mask_BT.shape:
+        raise ValueError(
+            f"{KEY}={config.import_path}: returned advantages of shape {tuple(advantages_BT.shape)}, expected "
+            f"{tuple(batch.response_mask_BT.shape)}; give one value per token of the padded batch"
+        )
+    for row, (g, i) in enumerate(places):
+        values[g][i] = advantages_BT[row, : len(values[g][i])].detach()
+    return Advantages(values=values)
