@@ -15,13 +15,13 @@ SOURCES = sorted((ROOT / "rltrain").rglob("*.py"))
 
 # A module imports its own layer and those above it in this table. A new top-level module needs a place here.
 LAYERS = [
-    {"types", "config", "dist"},
+    {"types", "errors", "watchdog", "config", "dist"},
     {"metrics", "console", "kernels", "data", "model", "cli"},
     {"rewards", "advantages", "loss", "collate", "logprobs", "prompts"},
-    {"rollout", "engine", "runs", "summary", "recorder", "scorer"},
+    {"rollout", "engine", "shards", "runs", "summary", "recorder", "scorer"},
     {"checkpoint", "evaluate", "sft"},
     {"trainer"},
-    {"train", "audit", "compress", "compat"},
+    {"train", "audit", "compress", "compare", "compat"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"advantages", "rewards", "kernels", "loss", "collate"}

@@ -1,0 +1,1 @@
+"""Several seeds of several methods: what the runs show about the difference, and what they do not."""

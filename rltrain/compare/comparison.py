@@ -1,0 +1,245 @@
+"""Curves -> the record of a comparison: each method by itself, and each against the baseline on shared seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+
+from rltrain.compare.folders import Curve
+from rltrain.compare.statistics import (
+    Interval,
+    bootstrap,
+    bootstrap_higher,
+    detectable,
+    interquartile_mean,
+    paired,
+)
+from rltrain.runs import differences
+
+LEVEL = 0.95
+# They do not bear on what training computes.
+FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "compress")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is known of a method's runs beside the views."""
+
+    name: str
+    seeds: Sequence[int]
+    start: float
+    step_s: float | None
+    length_tokens: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A method in a view: the interquartile mean over its runs with its bootstrap interval at 95 %.
+
+    ``reached`` counts the runs that got to the level whose cost is asked for; the others count as the budget, which
+    makes the mean a lower bound. None where the view asks for no cost.
+    """
+
+    method: str
+    runs: int
+    iqm: Interval
+    mean: float
+    std: float
+    reached: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """``method`` minus ``baseline``: Student's t over the pairs of runs that share task and seed.
+
+    ``detectable`` is the true difference that so many pairs of this spread find with 80 % probability;
+    ``probability_higher`` that of a run of the method scoring higher than any run of the baseline.
+    """
+
+    method: str
+    baseline: str
+    pairs: Sequence[float]
+    mean: Interval | None
+    std: float | None
+    detectable: float | None
+    probability_higher: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One number per run, and what follows from it."""
+
+    title: str
+    digits: int
+    scores: Sequence[Score]
+    differences: Sequence[Difference]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All of it. ``level`` is that of the intervals of differences, 95 % over all methods together (Bonferroni)."""
+
+    metric: str
+    baseline: str
+    level: float
+    completions: float
+    seconds: float
+    reach: float
+    methods: Sequence[Method]
+    views: Sequence[View]
+    notes: Sequence[str]
+
+
+def compare(
+    curves: Sequence[Curve], *, metric: str, baseline: str | None = None, reach: float | None = None
+) -> Comparison:
+    """Compare at the completions, and at the seconds, that every run got to, and in the completions to ``reach``.
+
+    ``baseline`` is the first curve's method by default; ``reach`` is half-way from the baseline's start to its end.
+    """
+    names = list(dict.fromkeys(curve.method for curve in curves))
+    base = names[0] if baseline is None else baseline
+    level = 1 - (1 - LEVEL) / max(1, len(names) - 1)
+    budget = {axis: float(min(getattr(curve, axis)[-1] for curve in curves)) for axis in ("completions", "seconds")}
+    ends = {axis: [float(curve.at(axis, x)) for curve in curves] for axis, x in budget.items()}
+    if reach is None:
+        own = [(curve, end) for curve, end in zip(curves, ends["completions"], strict=True) if curve.method == base]
+        reach = float(np.mean([(curve.values[0] + end) / 2 for curve, end in own]))
+    costs = [_cost(curve, reach, budget["completions"]) for curve in curves]
+    titled = [
+        (f"{metric} after {budget['completions']:,.0f} completions", 3, ends["completions"], None),
+        (f"{metric} after {budget['seconds']:,.0f} s of training", 3, ends["seconds"], None),
+        (f"completions to {metric} {reach:.3f}", 0, [cost for cost, _ in costs], [reached for _, reached in costs]),
+    ]
+    return Comparison(
+        metric=metric,
+        baseline=base,
+        level=level,
+        completions=budget["completions"],
+        seconds=budget["seconds"],
+        reach=reach,
+        methods=[_method(name, [curve for curve in curves if curve.method == name]) for name in names],
+        views=[
+            View(
+                title=title,
+                digits=digits,
+                scores=_scores(curves, values, reached),
+                differences=_differences(curves, values, base=base, level=level),
+            )
+            for title, digits, values, reached in titled
+        ],
+        notes=_notes(curves, names),
+    )
+
+
+def _cost(curve: Curve, reach: float, budget: float) -> tuple[float, bool]:
+    """The completions that a run needed, and whether it got there within the budget; the budget if it did not."""
+    needed = curve.completions_to(reach)
+    reached = needed is not None and needed <= budget
+    return (needed if reached else budget), reached  # type: ignore[return-value]
+
+
+Cells = Mapping[tuple[str, int], float]
+
+
+def _cells(curves: Sequence[Curve], values: Sequence[float]) -> dict[str, dict[tuple[str, int], float]]:
+    """``{method: {(task, seed): value}}``."""
+    cells: dict[str, dict[tuple[str, int], float]] = {}
+    for curve, value in zip(curves, values, strict=True):
+        cells.setdefault(curve.method, {})[curve.task, curve.seed] = value
+    return cells
+
+
+def _strata(cells: Cells) -> list[np.ndarray]:
+    """The scores of each task, tasks in order of name."""
+    tasks = sorted({task for task, _ in cells})
+    return [np.array([value for (own, _), value in cells.items() if own == task]) for task in tasks]
+
+
+def _scores(curves: Sequence[Curve], values: Sequence[float], reached: Sequence[bool] | None) -> list[Score]:
+    scores = []
+    for method, cells in _cells(curves, values).items():
+        own = np.array(list(cells.values()))
+        flags = zip(curves, reached, strict=True) if reached else ()
+        scores.append(
+            Score(
+                method=method,
+                runs=len(own),
+                iqm=bootstrap(_strata(cells), interquartile_mean, level=LEVEL),
+                mean=float(own.mean()),
+                std=float(own.std(ddof=1)) if len(own) > 1 else 0.0,
+                reached=sum(flag for curve, flag in flags if curve.method == method) if reached else None,
+            )
+        )
+    return scores
+
+
+def _differences(curves: Sequence[Curve], values: Sequence[float], *, base: str, level: float) -> list[Difference]:
+    cells = _cells(curves, values)
+    return [_difference(method, base, own, cells[base], level=level) for method, own in cells.items() if method != base]
+
+
+def _difference(method: str, baseline: str, cells: Cells, base: Cells, *, level: float) -> Difference:
+    pairs = np.array([cells[key] - base[key] for key in sorted(cells.keys() & base.keys())])
+    std = float(pairs.std(ddof=1)) if len(pairs) > 1 else None
+    shared = {task for task, _ in cells} & {task for task, _ in base}
+    x, y = (_strata({key: value for key, value in one.items() if key[0] in shared}) for one in (cells, base))
+    return Difference(
+        method=method,
+        baseline=baseline,
+        pairs=pairs.tolist(),
+        mean=paired(pairs, level=level),
+        std=std,
+        detectable=None if std is None else detectable(std, len(pairs), level=level),
+        probability_higher=bootstrap_higher(x, y, level=level) if shared else None,
+    )
+
+
+def _method(name: str, curves: Sequence[Curve]) -> Method:
+    def median(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(np.median(known)) if known else None
+
+    return Method(
+        name=name,
+        seeds=sorted(curve.seed for curve in curves),
+        start=float(np.mean([curve.values[0] for curve in curves])),
+        step_s=median([curve.step_s for curve in curves]),
+        length_tokens=median([curve.length_tokens for curve in curves]),
+    )
+
+
+def _notes(curves: Sequence[Curve], names: Sequence[str]) -> list[str]:
+    """What a reader must know about how the runs were made: seeds, starts, and keys that differ."""
+    by_method = {name: [curve for curve in curves if curve.method == name] for name in names}
+    notes = []
+    seeds = {name: {(curve.task, curve.seed) for curve in own} for name, own in by_method.items()}
+    if len({frozenset(one) for one in seeds.values()}) > 1:
+        shared = reduce(set.intersection, seeds.values())
+        notes.append(f"the methods have different seeds; {len(shared)} are shared by all, pairs use shared ones alone")
+    starts: dict[tuple[str, int], set[float]] = {}
+    for curve in curves:
+        if curve.started:
+            starts.setdefault((curve.task, curve.seed), set()).add(float(curve.values[0]))
+    apart = sorted(seed for (_, seed), values in starts.items() if len(values) > 1)
+    if apart:
+        notes.append(f"seeds {_listed(apart)}: the methods differ before step 1, so they share no cold start")
+    for name, own in by_method.items():
+        keys = _changed(own, ("seed",))
+        notes += [f"{name}: its runs also differ in {_listed(keys)}"] if keys else []
+    keys = _changed([own[0] for own in by_method.values()], ("seed",))
+    notes += [f"the methods differ in {_listed(keys)}"] if keys else []
+    return notes
+
+
+def _changed(curves: Sequence[Curve], ignored: Sequence[str]) -> list[str]:
+    found = {key for curve in curves[1:] for key in differences(curves[0].config, curve.config)}
+    return sorted(key for key in found if key.split(".")[0] not in (*FREE_KEYS, *ignored))
+
+
+def _listed(items: Sequence[object]) -> str:
+    shown = ", ".join(str(item) for item in items[:8])
+    return shown + (f" and {len(items) - 8} more" if len(items) > 8 else "")
