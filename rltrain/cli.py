@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rltrain import watchdog
 from rltrain.config import ConfigError, RunConfig, RunError, discover, parts
 
 # Lines of Hydra's and OmegaConf's messages that tell a user nothing.
@@ -104,7 +105,7 @@ def setup_logging() -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Print what a user did wrong, or what ended a run, and exit: 2 for the config, 1 for the run."""
+    """Print what a user did wrong, or what ended a run, and exit: 2 for the config, 1 for the run, 124 for a wait."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -115,7 +116,7 @@ def errors_in_one_line() -> Iterator[None]:
         raise SystemExit(2) from None
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(error.exit_code) from None
 
 
 def run(task: Callable[[RunConfig], None]) -> None:
@@ -143,4 +144,11 @@ def run(task: Callable[[RunConfig], None]) -> None:
         for config in configs:
             if isinstance(config, ConfigError):
                 raise config
-            task(config)
+            _watched(task, config)
+
+
+def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:
+    from rltrain import dist  # imports torch, which --help and config errors do without
+
+    with watchdog.armed(Path(config.run_dir), rank=dist.rank()):
+        task(config)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 # Sampling keys of a step that neither training nor evaluation reaches.
 COMPRESSION_STEP = -2
 RIGHT = 1 - 1e-9
-FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "steps")
+FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "steps")
 KEPT, WRONG, NO_TRACE, LEFT_OUT = "kept", "wrong", "no trace", "left out"
 Row = dict[str, Any]
 

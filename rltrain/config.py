@@ -12,26 +12,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from rltrain.errors import ConfigError, require
+from rltrain.errors import RunError as RunError
 from rltrain.types import Need
+from rltrain.watchdog import WatchdogConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 MISSING: Any = "???"
 PART_PACKAGES = ("rltrain.advantages", "rltrain.rewards", "rltrain.data", "rltrain.rollout", "rltrain.model")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the key, the cause and the remedy in one line."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message names the thing, the cause and the remedy in one line."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ``ConfigError(message)`` unless ``condition`` holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -183,7 +172,6 @@ class SamplingConfig:
         for key in ("max_new_tokens", "max_prompt_tokens"):
             require(getattr(self, key) >= 1, f"sampling.{key}={getattr(self, key)}: set at least 1")
         require(all(self.stop), "sampling.stop: holds an empty string, which stops at once; remove it")
-        require(self.max_new_tokens >= 1, f"sampling.max_new_tokens={self.max_new_tokens}: set at least 1")
 
 
 @dataclass(kw_only=True)
@@ -413,6 +401,24 @@ class CompressConfig:
 
 
 @dataclass(kw_only=True)
+class DebugConfig:
+    """Bundles: files that hold all that a step consumed and produced, for ``scripts/replay.py``.
+
+    ``bundle_steps`` counts as ``metrics.jsonl`` does, from 1. A non-finite value always leaves a bundle;
+    ``bundle_weights`` puts the trainable weights into it.
+    """
+
+    bundle_steps: list[int] = field(default_factory=list)
+    bundle_weights: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            all(step >= 1 for step in self.bundle_steps),
+            f"debug.bundle_steps={self.bundle_steps}: steps count from 1, as in metrics.jsonl",
+        )
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """Everything a run is a function of. The same file serves train, sft and evaluate."""
 
@@ -442,6 +448,8 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, f"steps={self.steps}: must be >= 0")
@@ -475,3 +483,8 @@ class RunConfig:
         chosen = [self.advantage, *self.rewards.values(), *self.eval_rewards.values()]
         declared = frozenset().union(*(part_of(config).needs for config in chosen))
         return declared | ({Need.REFERENCE_LOGPROBS} if self.loss.kl_coef > 0 else frozenset())
+
+    def deadline(self, part: str) -> float:
+        """The seconds that a part of the step may take (a key of ``watchdog`` without its unit); 0 for no limit."""
+        own = getattr(self.watchdog, f"{part}_s")
+        return self.deadline_s if own is None else own

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -17,13 +17,14 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from rltrain.config import RunError
+from rltrain import watchdog
+from rltrain.errors import RunError
+from rltrain.watchdog import DeadlineError
 
 T = TypeVar("T")
 
-
-class DeadlineError(RunError):
-    """A wait that passed its deadline; says what was waited for, on which rank, and for how long."""
+NO_DEADLINE_S = 365 * 24 * 3600.0
+_collective_s = 0.0
 
 
 def _environment_int(*names: str, default: int) -> int:
@@ -74,21 +75,38 @@ def _export_launcher_variables() -> None:
     os.environ.setdefault("MASTER_PORT", str(port))
 
 
-def setup(*, deadline_s: float) -> None:
-    """Join the process group (NCCL on GPUs, gloo otherwise); every collective waits at most ``deadline_s`` seconds."""
+def setup(*, deadline_s: float, join_s: float | None = None) -> None:
+    """Join the process group (NCCL on GPUs, gloo otherwise) within ``join_s`` seconds.
+
+    A collective then waits at most ``deadline_s``; 0 is forever. Where the watchdog is armed it comes first, because it
+    says more.
+    """
+    global _collective_s
+    _collective_s = deadline_s
     if torch_dist.is_initialized():
         return
     _export_launcher_variables()
     _forget_left_groups()
-    timeout = timedelta(seconds=deadline_s)
+    timeout = _library_timeout(deadline_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-        named_wait("all ranks to join", lambda: torch_dist.init_process_group("nccl", timeout=timeout))
-    elif world_size() == 1:
+    if world_size() == 1 and not torch.cuda.is_available():
         # One process needs no port: a file-less in-memory store cannot clash with a neighbour's run.
         torch_dist.init_process_group("gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        named_wait("all ranks to join", lambda: torch_dist.init_process_group("gloo", timeout=timeout))
+        return
+    join_s = deadline_s if join_s is None else join_s
+    named_wait("all ranks to join", lambda: _join(_library_timeout(join_s), timeout), join_s)
+
+
+def _library_timeout(deadline_s: float) -> timedelta:
+    later_s = watchdog.GRACE_S if watchdog.is_armed() else 0.0
+    return timedelta(seconds=deadline_s + later_s if deadline_s else NO_DEADLINE_S)
+
+
+def _join(join_timeout: timedelta, timeout: timedelta) -> None:
+    store, rank_there, size = next(torch_dist.rendezvous("env://", timeout=join_timeout))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch_dist.init_process_group(backend, store=store, rank=rank_there, world_size=size, timeout=timeout)
 
 
 def _forget_left_groups() -> None:
@@ -105,15 +123,35 @@ def teardown() -> None:
         torch_dist.destroy_process_group()
 
 
-def named_wait(name: str, wait: Callable[[], T]) -> T:
+def named_wait(name: str, wait: Callable[[], T], deadline_s: float | None = None) -> T:
     """Run a blocking collective; if it fails, say what was waited for, on which rank, and for how long."""
-    start = time.monotonic()
-    try:
-        return wait()
-    except RuntimeError as error:
-        waited_s = time.monotonic() - start
-        cause = str(error).strip().partition("\n")[0]
-        raise DeadlineError(f"rank {rank()}: waited {waited_s:.0f} s for '{name}': {cause}") from error
+    with watchdog.waiting(name, _collective_s if deadline_s is None else deadline_s) as wait_here:
+        try:
+            return wait()
+        except RuntimeError as error:
+            raise _deadline_error(wait_here, error) from error
+
+
+@contextmanager
+def stage(name: str, deadline_s: float) -> Iterator[None]:
+    """Name a part of the work and give it a deadline; if a peer is lost to a library's collective in it, say so."""
+    with watchdog.waiting(name, deadline_s) as wait_here:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, RunError) or not _lost_peer(error):
+                raise
+            raise _deadline_error(wait_here, error) from error
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed, rather than the computation; gloo has no error type of its own."""
+    return isinstance(error, torch_dist.DistError) or "gloo" in str(error)
+
+
+def _deadline_error(wait: watchdog.Wait, error: RuntimeError) -> DeadlineError:
+    cause = str(error).strip().partition("\n")[0]
+    return DeadlineError(f"rank {rank()}: waited {wait.waited_s:.0f} s for '{wait.name}': {cause}")
 
 
 def _reduce(values: Tensor, operation: torch_dist.ReduceOp.RedOpType, name: str) -> Tensor:

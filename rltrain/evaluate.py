@@ -121,7 +121,7 @@ def held_out_prompts(config: RunConfig, policy: Policy) -> list[Prompt]:
 
 def main(config: RunConfig) -> None:
     """Evaluate the configured model on held-out problems; prints the metrics and writes ``evaluation.json``."""
-    dist.setup(deadline_s=config.deadline_s)
+    dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
     policy = load_policy(config.model)
     policy.model.to(dist.device())
     needs_scorer = Need.SCORER in config.needs()
@@ -132,14 +132,9 @@ def main(config: RunConfig) -> None:
         max_new_tokens=config.sampling.max_new_tokens,
         scorer=load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0)) if needs_scorer else None,
     )
-    metrics, _ = evaluate(
-        rollout,
-        held_out_prompts(config, policy),
-        evaluation_rewards(config),
-        config.evaluation,
-        config.sampling,
-        context,
-    )
+    prompts = held_out_prompts(config, policy)
+    with dist.stage("evaluation", config.deadline("evaluation")):
+        metrics, _ = evaluate(rollout, prompts, evaluation_rewards(config), config.evaluation, config.sampling, context)
     if dist.is_main():
         path = Path(config.run_dir) / "evaluation.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ import dataclasses
 import logging
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -90,9 +91,9 @@ class Run:
 
 def fit(config: RunConfig) -> dict[str, float]:
     """Build, train, and return the metrics of the last step."""
-    dist.setup(deadline_s=config.deadline_s)
+    dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
     torch.manual_seed(config.seed)
-    with SignalWatch(at_once=True):
+    with SignalWatch(at_once=True), dist.stage("start of the run", deadline_s=0):
         run = build(config)
     recorder = Recorder(run.folder, config, first_step=run.first_step, tokenizer=run.policy.tokenizer)
     try:
@@ -115,17 +116,17 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
             torch.manual_seed(step_seed(config.seed, step))
             with run.engine.whole_weights():
                 groups = collect(run, context, metrics)
-                with metrics.timed("advantage"):
+                with stage(run, context, metrics, "advantage", "rollout"):
                     advantages = estimator(groups, config.advantage, context)
                     metrics.add(advantages.metrics)
-            with metrics.timed("collate"):
+            with stage(run, context, metrics, "collate", "train"):
                 batches, denominators = micro_batches(run, groups, advantages.values)
                 metrics.add({"padding_share": padding_share(batches)})
                 batches = with_fixed_logprobs(run, batches)
             with metrics.timed("train"):
                 for epoch in range(config.batch.update_epochs):
                     update(run, step, batches, metrics, first=epoch == 0)
-            with metrics.timed("sync"), run.engine.whole_weights():
+            with stage(run, context, metrics, "sync", "rollout"), run.engine.whole_weights():
                 run.rollout.sync(run.policy)
             values = step_values(run, step, groups, metrics, denominators) | held_out_metrics(run, step + 1)
             recorder.write(step + 1, values)
@@ -135,6 +136,13 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
     return values
 
 
+@contextmanager
+def stage(run: Run, context: Context, metrics: Accumulator, name: str, deadline: str) -> Iterator[None]:
+    """Time a part of the step, name it for whoever waits in it, and give it the deadline ``watchdog.<deadline>_s``."""
+    with metrics.timed(name), dist.stage(f"{name} of step {context.step + 1}", run.config.deadline(deadline)):
+        yield
+
+
 def step_seed(seed: int, step: int) -> int:
     """Seeds torch's generator (dropout, parts of users) anew at each step, so that a resumed run draws the same."""
     return seed * 1_000_003 + step
@@ -142,18 +150,20 @@ def step_seed(seed: int, step: int) -> int:
 
 def update(run: Run, step: int, batches: Sequence[TokenBatch], metrics: Accumulator, *, first: bool) -> None:
     """One optimiser step over the micro-batches, whose losses add up to the loss of the step."""
-    losses = []
+    losses, deadline_s = [], run.config.deadline("train")
     for index, batch in enumerate(batches):
-        logprobs_N, entropy_N = run.engine(batch)
-        output = policy_loss(logprobs_N, batch, run.config.loss, entropy_N=entropy_N)
-        run.engine.backward(output.loss, last=index == len(batches) - 1)
+        with dist.stage(f"micro-batch {index + 1} of {len(batches)} of step {step + 1}", deadline_s):
+            logprobs_N, entropy_N = run.engine(batch)
+            output = policy_loss(logprobs_N, batch, run.config.loss, entropy_N=entropy_N)
+            run.engine.backward(output.loss, last=index == len(batches) - 1)
         losses.append(output.loss.detach())
         metrics.add(output.metrics)
         if first:
             metrics.add(sampler_difference(logprobs_N.detach(), batch))
     refuse_non_finite(run, step, batches, losses)
     rate = learning_rate(step, run.config.optimizer, total_steps=run.config.steps)
-    metrics.add({"grad_norm": Mean.of(run.engine.step(learning_rate=rate)), "learning_rate": Mean.of(rate)})
+    with dist.stage(f"optimiser of step {step + 1}", deadline_s):
+        metrics.add({"grad_norm": Mean.of(run.engine.step(learning_rate=rate)), "learning_rate": Mean.of(rate)})
     if run.scorer is not None:
         metrics.add(run.scorer.follow(run.engine.full_parameters()))
 
@@ -185,12 +195,12 @@ def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
 
 def draw(run: Run, context: Context, metrics: Accumulator, attempt: int) -> list[Group]:
     """Prompts, completions, rewards."""
-    with metrics.timed("data"):
+    with stage(run, context, metrics, "data", "rollout"):
         prompts, dropped = run.source.next(context.step, attempt=attempt)
         metrics.add({"data/prompts_dropped": Sum(value=len(dropped))})
-    with metrics.timed("rollout"):
+    with stage(run, context, metrics, "rollout", "rollout"):
         drawn = run.rollout.generate(prompts, step=context.step, group_size=run.config.batch.group_size)
-    with metrics.timed("reward"):
+    with stage(run, context, metrics, "reward", "reward"):
         groups, scores = score(drawn, run.config.rewards, context)
         metrics.add(scores)
     return groups
@@ -295,7 +305,8 @@ def held_out_metrics(run: Run, step: int) -> dict[str, float]:
     every = run.config.evaluation.every_steps
     if every == 0 or (step % every and step != run.config.steps):
         return {}
-    with run.engine.whole_weights():
+    deadline_s = run.config.deadline("evaluation")
+    with dist.stage(f"evaluation after step {step}", deadline_s), run.engine.whole_weights():
         values, groups = evaluate(
             run.rollout,
             run.held_out,
@@ -337,17 +348,18 @@ def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
     best = config.keep_best and run.progress.best_step == step
     if not (last or due or best or signal_name):
         return
-    saved = checkpoint.save(
-        run.folder,
-        step,
-        engine=run.engine,
-        policy=run.policy,
-        parts={"progress": dataclasses.asdict(run.progress)},
-        tensors=run.scorer.tensors() if run.scorer is not None else {},
-        config=runs.resolved(run.config),
-    )
-    if dist.is_main():
-        checkpoint.prune(run.folder, config, step=step, best_step=run.progress.best_step)
+    with dist.stage(f"checkpoint of step {step}", run.config.deadline("save")):
+        saved = checkpoint.save(
+            run.folder,
+            step,
+            engine=run.engine,
+            policy=run.policy,
+            parts={"progress": dataclasses.asdict(run.progress)},
+            tensors=run.scorer.tensors() if run.scorer is not None else {},
+            config=runs.resolved(run.config),
+        )
+        if dist.is_main():
+            checkpoint.prune(run.folder, config, step=step, best_step=run.progress.best_step)
     if signal_name and not last:
         if dist.is_main():
             log.warning(

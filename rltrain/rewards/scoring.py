@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain import dist
+from rltrain import dist, watchdog
 from rltrain.config import ConfigError, RewardConfig, part_of
 from rltrain.rewards.custom import UserRewardConfig
 from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std
@@ -78,7 +78,8 @@ def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
     sizes = [len(group.completions) for group in groups]
     failure, timed_out, result = "", False, Scores(scores=[])
     try:
-        result = _call(name, config, groups, context)
+        with watchdog.waiting(f"reward {name}"):
+            result = _call(name, config, groups, context)
         failure = _length_fault(result.scores, sizes) or _notes_fault(result.notes, sizes)
     except TimeoutError as error:
         failure, timed_out = str(error), True

@@ -1,0 +1,19 @@
+"""What a user is told when something cannot work; the command line prints these in one line."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the key, the cause and the remedy in one line."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message names the thing, the cause and the remedy in one line."""
+
+    exit_code = 1
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ConfigError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
