@@ -1,11 +1,13 @@
 """Exact save and load. A checkpoint is a folder that appears whole: written aside, checksummed, synced, renamed.
 
 run_dir/checkpoints/step_000050/
-    manifest.json     step, config, checksum and size of every file
-    engine/           DeepSpeed's state: weights, optimiser, one file per rank where sharded
-    policy/           a plain transformers folder
+    manifest.json     step, config, layout, checksum and size of every file
+    optimizer/        fp32 weights and AdamW's moments, by parameter name, one file per rank (rltrain.shards)
+    policy/           a plain transformers folder, or adapters
     parts.json        state_dict of stateful parts
     tensors.safetensors   their tensors, if they have any
+
+Nothing is pickled, and nothing depends on the ZeRO stage or on the number of ranks. Several nodes need shared storage.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,10 +34,16 @@ from rltrain.model import Policy
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Files = dict[str, dict[str, Any]]
+
+FORMAT = 2
 TENSORS = "tensors.safetensors"
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
-FREE_KEYS = ("run_dir", "name", "steps", "tracking", "checkpoint", "deadline_s")
+FREE_KEYS = ("run_dir", "name", "steps", "tracking", "checkpoint", "deadline_s", "watchdog", "debug")
+# These and the number of ranks change the order of sums, so the result to rounding.
+LAYOUT_KEYS = ("deepspeed",)
 
 
 class CheckpointError(RunError):
@@ -63,7 +73,15 @@ def list_checkpoints(run_dir: Path) -> list[Saved]:
 
 
 def newest_intact(run_dir: Path) -> Saved | None:
-    """The newest checkpoint whose files have the sizes and checksums of its manifest; damaged ones are named."""
+    """The newest checkpoint whose files have the sizes and checksums of its manifest; damaged ones are named.
+
+    Rank 0 reads them, and every rank takes its answer.
+    """
+    found = _newest_intact(run_dir) if dist.is_main() else None
+    return dist.gather_objects(found, name="the newest intact checkpoint")[0]
+
+
+def _newest_intact(run_dir: Path) -> Saved | None:
     for saved in reversed(list_checkpoints(run_dir)):
         damage = find_damage(saved)
         if damage is None:
@@ -75,10 +93,13 @@ def newest_intact(run_dir: Path) -> Saved | None:
 def find_damage(saved: Saved) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        files = saved.manifest["files"]
-    except (json.JSONDecodeError, KeyError) as error:
-        return f"manifest.json: {error}"
-    for name, entry in files.items():
+        manifest = saved.manifest
+        files, version = manifest["files"].items(), manifest.get("format")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json: {error!r}"
+    if version != FORMAT:
+        return f"manifest.json: format {version}, this version reads {FORMAT}"
+    for name, entry in files:
         path = saved.path / name
         if not path.exists():
             return f"{name} is missing"
@@ -90,13 +111,21 @@ def find_damage(saved: Saved) -> str | None:
 
 
 def check_same_config(saved: Saved, config: Mapping[str, Any]) -> None:
-    """Refuse to resume a run under a config that computes something else; the error names the keys."""
+    """Refuse to resume a run under a config that computes something else; the error names the keys.
+
+    Another ZeRO stage or number of ranks is taken, with a warning that sums are then in another order.
+    """
+    manifest = saved.manifest
     # A schedule that ends at the last step makes every rate depend on how many steps there are.
     free = [key for key in FREE_KEYS if key != "steps" or config["optimizer"]["schedule"] == "constant"]
-    if changes := runs.changes(saved.manifest["config"], config, ignored=free):
+    if changes := runs.changes(manifest["config"], config, ignored=[*free, *LAYOUT_KEYS]):
         raise ConfigError(
             f"{saved.path}: made with another config ({changes}); restore these keys or set another run_dir"
         )
+    before = {key: manifest["config"][key] for key in LAYOUT_KEYS} | {"ranks": manifest["world_size"]}
+    after = {key: config[key] for key in LAYOUT_KEYS} | {"ranks": dist.world_size()}
+    if (moved := runs.changes(before, after)) and dist.is_main():
+        log.warning("%s: resumed with another layout (%s); equal to rounding, not bit for bit", saved.path, moved)
 
 
 def save(
@@ -112,57 +141,104 @@ def save(
     """Write a checkpoint; all ranks call this. On any failure the older ones stay as they were."""
     final = run_dir / "checkpoints" / f"step_{step:06d}"
     writing = final.with_name(f".writing_{final.name}")
-    if dist.is_main():
-        shutil.rmtree(writing, ignore_errors=True)
-        _check_space(final.parent)
-        writing.mkdir(parents=True)
-    dist.barrier("checkpoint folder")
-    try:
-        engine.save_state(writing / "engine")
-        with engine.whole_weights():
-            if dist.is_main():
-                export(policy, writing / "policy")
-        dist.barrier("every rank's part of the checkpoint")
+    start = time.perf_counter()
+
+    def make_room() -> None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for left in final.parent.glob(".writing_*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        _check_space(final.parent, needed=_expected_bytes(engine, policy, tensors))
+        writing.mkdir()
+
+    def write_part() -> Files:
+        written = [engine.save_state(writing / "optimizer")]
         if dist.is_main():
-            (writing / "parts.json").write_text(json.dumps(dict(parts)))
-            if tensors:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, writing / TENSORS)
-            _finish(writing, final, step=step, config=config)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(writing, ignore_errors=True)
+            written += _write_shared(writing, policy=policy, parts=parts, tensors=tensors)
+        return {str(path.relative_to(writing)): _synced(path) for path in written}
+
+    def finish(files: Files) -> None:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": dist.world_size(),
+            "zero_stage": engine.zero_stage,
+            "seconds": round(time.perf_counter() - start, 3),
+            "config": config,
+            "files": files,
+        }
+        _finish(writing, final, manifest)
+
+    try:
+        _together("checkpoint folder", lambda: make_room() if dist.is_main() else None)
+        with engine.whole_weights():
+            written = _together("every rank's part of the checkpoint", write_part)
+        files = {name: entry for part in written for name, entry in part.items()}
+        _together("checkpoint written", lambda: finish(files) if dist.is_main() else None)
+    except CheckpointError as error:
+        if dist.is_main():
+            shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint of step {step} was not written to {final.parent} ({str(error).splitlines()[0]}); older "
-            "checkpoints are intact: free space or mend the folder, then run the same command to resume"
+            f"checkpoint of step {step} was not written to {final.parent} ({error}); older checkpoints are intact: "
+            "free space or mend the folder, then run the same command to resume"
         ) from error
-    dist.barrier("checkpoint written")
     return Saved(path=final, step=step)
 
 
-def _check_space(folder: Path) -> None:
-    """Fail early when less is free than the newest checkpoint took."""
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = list_checkpoints(folder.parent)
-    needed = sum(entry["bytes"] for entry in saved[-1].manifest["files"].values()) if saved else 0
+def _together(name: str, work: Callable[[], T]) -> list[T]:
+    """Every rank works; the results in rank order, or, where any rank failed, the same error on all."""
+    result: T | None = None
+    failure = None
+    try:
+        result = work()
+    except (OSError, SafetensorError, CheckpointError) as error:
+        failure = f"{str(error).splitlines()[0]}"
+    outcomes = dist.gather_objects((result, failure), name=name)
+    failures = [f"rank {rank}: {message}" for rank, (_, message) in enumerate(outcomes) if message]
+    if failures:
+        raise CheckpointError(failures[0])
+    return [value for value, _ in outcomes]  # type: ignore[misc]
+
+
+def _expected_bytes(engine: Engine, policy: Policy, tensors: Mapping[str, Tensor]) -> int:
+    """What a checkpoint takes: shards, exported weights, tensors of parts."""
+    saved = [p for p in policy.model.parameters() if p.requires_grad or not hasattr(policy.model, "peft_config")]
+    exported = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
+    return engine.state_bytes() + exported + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _check_space(folder: Path, *, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CheckpointError(
-            f"{folder}: {free / 2**30:.2f} GiB free, a checkpoint takes {needed / 2**30:.2f} GiB; older checkpoints "
-            "are intact: free space, then run the same command to resume"
-        )
+        raise CheckpointError(f"{free / 2**30:.3f} GiB free, a checkpoint takes {needed / 2**30:.3f} GiB")
 
 
-def _finish(writing: Path, final: Path, *, step: int, config: Mapping[str, Any]) -> None:
-    files = {}
-    for path in sorted(p for p in writing.rglob("*") if p.is_file()):
-        _sync(path)
-        files[str(path.relative_to(writing))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = {"step": step, "world_size": dist.world_size(), "config": config, "files": files}
+def _write_shared(
+    writing: Path, *, policy: Policy, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> list[Path]:
+    """What one rank writes for all: the exported policy and the state of the parts."""
+    export(policy, writing / "policy")
+    (writing / "parts.json").write_text(json.dumps(dict(parts)))
+    written = [*(path for path in (writing / "policy").rglob("*") if path.is_file()), writing / "parts.json"]
+    if tensors:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, writing / TENSORS)
+        written.append(writing / TENSORS)
+    return written
+
+
+def _finish(writing: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    """The manifest last, then the name: a folder without either is no checkpoint."""
     (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _sync(writing / "manifest.json")
-    _sync(writing)
+    for path in (writing / "manifest.json", writing / "optimizer", writing / "policy", writing):
+        _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     writing.replace(final)
     _sync(final.parent)
+
+
+def _synced(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file that is now on disk."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sync(path: Path) -> None:
@@ -185,14 +261,8 @@ def export(policy: Policy, folder: Path) -> None:
 
 
 def load(saved: Saved, *, engine: Engine) -> dict[str, Any]:
-    """Restore weights, optimiser and schedule; returns the state of the stateful parts."""
-    world_size = saved.manifest["world_size"]
-    if world_size != dist.world_size() and engine.zero_stage > 0:
-        raise ConfigError(
-            f"{saved.path}: saved by {world_size} ranks at ZeRO stage {engine.zero_stage}, resumed by "
-            f"{dist.world_size()}; start it with {world_size} ranks"
-        )
-    engine.load_state(saved.path / "engine")
+    """Restore weights and optimiser, whatever layout they were saved from; returns the state of the stateful parts."""
+    engine.load_state(saved.path / "optimizer")
     return json.loads((saved.path / "parts.json").read_text())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rltrain import dist
+from rltrain import dist, shards
 from rltrain.config import DeepSpeedConfig, OptimizerConfig, RunError
 
 
@@ -151,15 +151,29 @@ class Engine:
                     parameter.ds_active_sub_modules.clear()
                 offload._register_deepspeed_module(offload.module)
 
-    def save_state(self, folder: Path) -> None:
-        """Weights, optimiser and counters; every rank writes its part."""
-        self.deepspeed.save_checkpoint(str(folder), tag="state", save_latest=False)
+    def held(self) -> list[shards.Shard]:
+        """The fp32 weights and the optimiser state that this rank holds, as views."""
+        return shards.held(
+            self.module.named_parameters(),
+            stage=self.zero_stage,
+            optimizer=self.optimizer,
+            base=self.deepspeed.basic_optimizer,
+        )
+
+    def save_state(self, folder: Path) -> Path:
+        """Write this rank's shards into ``folder``; returns the file."""
+        return shards.write(folder, self.held(), replicated=self.zero_stage == 0)
 
     def load_state(self, folder: Path) -> None:
-        """Restore what :meth:`save_state` wrote, bit for bit."""
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag="state")
-        if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no state there")
+        """Restore what :meth:`save_state` wrote: bit for bit, whatever the stage and the number of ranks then."""
+        held = self.held()
+        shards.Archive(folder).restore(held)
+        shards.publish(self.module.named_parameters(), held, stage=self.zero_stage, optimizer=self.optimizer)
+
+    def state_bytes(self) -> int:
+        """What all ranks' files of shards take together."""
+        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return shards.BYTES_PER_ELEMENT * sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
 
     def _clip(self) -> Tensor:
         """DeepSpeed clips at stage 0 too, but does not tell the norm."""
