@@ -95,6 +95,16 @@ def test_killed_worker_costs_one_item(pool):
     assert pool.call("echo", 3).value == 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_job_costs_nothing(pool, number):
+    """Slurm sends a preempted job's TERM to the workers, too, while the trainer still finishes its step."""
+    pool.call("echo", 1)
+    before = child_pid(pool)
+    os.kill(before, number)
+    assert pool.call("echo", 2).value == 2
+    assert child_pid(pool) == before
+
+
 def test_stopped_worker_costs_one_item(pool):
     pool.deadline_s = 0.3
     pool.call("echo", 1)

@@ -74,6 +74,8 @@ class _Spawner:
         threading.Thread(target=self._loop, name="rltrain-sandbox-spawner", daemon=True).start()
 
     def _loop(self) -> None:
+        # Children inherit this: Slurm signals every process of a job, and the step that is to be finished needs them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         while True:
             command, future = self.requests.get()
             try:
