@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from rltrain.compare.statistics import (
 from rltrain.compare.words import sentence, sentences
 from rltrain.config import ConfigError, RunError
 
+ROOT = Path(__file__).parent.parent
 # Two tasks (columns), five runs (rows).
 X = np.array([[0.80, 0.60], [0.71, 0.52], [0.76, 0.58], [0.79, 0.66], [0.78, 0.41]])
 Y = np.array([[0.83, 0.59], [0.75, 0.50], [0.75, 0.62], [0.82, 0.67], [0.80, 0.44]])
@@ -329,3 +333,76 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
     write_run(tmp_path / "r")
     with pytest.raises(ConfigError, match="--baseline b: no such method; --by advantage gives a"):
         main([str(tmp_path), "--by", "advantage", "--baseline", "b"])
+
+
+# --- sweeps ------------------------------------------------------------------------------------------------------
+
+
+INTERPRETER = """#!/usr/bin/env bash
+# Stands for the interpreter: writes down what is run, leaves what a cold start leaves, and fails on request.
+echo "$*" >>"$CALLS"
+run=$(sed 's/.*run_dir=\\([^ ]*\\).*/\\1/' <<<"$*")
+case "$*" in
+*rltrain.sft*) mkdir "$run/cold_start" && echo "of $run" >"$run/cold_start/model" ;;
+*broken=1*) echo "error: told to fail" && exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Run the script on two methods and two seeds; returns its result and the commands it gave."""
+    interpreter, calls, methods = tmp_path / "interpreter", tmp_path / "calls", tmp_path / "two.txt"
+    interpreter.write_text(INTERPRETER)
+    interpreter.chmod(0o755)
+    methods.write_text(
+        "# name  overrides\n\ngrpo  +experiment=x\ntree +experiment=x advantage=t data.steps=[1,2] # why\n"
+    )
+    variables = {"OUT": str(tmp_path / "out"), "PYTHON": str(interpreter), "CALLS": str(calls), "JOBS": "1"}
+
+    def run(*overrides):
+        calls.write_text("")
+        command = ["bash", str(ROOT / "scripts/sweep.sh"), str(methods), "2", *overrides]
+        result = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+        return result, calls.read_text().splitlines()
+
+    return run
+
+
+def test_a_sweep_runs_every_method_on_every_seed_and_compares(sweep, tmp_path):
+    result, calls = sweep("steps=3")
+    out = tmp_path / "out"
+    assert result.returncode == 0, result.stderr
+    grpo = "tracking.group=out steps=3 +experiment=x name=grpo"
+    tree = "tracking.group=out steps=3 +experiment=x advantage=t data.steps=[1,2] name=tree"
+    assert calls == [
+        f"-m rltrain.sft {grpo} seed=0 run_dir={out}/grpo-seed0",
+        f"-m rltrain.sft {grpo} seed=1 run_dir={out}/grpo-seed1",
+        f"-m rltrain.train {grpo} seed=0 run_dir={out}/grpo-seed0",
+        f"-m rltrain.train {tree} seed=0 run_dir={out}/tree-seed0",
+        f"-m rltrain.train {grpo} seed=1 run_dir={out}/grpo-seed1",
+        f"-m rltrain.train {tree} seed=1 run_dir={out}/tree-seed1",
+        f"-m rltrain.compare {out} --baseline grpo",
+    ]
+    for seed in range(2):
+        assert (out / f"tree-seed{seed}/cold_start/model").read_text() == f"of {out}/grpo-seed{seed}\n"
+
+
+def test_a_sweep_goes_on_where_it_was(sweep, tmp_path):
+    """What is finished is skipped; what failed, and what is asked for anew, runs; the others run all the same."""
+    result, calls = sweep("broken=1")
+    assert result.returncode == 1
+    assert "sweep: tree, seed 1 stopped: error: told to fail" in result.stderr
+    assert len([call for call in calls if "rltrain.train" in call]) == 4
+    assert len([call for call in sweep()[1] if "rltrain.train" in call]) == 4
+    (tmp_path / "out/tree-seed1/finished.txt").unlink()
+    again = sweep()[1]
+    assert [call.split("run_dir=")[-1] for call in again[:-1]] == [f"{tmp_path}/out/tree-seed1"]
+    assert len(sweep("steps=9")[1]) == 4 + 1
+
+
+def test_a_method_without_a_name_is_refused(sweep, tmp_path):
+    (tmp_path / "two.txt").write_text("advantage=t\n")
+    result, calls = sweep()
+    assert (result.returncode, calls) == (1, [])
+    assert "sweep.sh: no name before advantage=t" in result.stderr
