@@ -11,11 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rltrain import dist
 from rltrain.config import RunConfig, parts
-from rltrain.types import Advantages, Group, Notes, TokenBatch
+from rltrain.types import Advantages, Group, Notes
 
 PACKAGES = ("rltrain", "torch", "transformers", "trl", "deepspeed", "datasets", "hydra-core", "wandb", "peft", "vllm")
 
@@ -146,14 +144,3 @@ def write_samples(run_dir: Path, name: str, rows: Sequence[dict[str, Any]]) -> N
     folder = run_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), folder / f"{name}.parquet")
-
-
-def dump_batch(run_dir: Path, name: str, batch: TokenBatch) -> str:
-    """``bundles/NAME.safetensors``: everything a micro-batch holds."""
-    from safetensors.torch import save_file
-
-    path = run_dir / "bundles" / f"{name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Cloned, because old and sampler log-probs may be one tensor, which safetensors refuses.
-    save_file({key: value.clone() for key, value in vars(batch).items() if isinstance(value, Tensor)}, path)
-    return str(path)

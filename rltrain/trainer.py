@@ -10,8 +10,9 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain import checkpoint, dist, runs, sft
+from rltrain import bundle, checkpoint, dist, runs, sft, watchdog
+from rltrain.bundle import Record
 from rltrain.collate import Denominators, collate, padding_share
 from rltrain.config import ConfigError, RunConfig, RunError, part_of
 from rltrain.engine import Engine, NonFiniteError, learning_rate
@@ -31,6 +33,7 @@ from rltrain.model import Policy, load_frozen, load_policy
 from rltrain.prompts import PromptSource
 from rltrain.recorder import Recorder
 from rltrain.rewards.scoring import score
+from rltrain.rollout import RolloutLost
 from rltrain.scorer import Scorer, load_scorer
 from rltrain.types import Context, Group, Max, Mean, Min, Need, Prompt, Sum, TokenBatch
 
@@ -114,7 +117,7 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
         for step in range(run.first_step, config.steps):
             metrics, context = Accumulator(), run.context(step)
             torch.manual_seed(step_seed(config.seed, step))
-            with run.engine.whole_weights():
+            with saved_if_lost(run, step), sampling_weights(run):
                 groups = collect(run, context, metrics)
                 with stage(run, context, metrics, "advantage", "rollout"):
                     advantages = estimator(groups, config.advantage, context)
@@ -125,8 +128,10 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
                 batches = with_fixed_logprobs(run, batches)
             with metrics.timed("train"):
                 for epoch in range(config.batch.update_epochs):
-                    update(run, step, batches, metrics, first=epoch == 0)
-            with stage(run, context, metrics, "sync", "rollout"), run.engine.whole_weights():
+                    record = Record(step + 1, epoch, groups, advantages.values, batches)
+                    with watchdog.rescues(partial(bundle.write_alone, config, record)):
+                        update(run, record, metrics)
+            with stage(run, context, metrics, "sync", "rollout"), sampling_weights(run):
                 run.rollout.sync(run.policy)
             values = step_values(run, step, groups, metrics, denominators) | held_out_metrics(run, step + 1)
             recorder.write(step + 1, values)
@@ -143,27 +148,49 @@ def stage(run: Run, context: Context, metrics: Accumulator, name: str, deadline:
         yield
 
 
+def sampling_weights(run: Run) -> AbstractContextManager[None]:
+    """Whole weights, unless the rollout engine has its own and no part of the run asks the policy itself."""
+    asked = run.scorer is not None or Need.PROBES in run.config.needs()
+    return run.engine.whole_weights() if asked or getattr(run.rollout, "uses_policy", True) else nullcontext()
+
+
+@contextmanager
+def saved_if_lost(run: Run, step: int) -> Iterator[None]:
+    """Where no rollout engine is left, save what ``step`` steps have taught before the error ends the run."""
+    try:
+        yield
+    except RolloutLost as error:
+        if step > run.first_step:
+            saved = save(run, step)
+            raise RolloutLost(f"{error}; saved to {saved.path}, the same command resumes it") from error
+        raise
+
+
 def step_seed(seed: int, step: int) -> int:
     """Seeds torch's generator (dropout, parts of users) anew at each step, so that a resumed run draws the same."""
     return seed * 1_000_003 + step
 
 
-def update(run: Run, step: int, batches: Sequence[TokenBatch], metrics: Accumulator, *, first: bool) -> None:
-    """One optimiser step over the micro-batches, whose losses add up to the loss of the step."""
-    losses, deadline_s = [], run.config.deadline("train")
+def update(run: Run, record: Record, metrics: Accumulator) -> None:
+    """One optimiser step over the record's micro-batches, whose losses add up to the loss of the step."""
+    batches, step, deadline_s = record.batches, record.step, run.config.deadline("train")
     for index, batch in enumerate(batches):
-        with dist.stage(f"micro-batch {index + 1} of {len(batches)} of step {step + 1}", deadline_s):
+        with dist.stage(f"micro-batch {index + 1} of {len(batches)} of step {step}", deadline_s):
             logprobs_N, entropy_N = run.engine(batch)
             output = policy_loss(logprobs_N, batch, run.config.loss, entropy_N=entropy_N)
             run.engine.backward(output.loss, last=index == len(batches) - 1)
-        losses.append(output.loss.detach())
+        record.add(output.loss, logprobs_N)
         metrics.add(output.metrics)
-        if first:
+        if record.epoch == 0:
             metrics.add(sampler_difference(logprobs_N.detach(), batch))
-    refuse_non_finite(run, step, batches, losses)
-    rate = learning_rate(step, run.config.optimizer, total_steps=run.config.steps)
-    with dist.stage(f"optimiser of step {step + 1}", deadline_s):
-        metrics.add({"grad_norm": Mean.of(run.engine.step(learning_rate=rate)), "learning_rate": Mean.of(rate)})
+    rate = learning_rate(step - 1, run.config.optimizer, total_steps=run.config.steps)
+    with (
+        bundle.kept(run.config, record, run.engine.full_parameters),
+        dist.stage(f"optimiser of step {step}", deadline_s),
+    ):
+        refuse_non_finite(record)
+        record.grad_norm = run.engine.step(learning_rate=rate)
+    metrics.add({"grad_norm": Mean.of(record.grad_norm), "learning_rate": Mean.of(rate)})
     if run.scorer is not None:
         metrics.add(run.scorer.follow(run.engine.full_parameters()))
 
@@ -258,13 +285,15 @@ def sampler_difference(logprobs_N: Tensor, batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-def refuse_non_finite(run: Run, step: int, batches: Sequence[TokenBatch], losses: Sequence[Tensor]) -> None:
+def refuse_non_finite(record: Record) -> None:
     """Stop every rank before the optimiser moves when any micro-batch of any rank has a loss that is not finite."""
-    bad = [index for index, loss in enumerate(losses) if not bool(torch.isfinite(loss))]
-    dumps = [runs.dump_batch(run.folder, f"nonfinite_step{step}_rank{dist.rank()}_batch{i}", batches[i]) for i in bad]
-    named = [path for paths in dist.gather_objects(dumps, name="finite check of the losses") for path in paths]
-    if named:
-        raise NonFiniteError(f"step {step}: the loss of {len(named)} micro-batches is not finite; dumped to {named[0]}")
+    mine = [(dist.rank(), index + 1) for index, loss in enumerate(record.losses) if not bool(torch.isfinite(loss))]
+    bad = [one for ones in dist.gather_objects(mine, name="finite check of the losses") for one in ones]
+    if bad:
+        raise NonFiniteError(
+            f"step {record.step}: the loss of {len(bad)} micro-batches is not finite, the first is micro-batch "
+            f"{bad[0][1]} of rank {bad[0][0]}"
+        )
 
 
 def step_values(
@@ -306,7 +335,7 @@ def held_out_metrics(run: Run, step: int) -> dict[str, float]:
     if every == 0 or (step % every and step != run.config.steps):
         return {}
     deadline_s = run.config.deadline("evaluation")
-    with dist.stage(f"evaluation after step {step}", deadline_s), run.engine.whole_weights():
+    with dist.stage(f"evaluation after step {step}", deadline_s), sampling_weights(run):
         values, groups = evaluate(
             run.rollout,
             run.held_out,
@@ -348,6 +377,17 @@ def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
     best = config.keep_best and run.progress.best_step == step
     if not (last or due or best or signal_name):
         return
+    saved = save(run, step)
+    if signal_name and not last:
+        if dist.is_main():
+            log.warning(
+                "%s: stopped after step %d, saved to %s; the same command resumes it", signal_name, step, saved.path
+            )
+        raise Interrupted(EXIT_INTERRUPTED)
+
+
+def save(run: Run, step: int) -> checkpoint.Saved:
+    """A checkpoint of the run after ``step`` steps."""
     with dist.stage(f"checkpoint of step {step}", run.config.deadline("save")):
         saved = checkpoint.save(
             run.folder,
@@ -359,13 +399,8 @@ def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
             config=runs.resolved(run.config),
         )
         if dist.is_main():
-            checkpoint.prune(run.folder, config, step=step, best_step=run.progress.best_step)
-    if signal_name and not last:
-        if dist.is_main():
-            log.warning(
-                "%s: stopped after step %d, saved to %s; the same command resumes it", signal_name, step, saved.path
-            )
-        raise Interrupted(EXIT_INTERRUPTED)
+            checkpoint.prune(run.folder, run.config.checkpoint, step=step, best_step=run.progress.best_step)
+    return saved
 
 
 class SignalWatch:

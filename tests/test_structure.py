@@ -17,14 +17,14 @@ SOURCES = sorted((ROOT / "rltrain").rglob("*.py"))
 LAYERS = [
     {"types", "errors", "watchdog", "config", "dist"},
     {"metrics", "console", "kernels", "data", "model", "cli"},
-    {"rewards", "advantages", "loss", "collate", "logprobs", "prompts"},
-    {"rollout", "engine", "shards", "runs", "summary", "recorder", "scorer"},
+    {"rewards", "advantages", "loss", "collate", "logprobs", "attention", "packing", "layouts", "prompts"},
+    {"rollout", "engine", "shards", "runs", "summary", "recorder", "scorer", "bundle"},
     {"checkpoint", "evaluate", "sft"},
     {"trainer"},
-    {"train", "audit", "compress", "compare", "compat"},
+    {"train", "audit", "compress", "compare", "report", "compat"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
-PURE = {"advantages", "rewards", "kernels", "loss", "collate"}
+PURE = {"advantages", "rewards", "kernels", "loss", "collate", "packing"}
 ENGINES = {"deepspeed", "vllm", "hydra"}
 TOP_LEVEL = {"rltrain", "configs", "scripts", "slurm", "tests", "docs", ".ci", ".gitignore", ".pre-commit-config.yaml"}
 TOP_LEVEL |= {"pyproject.toml", "requirements.lock", "Makefile"}

@@ -16,7 +16,6 @@ from tiny_run import OVERRIDES, config, metrics
 
 from rltrain import checkpoint, trainer
 from rltrain.config import ConfigError
-from rltrain.engine import NonFiniteError
 from rltrain.model import load_policy
 from rltrain.types import Need
 
@@ -228,31 +227,6 @@ def test_zero_signal_steps_end_the_run_at_the_limit(tmp_path):
     overrides = ["rewards.answer.probability=1.0", "max_zero_signal_steps=2", "loss.kl_coef=0"]
     with pytest.raises(trainer.NoSignalError, match="2 steps in a row had equal rewards in every group"):
         trainer.fit(config(tmp_path / "run", *overrides))
-
-
-def test_a_non_finite_loss_stops_before_the_optimiser_and_dumps_the_micro_batch(tmp_path):
-    run = trainer.build(config(tmp_path / "run"))
-    with torch.no_grad():
-        run.policy.model.get_output_embeddings().weight[0, 0] = float("nan")
-    before = {name: value.clone() for name, value in run.policy.model.named_parameters()}
-    context, accumulator = run.context(0), trainer.Accumulator()
-    groups = fake_groups(run)
-    advantages = [[torch.ones(3) for _ in group.completions] for group in groups]
-    batches, _ = trainer.collate(groups, advantages, aggregation="token", token_budget=256, max_new_tokens=10)
-    with pytest.raises(NonFiniteError, match=r"step 0: the loss of 1 micro-batches is not finite; dumped to .*batch0"):
-        trainer.update(run, context.step, batches, accumulator, first=True)
-    for name, value in run.policy.model.named_parameters():
-        assert torch.equal(value.nan_to_num(), before[name].nan_to_num())
-    dumped = load_file(next((tmp_path / "run" / "bundles").glob("*.safetensors")))
-    assert dumped["targets_N"].tolist() == batches[0].targets_N.tolist()
-
-
-def fake_groups(run):
-    from rltrain.types import Completion, Group
-
-    completion = Completion(token_ids=(10, 11, 12), logprobs=(-1.0, -1.0, -1.0), finish="stop")
-    prompts, _ = run.source.next(0)
-    return [Group(prompt=p, completions=(completion, completion), rewards_G=torch.tensor([0.0, 1.0])) for p in prompts]
 
 
 def test_sigterm_finishes_the_step_saves_and_resumes_exactly(tmp_path):
