@@ -9,7 +9,7 @@ from typing import Any
 from rltrain import dist, runs, summary
 from rltrain.config import RunConfig
 from rltrain.console import Console
-from rltrain.metrics import JsonlWriter, WandbWriter
+from rltrain.metrics import JsonlWriter, WandbWriter, read_jsonl
 from rltrain.types import Advantages, Group
 
 
@@ -27,6 +27,7 @@ class Recorder:
             self._wandb = WandbWriter(
                 config.tracking, run_dir=run_dir, name=config.name, run_config=runs.resolved(config)
             )
+            self._wandb.catch_up(read_jsonl(self._jsonl.path))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of a step, everywhere."""
