@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from rltrain import dist
+from rltrain.packing import (
+    Layout,
+    Segment,
+    equal_shares,
+    first_fit_decreasing,
+    fitting,
+    packed_work,
+    padded_bins,
+    padded_work,
+)
 from rltrain.types import Group, Mean, TokenBatch
+
+Shape = tuple[int, tuple[int, ...]]  # tokens of a prompt, and fed tokens of each of its completions
+Unit = tuple["Row", ...]  # what is forwarded together: completions of one prompt, which they share if there are several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +35,9 @@ class Row:
     advantages_T: Tensor
 
     @property
-    def tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
+    def fed_ids(self) -> tuple[int, ...]:
+        """The completion as an input: its last token predicts nothing that is asked for."""
+        return self.completion_ids[:-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +46,23 @@ class Denominators:
 
     rows: float
     tokens: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighting:
+    """How the tokens of a completion weigh, in terms of the denominators (``LossConfig.aggregation``)."""
+
+    aggregation: str
+    denominators: Denominators
+    max_new_tokens: int
+
+    def of(self, row: Row) -> float:
+        return token_weight(
+            len(row.completion_ids),
+            self.denominators,
+            aggregation=self.aggregation,
+            max_new_tokens=self.max_new_tokens,
+        )
 
 
 def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> list[Row]:
@@ -79,27 +110,15 @@ def token_weight(length: int, denominators: Denominators, *, aggregation: str, m
     }[aggregation]
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices into bins, longest first; a bin whose rows are padded to its longest holds at most ``budget`` tokens.
-
-    Padding counts, so that the budget bounds memory; sorted lengths keep it small. Ties keep their order.
-    """
-    order, bins = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
-    while order:
-        longest = lengths[order[0]]
-        rows = budget // longest
-        if rows == 0:
-            raise ValueError(f"a sequence of {longest} tokens exceeds batch.token_budget={budget}; raise the budget")
-        bins.append(order[:rows])
-        order = order[rows:]
-    return bins
-
-
 def padding_share(batches: Sequence[TokenBatch]) -> Mean:
-    """Share of the forwarded tokens that are padding, as (sum, count)."""
-    lengths = [batch.boundaries_S1.diff() for batch in batches]
-    forwarded = sum(int(lengths_S.max()) * len(lengths_S) for lengths_S in lengths)
-    return Mean(total=float(forwarded - sum(int(lengths_S.sum()) for lengths_S in lengths)), count=float(forwarded))
+    """Share of the forwarded tokens that are padding, as (sum, count); packed tokens have none."""
+    padding, forwarded = 0, 0
+    for batch in batches:
+        lengths_S = batch.boundaries_S1.diff()
+        real = int(lengths_S.sum())
+        rows = real if batch.prefix_S is not None else int(lengths_S.max()) * len(lengths_S)
+        padding, forwarded = padding + rows - real, forwarded + rows
+    return Mean(total=float(padding), count=float(forwarded))
 
 
 def collate(
@@ -110,45 +129,140 @@ def collate(
     token_budget: int,
     max_new_tokens: int,
     keep_zero_advantages: bool = True,
+    layouts: Sequence[Layout] = ("padded",),
+    hidden_size: int = 1024,
 ) -> tuple[list[TokenBatch], Denominators]:
     """Packed micro-batches, the same number on every rank, and the denominators their weights were made with.
 
+    Of the ``layouts`` the one of the least work is taken, over the rows of all ranks, for a model of ``hidden_size``;
+    then the ranks are given equal work. No micro-batch feeds more than ``token_budget`` tokens, padding included.
     ``keep_zero_advantages=False`` leaves out rows whose advantages are all zero: exact when the loss has no KL and no
     entropy term. They count in the denominators all the same.
     """
     rows = rows_of(groups, advantages)
-    denominators = denominators_of(rows)
+    weighting = Weighting(aggregation=aggregation, denominators=denominators_of(rows), max_new_tokens=max_new_tokens)
     if not keep_zero_advantages:
         rows = [row for row in rows if bool((row.advantages_T != 0).any())]
-    bins = pack([row.tokens for row in rows], token_budget)
-    batches = [_token_batch([rows[i] for i in one], denominators, aggregation, max_new_tokens) for one in bins]
+    families = _families(rows)
+    shapes = [(len(family[0].prompt_ids), tuple(len(row.fed_ids) for row in family)) for family in families]
+    shapes_of_ranks = dist.gather_objects(shapes, name="lengths of the rows")
+    everywhere = [shape for one in shapes_of_ranks for shape in one]
+    layout = min(layouts, key=lambda layout: work_of(everywhere, layout, token_budget, hidden_size))
+    units = [
+        tuple(family[i] for i in indices)
+        for family, shape in zip(families, shapes, strict=True)
+        for indices in units_of(shape, layout, token_budget)
+    ]
+    units = _in_equal_shares(units, hidden_size)
+    bins = bins_of([segments_of(_shape(unit)) for unit in units], layout, token_budget)
+    batches = [token_batch([units[i] for i in one], weighting, layout) for one in bins]
     # At least one, so that a step without any signal is still an optimiser step, with a gradient of zero.
     most = max(1, int(dist.all_max(torch.tensor(len(batches)), name="number of micro-batches")))
-    return batches + [empty_batch() for _ in range(most - len(batches))], denominators
+    return batches + [empty_batch() for _ in range(most - len(batches))], weighting.denominators
 
 
-def _token_batch(rows: Sequence[Row], denominators: Denominators, aggregation: str, max_new_tokens: int) -> TokenBatch:
-    lengths_S = torch.tensor([row.tokens for row in rows])
-    boundaries_S1 = torch.cat([torch.zeros(1, dtype=torch.long), lengths_S.cumsum(0)])
+def _families(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by prompt, in order."""
+    families: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        families.setdefault(row.prompt_ids, []).append(row)
+    return list(families.values())
+
+
+def _shape(unit: Unit) -> Shape:
+    return len(unit[0].prompt_ids), tuple(len(row.fed_ids) for row in unit)
+
+
+def units_of(shape: Shape, layout: Layout, budget: int) -> list[list[int]]:
+    """Which completions of a prompt are forwarded together: those that share it, as many as the budget allows."""
+    prompt, fed = shape
+    if layout != "shared":
+        return [[i] for i in range(len(fed))]
+    fitting(prompt + max(fed), budget)
+    return first_fit_decreasing(fed, budget - prompt)
+
+
+def segments_of(shape: Shape) -> list[Segment]:
+    """A prompt that several completions share is a segment of its own."""
+    prompt, fed = shape
+    return [(prompt + fed[0], 0)] if len(fed) == 1 else [(prompt, 0), *((tokens, prompt) for tokens in fed)]
+
+
+def bins_of(units: Sequence[Sequence[Segment]], layout: Layout, budget: int) -> list[list[int]]:
+    """Indices of the units of each micro-batch."""
+    tokens = [sum(own for own, _ in unit) for unit in units]
+    return padded_bins(tokens, budget) if layout == "padded" else first_fit_decreasing(tokens, budget)
+
+
+def work_of(shapes: Sequence[Shape], layout: Layout, budget: int, hidden_size: int) -> float:
+    """Work of the micro-batches that these prompts and completions would become (:mod:`rltrain.packing`)."""
+    units = [
+        segments_of((shape[0], tuple(shape[1][i] for i in indices)))
+        for shape in shapes
+        for indices in units_of(shape, layout, budget)
+    ]
+    bins = [[segment for i in one for segment in units[i]] for one in bins_of(units, layout, budget)]
+    if layout == "padded":
+        return sum(padded_work([own for own, _ in one], hidden_size) for one in bins)
+    return sum(packed_work(one, hidden_size) for one in bins)
+
+
+def _in_equal_shares(units: Sequence[Unit], hidden_size: int) -> Sequence[Unit]:
+    """This rank's units after they were exchanged so that all ranks have about the same work."""
+    work = [packed_work(segments_of(_shape(unit)), hidden_size) for unit in units]
+    work_of_ranks = dist.gather_objects(work, name="work of the ranks")
+    if len(work_of_ranks) == 1:
+        return units
+    owner = [rank for rank, one in enumerate(work_of_ranks) for _ in one]
+    target = equal_shares([value for one in work_of_ranks for value in one], owner, len(work_of_ranks))
+    here = [part for part, rank in zip(target, owner, strict=True) if rank == dist.rank()]
+    outgoing: list[list[Unit]] = [[] for _ in work_of_ranks]
+    for unit, part in zip(units, here, strict=True):
+        outgoing[part].append(unit)
+    return dist.exchange_objects(outgoing, name="rows for ranks of equal work")
+
+
+def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> TokenBatch:
+    """A micro-batch; loss tokens are in the order of the units' rows."""
+    ids: list[int] = []
+    positions: list[int] = []
+    boundaries, prefix, source, sequence = [0], [], [], []
+
+    def add(tokens: Sequence[int], first_position: int, after: int) -> None:
+        ids.extend(tokens)
+        positions.extend(range(first_position, first_position + len(tokens)))
+        boundaries.append(len(ids))
+        prefix.append(after)
+
+    for unit in units:
+        prompt_ids = unit[0].prompt_ids
+        shared = len(unit) > 1
+        if shared:
+            add(prompt_ids, 0, -1)
+        prompt_segment, prompt_end = len(prefix) - 1, len(ids)
+        for row in unit:
+            # The token at position t is predicted by the hidden state at t - 1.
+            if shared:
+                source += [prompt_end - 1, *range(len(ids), len(ids) + len(row.fed_ids))]
+                add(row.fed_ids, len(prompt_ids), prompt_segment)
+            else:
+                first = len(ids) + len(prompt_ids) - 1
+                source += range(first, first + len(row.completion_ids))
+                add(prompt_ids + row.fed_ids, 0, -1)
+            sequence += [len(prefix) - 1] * len(row.completion_ids)
+    rows = [row for unit in units for row in unit]
     completion_S = torch.tensor([len(row.completion_ids) for row in rows])
-    weights = [
-        token_weight(len(row.completion_ids), denominators, aggregation=aggregation, max_new_tokens=max_new_tokens)
-        for row in rows
-    ]
-    # The token at position t is predicted by the hidden state at t - 1.
-    source = [
-        torch.arange(end - len(row.completion_ids) - 1, end - 1)
-        for end, row in zip(boundaries_S1[1:].tolist(), rows, strict=True)
-    ]
+    weights_S = torch.tensor([weighting.of(row) for row in rows], dtype=torch.float32)
     sampler_logprobs_N = torch.tensor([value for row in rows for value in row.sampler_logprobs], dtype=torch.float32)
     return TokenBatch(
-        input_ids_L=torch.tensor([token for row in rows for token in row.prompt_ids + row.completion_ids]),
-        positions_L=torch.cat([torch.arange(length) for length in lengths_S.tolist()]),
-        boundaries_S1=boundaries_S1,
-        source_N=torch.cat(source),
-        sequence_N=torch.repeat_interleave(torch.arange(len(rows)), completion_S),
+        input_ids_L=torch.tensor(ids),
+        positions_L=torch.tensor(positions),
+        boundaries_S1=torch.tensor(boundaries),
+        prefix_S=None if layout == "padded" else torch.tensor(prefix),
+        source_N=torch.tensor(source),
+        sequence_N=torch.tensor(sequence),
         targets_N=torch.tensor([token for row in rows for token in row.completion_ids]),
-        weights_N=torch.repeat_interleave(torch.tensor(weights, dtype=torch.float32), completion_S),
+        weights_N=torch.repeat_interleave(weights_S, completion_S),
         advantages_N=torch.cat([row.advantages_T for row in rows]).float(),
         old_logprobs_N=sampler_logprobs_N,
         sampler_logprobs_N=sampler_logprobs_N,

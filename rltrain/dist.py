@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -184,6 +184,19 @@ def gather_objects(value: T, *, name: str) -> list[T]:
     gathered: list[T] = [value] * torch_dist.get_world_size()
     named_wait(name, lambda: torch_dist.all_gather_object(gathered, value))
     return gathered
+
+
+def exchange_objects(outgoing: Sequence[list[T]], *, name: str) -> list[T]:
+    """What all ranks have for this one, in rank order; ``outgoing[r]`` goes to rank r, and to no other."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return list(outgoing[0])
+    received: list[T] = []
+    for source in range(world_size()):
+        parcel: list[Any] = [None]
+        sent = list(outgoing) if source == rank() else None
+        named_wait(name, lambda p=parcel, s=sent, r=source: torch_dist.scatter_object_list(p, s, src=r))
+        received += parcel[0]
+    return received
 
 
 def barrier(name: str) -> None:

@@ -21,6 +21,19 @@ def policy_loss(
     ``logprobs_N`` are the current policy's log-probs of ``batch.targets_N``; gradients flow through them (and through
     ``entropy_N`` when ``entropy_coef > 0``).
     """
+    loss = token_losses(logprobs_N, batch, config, entropy_N=entropy_N).sum()
+    return LossOutput(loss=loss, metrics=policy_metrics(loss, logprobs_N, batch, config, entropy_N=entropy_N))
+
+
+def is_separable(config: LossConfig) -> bool:
+    """Whether a token's loss depends on that token alone: not where a sequence's tokens share a ratio."""
+    return config.ratio == "token"
+
+
+def token_losses(
+    logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, *, entropy_N: Tensor | None = None
+) -> Tensor:
+    """The terms of :func:`policy_loss`, weights included."""
     log_ratio_N = log_ratios(logprobs_N, batch, config)
     loss_N = surrogate(logprobs_N, log_ratio_N, batch.advantages_N, config)
     if config.importance_correction != "none":
@@ -30,9 +43,7 @@ def policy_loss(
     if config.entropy_coef > 0:
         assert entropy_N is not None, "loss.entropy_coef > 0 needs the entropy of the policy"
         loss_N = loss_N - config.entropy_coef * entropy_N
-    loss = (loss_N * batch.weights_N).sum()
-    with torch.no_grad():
-        return LossOutput(loss=loss, metrics=_metrics(loss, logprobs_N, log_ratio_N, entropy_N, batch, config))
+    return loss_N * batch.weights_N
 
 
 def log_ratios(logprobs_N: Tensor, batch: TokenBatch, config: LossConfig) -> Tensor:
@@ -95,15 +106,13 @@ def _reference(batch: TokenBatch) -> Tensor:
     return batch.reference_logprobs_N
 
 
-def _metrics(
-    loss: Tensor,
-    logprobs_N: Tensor,
-    log_ratio_N: Tensor,
-    entropy_N: Tensor | None,
-    batch: TokenBatch,
-    config: LossConfig,
+@torch.no_grad()
+def policy_metrics(
+    loss: Tensor, logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, *, entropy_N: Tensor | None = None
 ) -> Metrics:
+    """Clip shares, entropy and KL over the tokens of non-zero weight."""
     real_N = batch.weights_N > 0
+    log_ratio_N = log_ratios(logprobs_N, batch, config)
     ratio_N, advantages_N = log_ratio_N[real_N].exp(), batch.advantages_N[real_N]
     low_N = (ratio_N < 1 - config.clip_low) & (advantages_N < 0)
     high_N = (ratio_N > 1 + config.clip_high) & (advantages_N > 0)

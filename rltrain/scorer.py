@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from rltrain import dist
-from rltrain.collate import empty_batch, pack
+from rltrain.collate import empty_batch
 from rltrain.config import ConfigError, RunConfig
 from rltrain.logprobs import LogprobModel, inference, to_device
 from rltrain.model import Policy, load_frozen, load_policy
+from rltrain.packing import padded_bins
 from rltrain.types import Mean, Metrics, SpanRequest, TokenBatch
 
 
@@ -55,7 +56,7 @@ def span_logprobs(model: Any, requests: Sequence[SpanRequest], *, token_budget: 
     with the most, so that a sharded model can gather its weights.
     """
     lengths = [len(one.token_ids) for one in requests]
-    bins = pack(lengths, max([token_budget, *lengths]))
+    bins = padded_bins(lengths, max([token_budget, *lengths]))
     most = int(dist.all_max(torch.tensor(len(bins)), name="number of scoring batches"))
     results: list[list[Tensor]] = [[] for _ in requests]
     for indices in bins + [[]] * (most - len(bins)):

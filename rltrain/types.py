@@ -246,6 +246,10 @@ class TokenBatch:
     Sequence s occupies ``input_ids_L[boundaries_S1[s]:boundaries_S1[s + 1]]`` and restarts its positions at 0.
     Loss token n is predicted by the hidden state at ``source_N[n]`` and belongs to sequence ``sequence_N[n]``;
     its weight was set over the whole optimiser batch and all ranks, so the loss is a plain weighted sum.
+
+    Without ``prefix_S`` the sequences are forwarded as padded rows; with it as they lie, end to end. Then sequence s
+    continues sequence ``prefix_S[s]`` (a prompt that several completions share), or none (-1): it attends to the
+    prefix's tokens without repeating them, and its positions go on from there.
     """
 
     input_ids_L: Tensor
@@ -259,6 +263,7 @@ class TokenBatch:
     old_logprobs_N: Tensor
     sampler_logprobs_N: Tensor
     reference_logprobs_N: Tensor | None = None
+    prefix_S: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.targets_N)
@@ -267,6 +272,8 @@ class TokenBatch:
                 raise ValueError(f"TokenBatch: {name} has {len(getattr(self, name))} entries, targets_N has {count}")
         if len(self.input_ids_L) != len(self.positions_L) or int(self.boundaries_S1[-1]) != len(self.input_ids_L):
             raise ValueError("TokenBatch: boundaries_S1 must end at the number of input ids and positions")
+        if self.prefix_S is not None and len(self.prefix_S) != len(self.boundaries_S1) - 1:
+            raise ValueError("TokenBatch: prefix_S must have one entry per sequence")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rltrain.collate import Denominators, collate, pack, padding_share, token_weight
+from rltrain.collate import Denominators, collate, padding_share, token_weight
+from rltrain.packing import padded_bins
 from rltrain.types import Completion, Group, Problem, Prompt
 
 
@@ -51,15 +52,14 @@ def test_token_and_sequence_weights_sum_to_one():
 
 
 def test_layout_of_a_packed_batch():
-    """Each completion token is predicted from the position before it; positions restart with each sequence."""
-    (batch,), _ = packed([group([2, 1], [0, 1])])
-    assert batch.input_ids_L.tolist() == [7, 8, 10, 11, 7, 8, 10]
-    assert batch.positions_L.tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert batch.boundaries_S1.tolist() == [0, 4, 7]
-    assert batch.source_N.tolist() == [1, 2, 5]
-    assert batch.targets_N.tolist() == [10, 11, 10]
-    assert batch.sequence_N.tolist() == [0, 0, 1]
-    assert (batch.input_ids_L[batch.source_N + 1] == batch.targets_N).all()
+    """Each completion token is predicted from the position before it; the last one predicts nothing and is not fed."""
+    (batch,), _ = packed([group([3, 1], [0, 1])])
+    assert batch.input_ids_L.tolist() == [7, 8, 10, 11, 7, 8]
+    assert batch.positions_L.tolist() == [0, 1, 2, 3, 0, 1]
+    assert batch.boundaries_S1.tolist() == [0, 4, 6]
+    assert batch.source_N.tolist() == [1, 2, 3, 5]
+    assert batch.targets_N.tolist() == [10, 11, 12, 10]
+    assert batch.sequence_N.tolist() == [0, 0, 0, 1]
 
 
 def test_abstaining_and_empty_completions_leave_the_denominators():
@@ -90,31 +90,34 @@ def test_without_rows_there_is_one_micro_batch_of_weight_zero():
 
 def test_pack_counts_padding_against_the_budget():
     """Longest first; rows of a bin are padded to its longest."""
-    assert pack([4, 3, 3, 2, 6], budget=8) == [[4], [0, 1], [2, 3]]
-    assert pack([4, 3, 3, 2, 6], budget=12) == [[4, 0], [1, 2, 3]]
+    assert padded_bins([4, 3, 3, 2, 6], budget=8) == [[4], [0, 1], [2, 3]]
+    assert padded_bins([4, 3, 3, 2, 6], budget=12) == [[4, 0], [1, 2, 3]]
     lengths = [5, 1, 4, 4, 2, 2, 3]
-    bins = pack(lengths, budget=9)
+    bins = padded_bins(lengths, budget=9)
     assert sorted(index for one in bins for index in one) == list(range(7))
     assert all(max(lengths[index] for index in one) * len(one) <= 9 for one in bins)
-    assert pack([], budget=7) == []
+    assert padded_bins([], budget=7) == []
 
 
 def test_one_long_row_does_not_pad_many_short_ones_over_the_budget():
-    bins = pack([4000] + [10] * 400, budget=4096)
+    bins = padded_bins([4000] + [10] * 400, budget=4096)
     assert bins[0] == [0]
     assert [len(one) for one in bins[1:]] == [400]
 
 
 def test_padding_share_by_hand():
-    """Rows of 5 and 3 tokens padded to 5: 2 of 10."""
+    """Rows of 4 and 2 fed tokens padded to 4: 2 of 8; packed there is none."""
     (batch,), _ = packed([group([3, 1], [0, 1])])
     share = padding_share([batch])
-    assert (share.total, share.count) == (2, 10)
+    assert (share.total, share.count) == (2, 8)
+    (batch,), _ = packed([group([3, 1], [0, 1])], layouts=("packed",))
+    share = padding_share([batch])
+    assert (share.total, share.count) == (0, 6)
 
 
 def test_a_sequence_over_the_budget_is_refused():
     with pytest.raises(ValueError, match="token_budget=7"):
-        pack([8], budget=7)
+        padded_bins([8], budget=7)
 
 
 def test_an_advantage_of_the_wrong_length_is_named():
