@@ -18,17 +18,17 @@ LAYERS = [
     {"types", "errors", "watchdog", "config", "dist"},
     {"metrics", "console", "kernels", "data", "model", "cli"},
     {"rewards", "advantages", "loss", "collate", "logprobs", "attention", "packing", "layouts", "prompts"},
-    {"rollout", "engine", "shards", "runs", "summary", "recorder", "scorer", "bundle"},
+    {"rollout", "engine", "interrupts", "shards", "runs", "summary", "recorder", "scorer", "bundle"},
     {"checkpoint", "evaluate", "sft"},
     {"trainer"},
-    {"train", "audit", "compress", "compare", "report", "compat"},
+    {"train", "audit", "compress", "compare", "report", "panels", "plan", "plan_model", "compat"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"advantages", "rewards", "kernels", "loss", "collate", "packing"}
 ENGINES = {"deepspeed", "vllm", "hydra"}
 TOP_LEVEL = {"rltrain", "configs", "scripts", "slurm", "tests", "docs", ".ci", ".gitignore", ".pre-commit-config.yaml"}
-TOP_LEVEL |= {"pyproject.toml", "requirements.lock", "Makefile"}
-TOP_LEVEL |= {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+TOP_LEVEL |= {"pyproject.toml", "requirements.lock", "requirements-vllm.lock", "Makefile"}
+TOP_LEVEL |= {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml"}
 EVALUATORS = {"eval", "sympify", "parse_expr"}
 SANDBOX = "rltrain.rewards.sandbox_child"  # the killable process in which submitted programs run
 

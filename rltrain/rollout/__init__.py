@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rltrain.config import SamplingConfig
+from rltrain.config import RunError, SamplingConfig
+from rltrain.interrupts import EXIT_INTERRUPTED
 from rltrain.types import Group, Prompt
 
 
+class RolloutLost(RunError):
+    """No engine is left to sample with; raised on every rank at once. The exit code tells a batch script to requeue."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
 class Rollout(Protocol):
-    """Samples completions from the current policy; a pure function of (weights, seed, step, prompts)."""
+    """Samples completions from the current policy; a pure function of (weights, seed, step, prompts).
+
+    ``same_distribution`` (True if missing): log-probs are the trainer's own, so it need not compute them again.
+    ``uses_policy`` (True if missing): it samples with the policy's own module, whose weights must then be whole.
+    """
 
     def generate(
         self, prompts: Sequence[Prompt], *, step: int, group_size: int, sampling: SamplingConfig | None = None

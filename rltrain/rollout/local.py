@@ -19,7 +19,7 @@ from rltrain.rollout.plain import PlainDecoder
 from rltrain.rollout.sampling import row_key, sample, uniforms
 from rltrain.rollout.shared import SharedDecoder
 from rltrain.rollout.stopping import StopRule
-from rltrain.types import Completion, Group, Prompt
+from rltrain.types import Group, Prompt
 
 Decoder = PlainDecoder | SharedDecoder
 
@@ -214,16 +214,11 @@ class LocalRollout:
             )
             for prompt in prompts
         ]
-        rule = StopRule(
-            stop_ids=frozenset(self._policy.stop_token_ids),
-            stop_strings=tuple(sampling.stop),
-            max_new_tokens=sampling.max_new_tokens,
-            tokenizer=self._policy.tokenizer,
-        )
+        rule = StopRule.of(self._policy, sampling)
         with inference(self._model):
             _Batch(self._decoder(), rule, sampling, self._config).run(jobs)
         return [
-            Group(prompt=prompt, completions=tuple(self._completion(row, rule) for row in job.rows))
+            Group(prompt=prompt, completions=tuple(rule.completion(row.token_ids, row.logprobs) for row in job.rows))
             for prompt, job in zip(prompts, jobs, strict=True)
         ]
 
@@ -234,12 +229,3 @@ class LocalRollout:
             model = model.get_base_model()
         decoder = SharedDecoder if SharedDecoder.supports(model) else PlainDecoder
         return decoder(model, pad_id=self._policy.pad_token_id)
-
-    def _completion(self, row: _Row, rule: StopRule) -> Completion:
-        text_ids = row.token_ids[:-1] if row.token_ids[-1] in rule.stop_ids else row.token_ids
-        return Completion(
-            token_ids=tuple(row.token_ids),
-            logprobs=tuple(row.logprobs),
-            finish="stop" if rule.stopped(row.token_ids) else "length",
-            text=self._policy.tokenizer.decode(text_ids, clean_up_tokenization_spaces=False),
-        )

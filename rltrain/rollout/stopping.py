@@ -6,6 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rltrain.config import SamplingConfig
+from rltrain.types import Completion
+
 # A character of UTF-8 has at most four bytes and a byte-level vocabulary may spend a token on each.
 _TOKENS_PER_CHARACTER = 4
 
@@ -18,6 +21,26 @@ class StopRule:
     stop_strings: Sequence[str]
     max_new_tokens: int
     tokenizer: Any
+
+    @classmethod
+    def of(cls, policy: Any, sampling: SamplingConfig) -> StopRule:
+        """The rule of a policy's completions."""
+        return cls(
+            stop_ids=frozenset(policy.stop_token_ids),
+            stop_strings=tuple(sampling.stop),
+            max_new_tokens=sampling.max_new_tokens,
+            tokenizer=policy.tokenizer,
+        )
+
+    def completion(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
+        """The record of a finished completion; its text is without the stop id."""
+        text_ids = token_ids[:-1] if token_ids[-1] in self.stop_ids else token_ids
+        return Completion(
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
+            finish="stop" if self.stopped(token_ids) else "length",
+            text=self.tokenizer.decode(text_ids, clean_up_tokenization_spaces=False),
+        )
 
     @property
     def _window_tokens(self) -> int:
