@@ -6,14 +6,16 @@ ARGS ?=
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
+docs_installed := $(VENV)/.docs_installed
 
-.PHONY: help quickstart test check format bench venv lock
+.PHONY: help quickstart test check format bench docs venv lock
 help:
 	@echo "make quickstart   cold start, GRPO, evaluation and a learning curve on two CPU cores"
 	@echo "make test         the whole test suite"
 	@echo "make check        ruff (lint, format) and pyright"
 	@echo "make bench        every benchmark with its short settings"
 	@echo "make format       let ruff rewrite the code"
+	@echo "make docs         the documentation as a site in site/"
 	@echo "make venv | lock  the environment in $(VENV) | requirements.lock from what is installed there"
 
 quickstart: $(installed)
@@ -40,6 +42,13 @@ bench: $(installed)
 	$(python) scripts/bench/probes.py --short
 	$(python) scripts/bench/logprobs.py --shapes 256,64,4096 --rounds 1
 
+docs: $(docs_installed)
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
+
+$(docs_installed): $(installed)
+	$(python) -m pip install --quiet --constraint requirements.lock --editable '.[docs]'
+	@touch $@
+
 venv: $(installed)
 
 $(installed): pyproject.toml requirements.lock scripts/make_venv.sh
@@ -47,5 +56,5 @@ $(installed): pyproject.toml requirements.lock scripts/make_venv.sh
 	@touch $@
 
 # The build of torch is the installer's choice, so the local version suffix (+cpu, +cu126) is left out.
-lock: $(installed)
+lock: $(installed) $(docs_installed)
 	$(python) -m pip freeze --exclude-editable | sed 's/+c[pu][^ ]*$$//' > requirements.lock
