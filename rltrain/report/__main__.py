@@ -1,0 +1,51 @@
+"""Command line of the report: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rltrain import cli
+from rltrain.config import ConfigError, require
+
+
+def main() -> None:
+    """Write the page and say where it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rltrain.report", description="One self-contained HTML page about runs."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--out", type=Path, help="the file to write (default: report.html, in the folder of a sole run)"
+    )
+    parser.add_argument(
+        "--estimators", default="", metavar="A,B", help="show the sampled groups under these algorithms side by side"
+    )
+    parser.add_argument("--groups", type=int, default=6, help="sampled groups per run (default 6)")
+    parser.add_argument("--step", type=int, help="the step whose samples are shown (default: the last)")
+    flags = parser.parse_args()
+    cli.setup_logging()
+    with cli.errors_in_one_line():
+        write(flags)
+
+
+def write(flags: argparse.Namespace) -> None:
+    """Check the flags, build, write."""
+    from rltrain.report import estimators, page
+
+    for folder in flags.runs:
+        require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run")
+    names = [name for name in flags.estimators.split(",") if name]
+    estimators.check(names)
+    out = flags.out or (flags.runs[0] if len(flags.runs) == 1 else Path()) / "report.html"
+    html = page.build(flags.runs, estimators=names, groups=flags.groups, step=flags.step)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); choose another file") from error
+    print(f"written to {out} ({len(html.encode()) / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    main()

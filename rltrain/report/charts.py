@@ -1,0 +1,125 @@
+"""Where lines, ticks and bars lie. The page's template draws them as SVG, so that the theme's colours apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rltrain.summary import Rows, series, smoothed
+
+T = TypeVar("T")
+WIDTH, HEIGHT = 340, 190
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 24
+NOISY_FROM, WINDOW = 20, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """SVG ``points``; ``colour`` counts runs; a ``faint`` line is the raw one behind its smoothed self."""
+
+    points: str
+    colour: int
+    faint: bool = False
+    dots: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A line chart; ticks are (position, text), ``words`` says per run where its line starts and ends."""
+
+    title: str
+    lines: Sequence[Line]
+    ticks_x: Sequence[tuple[float, str]]
+    ticks_y: Sequence[tuple[float, str]]
+    words: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A linear map of [low, high] onto [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+    def ticks(self, most: int) -> list[tuple[float, str]]:
+        """Round numbers within the scale."""
+        from matplotlib.ticker import MaxNLocator
+
+        values = MaxNLocator(nbins=most).tick_values(self.low, self.high)
+        return [(self(value), f"{value:.6g}") for value in values if self.low <= value <= self.high]
+
+
+def scale(values: Sequence[float], *, start: float, end: float, margin: float = 0.0) -> Scale:
+    """Of all values, with a share of their range to spare on both sides; a constant gets room above and below."""
+    low, high = min(values), max(values)
+    if low == high == 0:
+        return Scale(low=0.0, high=1.0, start=start, end=end)
+    spare = (high - low) * margin if high > low else abs(high) / 2
+    return Scale(low=low - spare, high=high + spare, start=start, end=end)
+
+
+def thinned(points: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, evenly spaced, both ends kept; ``most`` is at least 2."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def line_chart(title: str, runs: Mapping[str, Rows], name: str, *, most_points: int) -> Chart | None:
+    """A metric against steps, one line per run, smoothed over ten steps where there are many; None if no run has it."""
+    found = {label: series(rows, name) for label, rows in runs.items()}
+    if not any(values for _, values in found.values()):
+        return None
+    x = scale([step for steps, _ in found.values() for step in steps], start=LEFT, end=WIDTH - RIGHT)
+    every = [value for _, values in found.values() for value in values]
+    y = scale(every, start=HEIGHT - BOTTOM, end=TOP, margin=0.05)
+    lines, words = [], []
+    for colour, (label, (steps, values)) in enumerate(found.items()):
+        if not values:
+            continue
+        noisy = len(values) > NOISY_FROM
+        raw = [(x(step), y(value)) for step, value in zip(steps, values, strict=True)]
+        mean = [(a, y(value)) for (a, _), value in zip(raw, smoothed(values, WINDOW), strict=True)]
+        lines += [_line(raw, colour, most_points, faint=True)] if noisy else []
+        lines.append(_line(mean if noisy else raw, colour, most_points))
+        words.append(f"{label}: {values[0]:.4g} → {values[-1]:.4g}")
+    return Chart(title=title, lines=lines, ticks_x=x.ticks(4), ticks_y=y.ticks(4), words=words)
+
+
+def _line(points: Sequence[tuple[float, float]], colour: int, most_points: int, *, faint: bool = False) -> Line:
+    points = thinned(points, most_points)
+    dots = points if len(points) <= NOISY_FROM else ()
+    return Line(points=" ".join(f"{a:g},{b:g}" for a, b in points), colour=colour, faint=faint, dots=dots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A piece of the bar: mean seconds a step, and the share of the step."""
+
+    name: str
+    seconds: float
+    share: float
+
+
+# Timed by the estimator itself, inside the stage that the trainer times.
+INSIDE = {"probe": "advantage"}
+
+
+def stages(rows: Rows) -> list[Stage]:
+    """Mean seconds per step, in the order of the step; what is timed inside a stage is taken out of it."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("timing_s/"))
+    training = max(sum("timing_s/step" in row for row in rows), 1)
+    timed = {name.removeprefix("timing_s/"): sum(series(rows, name)[1]) / training for name in names}
+    seconds: dict[str, float] = {}
+    for stage in (one for one in timed if one not in ("step", *INSIDE)):
+        inner = [one for one, outer in INSIDE.items() if outer == stage and one in timed]
+        seconds |= {one: timed[one] for one in inner}
+        seconds[stage] = max(0.0, timed[stage] - sum(timed[one] for one in inner))
+    total = sum(seconds.values())
+    return [Stage(name=name, seconds=value, share=value / total) for name, value in seconds.items() if value > 0]

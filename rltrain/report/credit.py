@@ -1,0 +1,168 @@
+"""What the credit viewer shows, as plain data: tokens with their credit, the prefix tree, step potentials, gains."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rltrain.advantages.prefix_tree import prefix_values
+from rltrain.report.charts import thinned
+from rltrain.report.estimators import Estimate, SampledStep
+from rltrain.report.folder import RunFolder
+from rltrain.report.samples import NOTE, Row, as_group, by_group, notes, reward
+from rltrain.report.tree import branches
+
+PREVIEW_CHARACTERS = 80
+BYTES_PER_NUMBER = 10
+MOST_GAINS = 1000
+
+
+def credit(
+    run: RunFolder, *, estimators: Sequence[str], groups: int, step: int | None, most_bytes: int
+) -> list[dict[str, Any]]:
+    """The viewer's data for a run: at most ``groups`` sampled groups of a step (the last one) that fit in the bytes."""
+    step, rows = _sampled(run, step)
+    everything = by_group(rows)
+    if not everything:
+        return []
+    sampled = SampledStep(run, step, everything)
+    estimates = [sampled.under(name) for name in estimators]
+    if not any(one.remark == sampled.recorded().remark for one in estimates):
+        estimates = [sampled.recorded(), *estimates]
+    gains = thinned([point for group in everything for point in _gains(group)], MOST_GAINS)
+    shown, spent = [], 0
+    for index in _by_spread(everything)[:groups]:
+        most_tokens = most_bytes // (BYTES_PER_NUMBER * (3 + len(estimates)) * len(everything[index]))
+        one = _group(run, step, everything[index], estimates, index, most_tokens)
+        spent += len(json.dumps(one))
+        if spent > most_bytes and shown:
+            run.notes.append(f"{len(shown)} sampled groups are shown, more do not fit into the page")
+            break
+        shown.append(one | {"all_gains": gains})
+    return shown
+
+
+def _sampled(run: RunFolder, step: int | None) -> tuple[int, list[Row]]:
+    """The rows of the step, or of the newest that can be read."""
+    steps = run.sampled_steps()
+    if step is not None and step not in steps:
+        run.notes.append(f"step {step} has no samples; the recorded ones are {', '.join(map(str, steps)) or 'none'}")
+    wanted = [step] if step in steps else steps[::-1]
+    for one in wanted:
+        if rows := run.samples(one):
+            return one, list(rows)
+    return 0, []
+
+
+def _by_spread(everything: Sequence[Sequence[Row]]) -> list[int]:
+    """Groups whose rewards differ most come first, those that teach nothing last."""
+
+    def spread(index: int) -> float:
+        counted = [value for value in map(reward, everything[index]) if not math.isnan(value)]
+        return statistics.pstdev(counted) if counted else 0.0
+
+    return sorted(range(len(everything)), key=spread, reverse=True)
+
+
+def _group(
+    run: RunFolder, step: int, rows: Sequence[Row], estimates: Sequence[Estimate], index: int, most_tokens: int
+) -> dict[str, Any]:
+    """A group; of very long completions the first ``most_tokens``."""
+    group = as_group(rows)
+    tokens = [_tokens(row) for row in rows]
+    has_ids = all(len(one.token_ids) == len(text) for one, text in zip(group.completions, tokens, strict=True))
+    rewards = [reward(row) for row in rows]
+    values = prefix_values(group.completion_ids, rewards) if has_ids else []
+    return {
+        "title": f"{run.label} · step {step} · {group.prompt.problem.id}",
+        "prompt": group.prompt.problem.prompt,
+        "answer": group.prompt.problem.answer,
+        "completions": [
+            {
+                "reward": _short(reward(row)),
+                "parts": {key.removeprefix("reward/"): _short(row[key]) for key in row if key.startswith("reward/")},
+                "finish": row.get("finish") or "",
+                "length": len(texts),
+                "tokens": texts[:most_tokens],
+                "logprobs": _row((row.get("logprobs") or [])[:most_tokens]),
+                "values": _row(values[i].tolist()[: most_tokens + 1]) if has_ids else [],
+            }
+            for i, (row, texts) in enumerate(zip(rows, tokens, strict=True))
+        ],
+        "estimates": [_estimate(one, index, [len(texts) for texts in tokens], most_tokens) for one in estimates],
+        "tree": _tree(group.completion_ids, rewards, tokens) if has_ids else [],
+        "gain": _target_gain(rows),
+    }
+
+
+def _tokens(row: Row) -> list[str]:
+    """The text of each token; without them the completion as one piece."""
+    return list(row.get("tokens") or [row.get("completion") or ""])
+
+
+def _estimate(estimate: Estimate, index: int, lengths: Sequence[int], most_tokens: int) -> dict[str, Any]:
+    """One estimator's credit for a group; completions whose credit does not fit their tokens have none."""
+    plain = {"name": estimate.name, "remark": estimate.remark, "advantages": None, "steps": []}
+    if estimate.values is None:
+        return plain
+    advantages = [
+        _row(values[:most_tokens]) if len(values) == length else []
+        for values, length in zip(estimate.values[index], lengths, strict=True)
+    ]
+    noted = estimate.notes[index]
+    if "step_potential" in noted:
+        plain["steps"] = [
+            {"tokens": list(tokens), "potential": _row(potential)}
+            for tokens, potential in zip(noted["step_tokens"], noted["step_potential"], strict=True)
+        ]
+    return plain | {"advantages": advantages}
+
+
+def _tree(
+    ids: Sequence[Sequence[int]], rewards: Sequence[float], tokens: Sequence[Sequence[str]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "level": one.level,
+            "start": one.start,
+            "stop": one.stop,
+            "members": one.members,
+            "value": _short(one.value),
+            "leaf": one.leaf,
+            "text": "".join(tokens[one.members[0]][one.start : one.stop])[:PREVIEW_CHARACTERS],
+        }
+        for one in branches(ids, rewards)
+    ]
+
+
+def _target_gain(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """What each thought adds to the log-prob of each token of the text that follows it."""
+    noted = notes(rows)
+    if not {"position", "target_tokens", "target_gain"} <= noted.keys() or not noted["position"][0]:
+        return None
+    return {
+        "position": noted["position"][0][0],
+        "targets": list(noted["target_tokens"][0]),
+        "gains": [_row(gain) for gain in noted["target_gain"]],
+    }
+
+
+def _gains(rows: Sequence[Row]) -> list[tuple[int, float | None]]:
+    """(Position in the document, gain over all targets) of every thought of a group."""
+    return [
+        (row[f"{NOTE}position"][0], _short(sum(row[f"{NOTE}target_gain"])))
+        for row in rows
+        if row.get(f"{NOTE}position") and row.get(f"{NOTE}target_gain")
+    ]
+
+
+def _row(values: Iterable[Any]) -> list[float | None]:
+    return [_short(value) for value in values]
+
+
+def _short(value: Any) -> float | None:
+    """Five digits; None for what JSON has no number for."""
+    return float(f"{value:.5g}") if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -1,0 +1,139 @@
+"""The same sampled groups under other estimators, recomputed from ids and rewards, and from probes where they need any.
+
+An estimator is named by an ``algorithm=`` preset or an ``advantage=`` node, with that one's settings. Estimators that
+probe the policy get the checkpoint nearest to the samples. What cannot be computed honestly is not shown, and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rltrain import cli
+from rltrain.config import AdvantageConfig, ConfigError, SamplingConfig, part_of, parts
+from rltrain.report.folder import RunFolder
+from rltrain.report.samples import Row, as_group, notes
+from rltrain.types import Context, Need, Notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """``values[p][g]`` per token of every group of a step, or None with the reason in ``remark``."""
+
+    name: str
+    values: Sequence[Sequence[Sequence[float]]] | None
+    notes: Sequence[Notes]
+    remark: str
+
+
+def check(names: Sequence[str]) -> None:
+    """``ConfigError`` for a name that is neither a preset nor an estimator."""
+    cli.store_nodes()
+    known = sorted({*_presets(), *(part.name for part in parts("advantage"))})
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--estimators {name}: unknown; choose among {', '.join(known)}")
+
+
+def _presets() -> list[str]:
+    return sorted(path.stem for path in (cli.config_folder() / "algorithm").glob("*.yaml"))
+
+
+def settings(name: str) -> list[tuple[str, AdvantageConfig]]:
+    """(Override, config) to try in turn: the preset of that name and its variants ``NAME_…``, else the node."""
+    chosen = [f"algorithm={one}" for one in _presets() if one == name or one.startswith(f"{name}_")]
+    if name not in _presets():
+        chosen = [f"advantage={name}"]
+    return [(one, cli.compose([one]).advantage) for one in chosen]
+
+
+class SampledStep:
+    """The sampled groups of one step of a run, and the checkpoint to probe for them."""
+
+    def __init__(self, run: RunFolder, step: int, groups: Sequence[Sequence[Row]]) -> None:
+        self._run, self._rows = run, groups
+        self._drawn_after = step - 1  # a sample carries the step that it went into
+
+    def recorded(self, name: str = "") -> Estimate:
+        """What the run itself trained on."""
+        return Estimate(
+            name=name or f"{self._run.part('advantage').get('kind', 'advantage')} (as trained)",
+            values=[[row.get("advantages") or [] for row in rows] for rows in self._rows],
+            notes=[notes(rows) for rows in self._rows],
+            remark="as the run recorded it, with the run's settings",
+        )
+
+    def under(self, name: str) -> Estimate:
+        """Another estimator's view of all groups; its statistics over the batch are over these groups."""
+        reasons, own = [], self._run.part("advantage")
+        for override, config in settings(name):
+            part = part_of(config)
+            # Probes cannot be repeated exactly, so the run's own are what its estimator is shown with.
+            if own.get("kind") == part.name and (part.needs or own == {"kind": part.name} | vars(config)):
+                return self.recorded(name)
+            try:
+                context, source = self._context(part.needs)
+                found = part.function(self._groups, config, context)
+            except ConfigError as error:
+                reasons.append(str(error))
+                continue
+            return Estimate(
+                name=name,
+                values=[[values_T.tolist() for values_T in group] for group in found.values],
+                notes=found.notes or [{}] * len(self._rows),
+                remark=f"settings of {override}; {source}",
+            )
+        return Estimate(name=name, values=None, notes=[], remark=f"not shown: {reasons[0]}")
+
+    @cached_property
+    def _groups(self) -> list[Any]:
+        return [as_group(rows) for rows in self._rows]
+
+    def _context(self, needs: frozenset[Need]) -> tuple[Context, str]:
+        """What an estimator may use, and in words where its numbers come from."""
+        if not all(one.token_ids for group in self._groups for one in group.completions):
+            raise ConfigError("the samples hold completions without token ids")
+        seed = self._run.config.get("seed", 0)
+        if not needs:
+            return Context(step=self._drawn_after, seed=seed), "recomputed from token ids and rewards"
+        if needs != {Need.PROBES}:
+            raise ConfigError(f"it needs {', '.join(need.value for need in needs)}, which a run folder does not hold")
+        if not all(group.prompt.token_ids for group in self._groups):
+            raise ConfigError("it probes the policy after the prompt, and these samples hold no prompt ids (older run)")
+        saved_step, rollout, tokenizer = self._checkpoint
+        source = f"probes of the checkpoint of step {saved_step} on samples drawn after step {self._drawn_after}"
+        return Context(step=self._drawn_after, seed=seed, tokenizer=tokenizer, rollout=rollout), source
+
+    @cached_property
+    def _checkpoint(self) -> tuple[int, Any, Any]:
+        """Step, rollout engine and tokenizer of the checkpoint nearest to the samples."""
+        from safetensors import SafetensorError
+
+        from rltrain import checkpoint
+        from rltrain.model import load_frozen
+
+        saved = checkpoint.list_checkpoints(self._run.path)
+        if not saved:
+            raise ConfigError("it probes the policy, and the run folder holds no finished checkpoint")
+        nearest = min(saved, key=lambda one: abs(one.step - self._drawn_after))
+        config = self._run.config
+        try:
+            policy = load_frozen(_part_config("model", config["model"]), path=str(nearest.policy))
+            rollout_config = _part_config("rollout", config["rollout"])
+            sampling = SamplingConfig(**config["sampling"])
+            rollout = part_of(rollout_config).function(rollout_config, sampling, policy, seed=config["seed"])
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"it probes the policy, and {nearest.path.name} cannot be loaded ({reason})") from error
+        return nearest.step, rollout, policy.tokenizer
+
+
+def _part_config(group: str, resolved: Mapping[str, Any]) -> Any:
+    """The typed settings of a part from a resolved config."""
+    from omegaconf import OmegaConf
+
+    (part,) = [one for one in parts(group) if one.name == resolved["kind"]]
+    values = {key: value for key, value in resolved.items() if key != "kind"}
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part.config), values))

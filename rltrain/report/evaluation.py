@@ -1,0 +1,115 @@
+"""Held-out evaluation before and after: the metrics, and which problems became right or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rltrain.report.folder import HELD_OUT, RunFolder
+from rltrain.report.samples import Row
+from rltrain.summary import Rows, series
+
+TAIL_CHARACTERS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A held-out metric at the first and the last evaluation."""
+
+    name: str
+    first: float
+    last: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned:
+    """A held-out problem whose first completion was right at one end only."""
+
+    prompt: str
+    answer: str
+    before: str
+    after: str
+    right: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """``fixed`` and ``broken`` count problems; both None where the samples do not tell."""
+
+    first_step: int
+    last_step: int
+    changes: Sequence[Change]
+    fixed: int | None = None
+    broken: int | None = None
+    examples: Sequence[Turned] = ()
+
+
+def evaluation(run: RunFolder) -> Evaluation | None:
+    """None without an evaluation in the metrics."""
+    steps, accuracies = series(run.rows, "eval_accuracy")
+    if not steps:
+        return None
+    first, last = steps[0], steps[-1]
+    changes = before_and_after(run.rows)
+    plain = Evaluation(first_step=first, last_step=last, changes=changes)
+    recorded = run.sampled_steps(HELD_OUT)
+    if first == last or first not in recorded or last not in recorded:
+        return plain
+    before, after = _first_samples(run.samples(first, HELD_OUT)), _first_samples(run.samples(last, HELD_OUT))
+    if not (_tells(before, accuracies[0]) and _tells(after, accuracies[-1])):
+        return plain
+    turned = [
+        _turned(before[name], after[name])
+        for name in before.keys() & after.keys()
+        if _right(before[name]) != _right(after[name])
+    ]
+    fixed = [one for one in turned if one.right]
+    broken = [one for one in turned if not one.right]
+    return Evaluation(
+        first_step=first,
+        last_step=last,
+        changes=changes,
+        fixed=len(fixed),
+        broken=len(broken),
+        examples=[*sorted(fixed, key=_order)[:2], *sorted(broken, key=_order)[:2]],
+    )
+
+
+def before_and_after(rows: Rows) -> list[Change]:
+    """Every ``eval_`` metric that both the first and the last evaluation have."""
+    evaluations = [row for row in rows if row.get("eval_accuracy") is not None]
+    first, last = evaluations[0], evaluations[-1]
+    names = [name for name in last if name.startswith("eval_") and first.get(name) is not None]
+    return [Change(name=name, first=first[name], last=last[name]) for name in names if last[name] is not None]
+
+
+def _first_samples(rows: Sequence[Row]) -> dict[Any, Row]:
+    return {row.get("problem_id"): row for row in rows if row.get("sample") == 0}
+
+
+def _right(row: Row) -> bool:
+    """As :func:`rltrain.evaluate.correct_G` has it: the reward ``answer``, else the first part, is at least 1."""
+    parts = [key for key in row if key.startswith("reward/")]
+    name = "reward/answer" if "reward/answer" in parts else next(iter(parts), "reward")
+    return (row.get(name) or 0.0) >= 1 - 1e-9
+
+
+def _tells(samples: Mapping[Any, Row], accuracy: float) -> bool:
+    """Whether right and wrong as read off the samples give the accuracy that was recorded: some rewards know better."""
+    return bool(samples) and abs(sum(map(_right, samples.values())) / len(samples) - accuracy) < 1e-6
+
+
+def _turned(before: Row, after: Row) -> Turned:
+    return Turned(
+        prompt=before.get("prompt") or "",
+        answer=str(before.get("answer") or ""),
+        before=(before.get("completion") or "")[-TAIL_CHARACTERS:],
+        after=(after.get("completion") or "")[-TAIL_CHARACTERS:],
+        right=_right(after),
+    )
+
+
+def _order(one: Turned) -> tuple[int, str]:
+    """Short ones first: they are read at a glance."""
+    return len(one.before) + len(one.after), one.prompt

@@ -1,0 +1,147 @@
+"""The page: everything that the sections show, put into one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rltrain.report import charts
+from rltrain.report.credit import credit
+from rltrain.report.evaluation import Evaluation, evaluation
+from rltrain.report.folder import RunFolder, read_run
+from rltrain.report.provenance import Origin, origin
+from rltrain.report.warnings import all_warnings
+from rltrain.summary import Rows
+
+# What keeps the page below 5 MB.
+CREDIT_BYTES, CURVE_POINTS, POINTS_OF_A_LINE = 2_500_000, 30_000, 240
+CURVES = {
+    "reward": "reward",
+    "accuracy": "accuracy of training samples",
+    "eval_accuracy": "held-out accuracy",
+    "completions/mean_length": "mean length, tokens",
+    "entropy": "entropy, nats a token",
+    "kl": "KL to the reference",
+    "grad_norm": "gradient norm",
+    "frac_reward_zero_std": "share of groups without signal",
+    "completions/clipped_ratio": "share of completions cut off",
+}
+# Shown by other sections, or no measure of learning.
+NOT_CURVES = ("step", "timing_s/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """A run as the page shows it."""
+
+    run: RunFolder
+    origin: Origin
+    warnings: Sequence[str]
+    evaluation: Evaluation | None
+    stages: Sequence[charts.Stage]
+    config_text: str
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The table's rows; what is not known is left out."""
+        run, provenance = self.run, self.run.provenance
+        rewards = run.part("rewards")
+        known = {
+            "folder": str(run.path),
+            "steps": f"{run.steps_done} of {run.config.get('steps', '?')}",
+            "model": run.part("model").get("kind"),
+            "data": run.part("data").get("kind"),
+            "rewards": ", ".join(f"{name}: {_kind(one)}" for name, one in rewards.items()),
+            "advantage": run.part("advantage").get("kind"),
+            "seed": run.config.get("seed"),
+            "ranks": provenance.get("world_size"),
+            "git revision": provenance.get("git_revision"),
+            "versions": ", ".join(f"{name} {one}" for name, one in (provenance.get("packages") or {}).items()),
+        }
+        return {name: str(value) for name, value in known.items() if value not in (None, "")}
+
+
+def _kind(part: Any) -> str:
+    return str(part.get("kind", "?")) if isinstance(part, Mapping) else str(part)
+
+
+def build(folders: Sequence[Path], *, estimators: Sequence[str] = (), groups: int = 6, step: int | None = None) -> str:
+    """The HTML of a report on run folders; what cannot be read becomes a note in it."""
+    runs = [read_run(path, label=label) for path, label in zip(folders, labels(folders), strict=True)]
+    budget = CREDIT_BYTES // len(runs)
+    sampled = [
+        group
+        for run in runs
+        for group in credit(run, estimators=estimators, groups=groups, step=step, most_bytes=budget)
+    ]
+    rows = {run.label: run.rows for run in runs}
+    script = _asset("viewer.js")
+    return _template().render(
+        views=[_view(run) for run in runs],
+        curves=_charts(rows, CURVES),
+        others=_charts(rows, _others(rows.values())),
+        credit=sampled,
+        style=_asset("page.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        chart=charts,
+    )
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of the path before them as tells them apart."""
+    parts = [path.resolve().parts for path in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{one[-1]} ({index + 1})" for index, one in enumerate(parts)]
+
+
+def _view(run: RunFolder) -> RunView:
+    import yaml
+
+    held_out = run.part("evaluation")
+    evaluated = int(held_out.get("problems") or 0) * int(held_out.get("samples") or 1)
+    return RunView(
+        run=run,
+        origin=origin(run),
+        warnings=all_warnings(run.rows, evaluated=evaluated),
+        evaluation=evaluation(run),
+        stages=charts.stages(run.rows),
+        config_text=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
+    )
+
+
+def _charts(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> list[charts.Chart]:
+    most_points = max(2, min(POINTS_OF_A_LINE, CURVE_POINTS // max(1, len(titles) * len(rows))))
+    drawn = [charts.line_chart(title, rows, name, most_points=most_points) for name, title in titles.items()]
+    return [one for one in drawn if one is not None]
+
+
+def _others(every: Any) -> dict[str, str]:
+    names = sorted({name for rows in every for row in rows for name in row})
+    return {name: name for name in names if name not in CURVES and not name.startswith(NOT_CURVES)}
+
+
+def _asset(name: str) -> str:
+    return (files("rltrain.report") / name).read_text(encoding="utf-8")
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("rltrain.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment.get_template("page.html")

@@ -1,0 +1,70 @@
+"""How a run was started, and how its config differs from the preset that it names."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from rltrain import cli, runs
+from rltrain.config import ConfigError
+from rltrain.report.folder import RunFolder
+
+ABSENT = "—"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A key of the resolved config, as the preset has it and as the run has it."""
+
+    key: str
+    preset: str
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """``preset`` names what the config is compared with; ``remark`` says why there is no comparison."""
+
+    command: str
+    preset: str
+    differences: Sequence[Difference]
+    remark: str = ""
+
+
+def origin(run: RunFolder) -> Origin:
+    """From ``run.json`` and ``config.yaml``."""
+    arguments = [str(one) for one in run.provenance.get("command") or []]
+    command = shlex.join(["python", *arguments[1:]]) if arguments else ""
+    chosen = [one for one in arguments if one.lstrip("+").startswith("experiment=")]
+    preset = chosen[0].lstrip("+") if chosen else "the defaults (configs/config.yaml)"
+    if not run.config:
+        return Origin(command=command, preset=preset, differences=[], remark="the run has no readable config.yaml")
+    try:
+        expected = _resolved(*(f"+{one.lstrip('+')}" for one in chosen))
+    except ConfigError as error:
+        return Origin(command=command, preset=preset, differences=[], remark=str(error))
+    return Origin(command=command, preset=preset, differences=differences(expected, run.config))
+
+
+@cache
+def _resolved(*overrides: str) -> Mapping[str, Any]:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return runs.resolved(cli.compose(list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{' '.join(overrides)} cannot be composed here ({cli.one_line(error)})") from error
+
+
+def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[Difference]:
+    """Key by key; what one side lacks is a dash."""
+    found = runs.differences(expected, actual)
+    return [Difference(key=key, preset=_text(old), run=_text(new)) for key, (old, new) in found.items()]
+
+
+def _text(value: Any) -> str:
+    return ABSENT if value is None else str(value)

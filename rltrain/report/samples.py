@@ -1,0 +1,61 @@
+"""Rows of a samples file as groups. Columns that an older run did not record are empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rltrain.types import Completion, Group, Notes, Problem, Prompt
+
+Row = Mapping[str, Any]
+NOTE = "note/"
+
+
+def by_group(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one prompt side by side, in their order; sample 0 begins a group."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        fresh = not groups or row.get("sample") == 0 or row.get("problem_id") != groups[-1][-1].get("problem_id")
+        if fresh:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def reward(row: Row) -> float:
+    """NaN abstains."""
+    value = row.get("reward")
+    return math.nan if value is None else float(value)
+
+
+def notes(rows: Sequence[Row]) -> Notes:
+    """What estimator and rewards noted about a group."""
+    names = sorted({name for row in rows for name in row if name.startswith(NOTE)})
+    return {name.removeprefix(NOTE): [row.get(name) or [] for row in rows] for name in names}
+
+
+def as_group(rows: Sequence[Row]) -> Group:
+    """The group that an estimator takes."""
+    first = rows[0]
+    problem = Problem(
+        id=str(first.get("problem_id", "")), prompt=first.get("prompt") or "", answer=str(first.get("answer") or "")
+    )
+    return Group(
+        prompt=Prompt(problem=problem, token_ids=tuple(first.get("prompt_ids") or ())),
+        completions=tuple(_completion(row) for row in rows),
+        rewards_G=torch.tensor([reward(row) for row in rows], dtype=torch.float64),
+    )
+
+
+def _completion(row: Row) -> Completion:
+    ids = tuple(row.get("token_ids") or ())
+    logprobs = tuple(row.get("logprobs") or ())
+    return Completion(
+        token_ids=ids,
+        logprobs=logprobs if len(logprobs) == len(ids) else (math.nan,) * len(ids),
+        finish="length" if row.get("finish") == "length" else "stop",
+        text=row.get("completion") or "",
+    )
