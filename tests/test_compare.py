@@ -142,6 +142,14 @@ def test_completions_to_a_level_and_runs_that_never_reach_it():
     assert view.differences[0].pairs == pytest.approx([-50, 50])
 
 
+def test_a_level_below_the_start_is_reached_from_above():
+    """Such as a length that falls: 10 to 8 at 100, to 6 at 200."""
+    runs = [curve("a", 0, [10, 8, 6]), curve("b", 0, [10, 6, 9]), curve("b", 1, [10, 9, 9])]
+    assert [one.completions_to(7, falling=True) for one in runs] == [150, 75, None]
+    view = compare(runs, metric="length", reach=7).views[2]
+    assert [(score.mean, score.reached) for score in view.scores] == [(150, 1), ((75 + 200) / 2, 1)]
+
+
 def test_a_longer_run_is_cut_to_the_shortest():
     """What comes after the common budget is not counted, neither in the score nor as reaching the level."""
     longer = curve("b", 0, [0.0, 0.2, 1.0], completions=(0, 200, 400), seconds=(0, 20, 40))

@@ -98,17 +98,19 @@ def compare(
 ) -> Comparison:
     """Compare at the completions, and at the seconds, that every run got to, and in the completions to ``reach``.
 
-    ``baseline`` is the first curve's method by default; ``reach`` is half-way from the baseline's start to its end.
+    ``baseline`` is the first curve's method by default; ``reach`` is half-way from the baseline's start to its end, and
+    is reached from above where it lies below the start.
     """
     names = list(dict.fromkeys(curve.method for curve in curves))
     base = names[0] if baseline is None else baseline
     level = 1 - (1 - LEVEL) / max(1, len(names) - 1)
     budget = {axis: float(min(getattr(curve, axis)[-1] for curve in curves)) for axis in ("completions", "seconds")}
     ends = {axis: [float(curve.at(axis, x)) for curve in curves] for axis, x in budget.items()}
+    own = [(curve, end) for curve, end in zip(curves, ends["completions"], strict=True) if curve.method == base]
+    start = float(np.mean([curve.values[0] for curve, _ in own]))
     if reach is None:
-        own = [(curve, end) for curve, end in zip(curves, ends["completions"], strict=True) if curve.method == base]
-        reach = float(np.mean([(curve.values[0] + end) / 2 for curve, end in own]))
-    costs = [_cost(curve, reach, budget["completions"]) for curve in curves]
+        reach = (start + float(np.mean([end for _, end in own]))) / 2
+    costs = [_cost(curve, reach, budget["completions"], falling=reach < start) for curve in curves]
     titled = [
         (f"{metric} after {budget['completions']:,.0f} completions", 3, ends["completions"], None),
         (f"{metric} after {budget['seconds']:,.0f} s of training", 3, ends["seconds"], None),
@@ -135,9 +137,9 @@ def compare(
     )
 
 
-def _cost(curve: Curve, reach: float, budget: float) -> tuple[float, bool]:
+def _cost(curve: Curve, reach: float, budget: float, *, falling: bool) -> tuple[float, bool]:
     """The completions that a run needed, and whether it got there within the budget; the budget if it did not."""
-    needed = curve.completions_to(reach)
+    needed = curve.completions_to(reach, falling=falling)
     reached = needed is not None and needed <= budget
     return (needed if reached else budget), reached  # type: ignore[return-value]
 

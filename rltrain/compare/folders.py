@@ -40,14 +40,16 @@ class Curve:
         """The metric at ``x`` of ``axis``, on straight lines between the points."""
         return np.asarray(np.interp(x, getattr(self, axis), self.values))
 
-    def completions_to(self, level: float) -> float | None:
-        """The completions at which the straight lines first reach ``level``; None if they never do."""
-        reached = np.flatnonzero(self.values >= level)
+    def completions_to(self, level: float, *, falling: bool = False) -> float | None:
+        """The completions at which the straight lines first reach ``level`` from below, or ``falling`` from above; None
+        if they never do."""
+        sign = -1 if falling else 1
+        reached = np.flatnonzero(sign * self.values >= sign * level)
         if not len(reached):
             return None
         last = int(reached[0])
         points = slice(max(0, last - 1), last + 1)
-        return float(np.interp(level, self.values[points], self.completions[points]))
+        return float(np.interp(sign * level, sign * self.values[points], self.completions[points]))
 
 
 @dataclass(frozen=True, kw_only=True)
