@@ -8,18 +8,13 @@
 # loopback alone. Its files are in $SLURM_LAB (${TMPDIR:-/tmp}/slurm_lab); labs in different folders run side by side.
 # Each node claims two cores, whatever the host has. A job in partition `high` preempts those in `low`, the default.
 set -euo pipefail
-lab=${SLURM_LAB:-${TMPDIR:-/tmp}/slurm_lab}
+lab=$(realpath -m "${SLURM_LAB:-${TMPDIR:-/tmp}/slurm_lab}")
 export SLURM_CONF=$lab/slurm.conf
 marker=.slurm_lab # in a folder that `start` has made, and that `stop` may therefore remove
 
 die() {
     echo "slurm_lab: $*" >&2
     exit 1
-}
-
-usage() {
-    echo "usage: $0 start N | stop" >&2
-    exit 2
 }
 
 check_host() {
@@ -141,7 +136,7 @@ is_ours() {
 
 end_daemon() {
     local pid
-    pid=$(cat "$1") && is_ours "$pid" || return 0
+    pid=$(cat "$1" 2>/dev/null) && is_ours "$pid" || return 0
     kill "$pid"
     for _ in {1..200}; do
         is_ours "$pid" || return 0
@@ -162,5 +157,5 @@ stop() {
 case ${1:-} in
 start) start "${2:-}" ;;
 stop) stop ;;
-*) usage ;;
+*) die "usage: $0 start N | stop" ;;
 esac
