@@ -4,11 +4,14 @@ VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
 
+VLLM_VENV ?= .venv-vllm
+
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 docs_installed := $(VENV)/.docs_installed
+vllm_installed := $(VLLM_VENV)/.installed
 
-.PHONY: help quickstart test check format bench docs venv lock
+.PHONY: help quickstart test check format bench docs venv lock vllm-env test-vllm
 help:
 	@echo "make quickstart   cold start, GRPO, evaluation and a learning curve on two CPU cores"
 	@echo "make test         the whole test suite"
@@ -16,6 +19,8 @@ help:
 	@echo "make bench        every benchmark with its short settings"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make docs         the documentation as a site in site/"
+	@echo "make vllm-env     an environment with vLLM in $(VLLM_VENV), apart from the other one (docs/vllm.md)"
+	@echo "make test-vllm    the tests that need vLLM, there"
 	@echo "make venv | lock  the environment in $(VENV) | requirements.lock from what is installed there"
 
 quickstart: $(installed)
@@ -58,3 +63,12 @@ $(installed): pyproject.toml requirements.lock scripts/make_venv.sh
 # The build of torch is the installer's choice, so the local version suffix (+cpu, +cu126) is left out.
 lock: $(installed) $(docs_installed)
 	$(python) -m pip freeze --exclude-editable | sed 's/+c[pu][^ ]*$$//' > requirements.lock
+
+vllm-env: $(vllm_installed)
+
+$(vllm_installed): requirements-vllm.lock scripts/make_vllm_venv.sh
+	@scripts/make_vllm_venv.sh $(VLLM_VENV)
+	@touch $@
+
+test-vllm: $(vllm_installed)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm --timeout 1800 $(ARGS)

@@ -42,6 +42,8 @@ TENSORS = "tensors.safetensors"
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
 FREE_KEYS = ("run_dir", "name", "steps", "tracking", "checkpoint", "deadline_s", "watchdog", "debug")
+# Where servers are and how long they may take, not what they are asked.
+FREE_KEYS += tuple(f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests"))
 # These and the number of ranks change the order of sums, so the result to rounding.
 LAYOUT_KEYS = ("deepspeed",)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from rltrain.errors import ConfigError, require
@@ -111,7 +111,10 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    """Base of every rollout engine's config; the class is built as ``Engine(config, sampling, policy, seed)``."""
+    """Base of every rollout engine's config; the class is built as ``Engine(config, sampling, policy, seed)``.
+
+    One that has a field ``importance_correction`` says with it what ``loss.importance_correction=none`` becomes.
+    """
 
 
 @dataclass(kw_only=True)
@@ -460,6 +463,9 @@ class RunConfig:
             f"batch.token_budget={self.batch.token_budget}: below one sequence of sampling.max_prompt_tokens + "
             f"max_new_tokens = {longest}; raise it, or lower these",
         )
+        correction = getattr(self.rollout, "importance_correction", "none")
+        if self.loss.importance_correction == "none" and correction != "none":
+            self.loss = replace(self.loss, importance_correction=correction)
         require(bool(self.rewards), "rewards: none is set; choose one, for example reward@rewards.answer=boxed")
         require(
             self.loss.importance_correction == "none" or (self.sampling.top_k == 0 and self.sampling.top_p == 1),

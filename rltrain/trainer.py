@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from rltrain.collate import Denominators, collate, padding_share
 from rltrain.config import ConfigError, RunConfig, RunError, part_of
 from rltrain.engine import Engine, NonFiniteError, learning_rate
 from rltrain.evaluate import evaluate, evaluation_rewards, held_out_prompts
+from rltrain.interrupts import EXIT_INTERRUPTED, Interrupted, SignalWatch
 from rltrain.logprobs import LogprobModel, to_device
 from rltrain.loss import policy_loss
 from rltrain.metrics import Accumulator
@@ -38,12 +36,6 @@ from rltrain.scorer import Scorer, load_scorer
 from rltrain.types import Context, Group, Max, Mean, Min, Need, Prompt, Sum, TokenBatch
 
 log = logging.getLogger(__name__)
-
-EXIT_INTERRUPTED = 75
-
-
-class Interrupted(SystemExit):
-    """A signal ended the run after a saved step; the exit code tells a batch script to requeue."""
 
 
 class NoSignalError(RunError):
@@ -401,43 +393,6 @@ def save(run: Run, step: int) -> checkpoint.Saved:
         if dist.is_main():
             checkpoint.prune(run.folder, run.config.checkpoint, step=step, best_step=run.progress.best_step)
     return saved
-
-
-class SignalWatch:
-    """SIGINT, SIGTERM and SIGUSR1 only set a flag: the step is finished and saved first. A second SIGINT interrupts.
-
-    ``at_once`` is for the time before the first step, when there is nothing to save.
-    """
-
-    WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, *, at_once: bool = False) -> None:
-        self._at_once = at_once
-        self._seen = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> SignalWatch:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in self.WATCHED}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._at_once:
-            log.warning("%s: stopped before the first step; the same command starts it", signal.Signals(number).name)
-            raise Interrupted(EXIT_INTERRUPTED)
-        if number == signal.SIGINT and self._seen == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._seen = number
-        log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
-
-    def received(self) -> str | None:
-        """The signal that any rank has seen, the same answer on every rank."""
-        number = int(dist.all_max(torch.tensor(self._seen), name="signals"))
-        return signal.Signals(number).name if number else None
 
 
 def build(config: RunConfig) -> Run:

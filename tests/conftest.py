@@ -1,5 +1,6 @@
 """One thread, no network, no accounts, one seed: what makes a test's result its own."""
 
+import importlib.util
 import os
 import shutil
 
@@ -28,6 +29,7 @@ def pytest_collection_modifyitems(config, items):
     reasons = {
         "slow": None if config.getoption("--slow") else "runs with --slow",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "vllm": None if importlib.util.find_spec("vllm") else "runs with make test-vllm",
         "slurm": None if all(map(shutil.which, ("slurmctld", "slurmd", "munged"))) else "needs Slurm's daemons",
     }
     for item in items:

@@ -1,0 +1,139 @@
+"""Rollout by vLLM: an engine in each rank's process, or servers that all ranks share. See docs/vllm.md."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings
+from rltrain.config import RolloutConfig, SamplingConfig, register, require
+from rltrain.rollout import probes
+from rltrain.rollout.stopping import StopRule
+from rltrain.rollout.vllm_requests import Request, Sampled, SamplingEngine, request_seed, sampling_fields
+from rltrain.types import Completion, Group, Prompt
+
+MODES = ("colocated", "server")
+CORRECTIONS = ("none", "truncate", "mask")
+_instances = itertools.count()
+
+
+@dataclass(kw_only=True)
+class VllmRolloutConfig(RolloutConfig):
+    """``colocated``: an engine in each rank's process. ``server``: `vllm serve` at ``urls``, shared by all ranks.
+
+    ``folder`` is where weights are handed to servers; trainer and servers must see it under the same path. One call to
+    a server takes at most ``request_s``; when none is left, the step waits ``restart_s`` for one to come back. A rank
+    has ``max_requests`` calls under way at once. A colocated engine keeps a cache of ``cache_gib``, gives its memory
+    back while the rank trains (``sleep``, on GPUs), and gets ``engine`` as further arguments of ``vllm.LLM``.
+    ``importance_correction`` is what ``loss.importance_correction`` becomes where it is ``none``.
+    """
+
+    mode: str = "colocated"
+    urls: list[str] = field(default_factory=list)
+    folder: str = "${run_dir}/vllm"
+    request_s: float = 600.0
+    restart_s: float = 900.0
+    max_requests: int = 256
+    cache_gib: float = 2.0
+    sleep: bool = True
+    engine: dict[str, Any] = field(default_factory=dict)
+    importance_correction: str = "truncate"
+
+    def __post_init__(self) -> None:
+        require(self.mode in MODES, f"rollout.mode={self.mode}: unknown; set one of {', '.join(MODES)}")
+        require(
+            self.mode != "server" or bool(self.urls),
+            "rollout.urls: empty; set the servers' addresses, for example rollout.urls=[http://node1:8000]",
+        )
+        require(
+            self.mode != "colocated" or not self.urls,
+            "rollout.urls with rollout.mode=colocated: have no effect; set rollout.mode=server",
+        )
+        for url in self.urls:
+            require(url.startswith(("http://", "https://")), f"rollout.urls: {url} is no address; write http://{url}")
+        for key in ("request_s", "restart_s", "max_requests", "cache_gib"):
+            require(getattr(self, key) > 0, f"rollout.{key}={getattr(self, key)}: must be > 0")
+        correction = self.importance_correction
+        require(
+            correction in CORRECTIONS,
+            f"rollout.importance_correction={correction}: unknown; set one of {', '.join(CORRECTIONS)}",
+        )
+
+
+@register("rollout", "vllm", VllmRolloutConfig)
+class VllmRollout:
+    """Samples with vLLM, token ids in and out.
+
+    A completion's seed is the key that the local sampler would use, so a step can be repeated; it ends where the local
+    sampler's rule says. Log-probs are vLLM's, of the distribution that it sampled from: the policy's but for the order
+    of sums and, where it computes in another precision, for that.
+    """
+
+    same_distribution = False
+    uses_policy = False
+
+    def __init__(self, config: VllmRolloutConfig, sampling: SamplingConfig, policy: Any, *, seed: int) -> None:
+        self._sampling, self._policy, self._seed = sampling, policy, seed
+        longest = sampling.max_prompt_tokens + sampling.max_new_tokens
+        self._engine = _engine(config, policy, longest=longest)
+        self.sync(policy)
+
+    def sync(self, policy: Any) -> None:
+        """Push the policy's weights into the engine; all ranks call this together."""
+        self._engine.push(policy.model)
+
+    def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
+        """Continuations from inside completions, by the policy itself."""
+        return probes.probe(self._policy, requests, settings)
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, step: int, group_size: int, sampling: SamplingConfig | None = None
+    ) -> list[Group]:
+        """``group_size`` completions of each prompt, in the order of ``prompts``; rewards are not set."""
+        sampling = sampling or self._sampling
+        rule = StopRule.of(self._policy, sampling)
+        requests = [
+            Request(prompt_ids=prompt.token_ids, seed=request_seed(self._seed, step, prompt.problem.id, sample))
+            for prompt in prompts
+            for sample in range(group_size)
+        ]
+        answers = iter(self._engine.sample(requests, sampling_fields(sampling, rule)))
+        greedy = sampling.temperature == 0
+        return [
+            Group(
+                prompt=prompt,
+                completions=tuple(completion(next(answers), rule, greedy=greedy) for _ in range(group_size)),
+            )
+            for prompt in prompts
+        ]
+
+
+def completion(sampled: Sampled, rule: StopRule, *, greedy: bool) -> Completion:
+    """An answer cut by our own rule. Greedy sampling is a point mass: its log-probs are 0, as everywhere here."""
+    end = rule.end(sampled.token_ids, 0)
+    ids, logprobs = sampled.token_ids[:end], sampled.logprobs[:end]
+    return rule.completion(ids, (0.0,) * len(ids) if greedy else logprobs)
+
+
+def _engine(config: VllmRolloutConfig, policy: Any, *, longest: int) -> SamplingEngine:
+    # Two engines of one process, each with a policy of its own, must not overwrite each other's weights.
+    folder = Path(config.folder) / f"engine_{next(_instances)}"
+    if config.mode == "server":
+        from rltrain.rollout.vllm_server import Servers
+
+        return Servers(
+            config.urls,
+            folder,
+            request_s=config.request_s,
+            restart_s=config.restart_s,
+            max_requests=config.max_requests,
+            longest=longest,
+        )
+    from rltrain.rollout.vllm_colocated import ColocatedEngine
+
+    return ColocatedEngine(
+        policy, folder, longest=longest, cache_gib=config.cache_gib, sleep=config.sleep, arguments=config.engine
+    )
