@@ -161,7 +161,7 @@ def pretrained(config: PretrainedConfig) -> tuple[Any, Any]:
     """Load from the hub, a folder, or a GGUF file. A GGUF model comes out as plain weights, ready to train."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = _located(config)
+    source = located(config)
     common = {
         "trust_remote_code": config.trust_remote_code,
         "revision": config.revision or "main",
@@ -180,7 +180,8 @@ def pretrained(config: PretrainedConfig) -> tuple[Any, Any]:
     return _unquantised(model), tokenizer
 
 
-def _located(config: PretrainedConfig) -> str:
+def located(config: PretrainedConfig) -> str:
+    """The folder or hub name that a config means."""
     if config.package is not None:
         spec = importlib.util.find_spec(config.package)
         if spec is None or spec.origin is None:
@@ -228,18 +229,12 @@ def character_tokenizer(alphabet: str = TINY_ALPHABET) -> Any:
     return tokenizer
 
 
-@register("model", "tiny", TinyConfig)
-def tiny(config: TinyConfig) -> tuple[Any, Any]:
-    """Build the tiny model with seeded random weights, or load it from ``config.path``."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def tiny_architecture(config: TinyConfig) -> Any:
+    """The transformers config of the tiny model."""
+    from transformers import Qwen3Config
 
-    dtype = getattr(torch, config.dtype)
     tokenizer = character_tokenizer()
-    if config.path is not None:
-        if not Path(config.path).is_dir():
-            raise ConfigError(f"model.path={config.path}: no such folder; give the folder of a saved tiny model")
-        return Qwen3ForCausalLM.from_pretrained(config.path, dtype=dtype), tokenizer
-    architecture = Qwen3Config(
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -253,8 +248,21 @@ def tiny(config: TinyConfig) -> tuple[Any, Any]:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+
+
+@register("model", "tiny", TinyConfig)
+def tiny(config: TinyConfig) -> tuple[Any, Any]:
+    """Build the tiny model with seeded random weights, or load it from ``config.path``."""
+    from transformers import Qwen3ForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    tokenizer = character_tokenizer()
+    if config.path is not None:
+        if not Path(config.path).is_dir():
+            raise ConfigError(f"model.path={config.path}: no such folder; give the folder of a saved tiny model")
+        return Qwen3ForCausalLM.from_pretrained(config.path, dtype=dtype), tokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.init_seed)
-        model = Qwen3ForCausalLM(architecture)
+        model = Qwen3ForCausalLM(tiny_architecture(config))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.to(dtype), tokenizer
