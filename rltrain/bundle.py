@@ -26,7 +26,7 @@ from rltrain.config import ConfigError, RunConfig
 from rltrain.engine import NonFiniteError
 from rltrain.types import Completion, Group, Problem, Prompt, TokenBatch
 
-FORMAT = 1
+VERSION = 1
 HEADER = "rltrain_bundle"
 
 
@@ -134,7 +134,7 @@ def _save(path: Path, config: RunConfig, records: Sequence[Record], weights: Wei
         tensors |= {f"rank{rank}/{name}": value for name, value in _tensors(record).items()}
     first = records[0]
     facts = {
-        "format": FORMAT,
+        "version": VERSION,
         "step": first.step,
         "epoch": first.epoch,
         "grad_norm": first.grad_norm,
@@ -204,8 +204,8 @@ def read(path: Path) -> Bundle:
     """A bundle from its file."""
     with safe_open(path, framework="pt") as file:
         header = (file.metadata() or {}).get(HEADER)
-        if header is None or json.loads(header)["format"] != FORMAT:
-            raise ConfigError(f"{path}: not a step bundle of format {FORMAT}; give a file of a run's bundles folder")
+        if header is None or json.loads(header)["version"] != VERSION:
+            raise ConfigError(f"{path}: not a step bundle of version {VERSION}; give a file of a run's bundles folder")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     facts = json.loads(header)
     records = [

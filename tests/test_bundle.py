@@ -150,7 +150,7 @@ def test_two_ranks_write_one_bundle_that_one_process_replays_to_rounding(tmp_pat
 
 def test_a_file_that_is_no_bundle_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ConfigError, match="not a step bundle of format 1"):
+    with pytest.raises(ConfigError, match="not a step bundle of version 1"):
         bundle.read(tmp_path / "other")
 
 
