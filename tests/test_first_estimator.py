@@ -75,6 +75,7 @@ def test_the_page_from_top_to_bottom(folder):
             outputs["script"] = run(folder, sys.executable, "-c", block)
     assert "2 passed" in outputs["python -m pytest"]
     assert "discounted" in outputs["python scripts/bench/estimators.py --custom"]
+    assert "report.html" in outputs["python -m rltrain.report"]
     assert "discounted - grpo" in outputs["python -m rltrain.compare"]
     assert "1 shared seeds give no interval" in outputs["python -m rltrain.compare"]
     # gamma 0.9 over at most ten tokens: a row's mean is between 1 and (1 - 0.9^10)/(10·0.1) of its largest value.
