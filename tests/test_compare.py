@@ -255,6 +255,7 @@ def test_a_run_folder_as_a_curve(tmp_path):
         for step, seconds, tries in ((1, 1.0, 1), (2, 2.0, 3), (3, 1.5, 1), (4, 9.0, 2))
     ]
     steps[1] |= {"eval_accuracy": 0.3, "completions/mean_length": 5.0}
+    steps[2] |= {"timing_s/step": 31.5, "timing_s/checkpoint": 30.0}  # saving is no training
     steps[3] |= {"eval_accuracy": 0.4}
     write_run(tmp_path / "r", rows=[{"step": 0, "eval_accuracy": 0.1}, *steps], seed=3, kind="tree")
     (found,) = read_all(tmp_path).curves

@@ -107,7 +107,7 @@ def read_run(folder: Path, *, by: Sequence[str], metric: str, task: Sequence[str
         return f"{metric} was recorded {len(values)} times, a curve needs two"
     training = [row for row in rows if row["step"] > 0]
     attempts = [row.get("dynamic_sampling/attempts") or 1.0 for row in training]
-    seconds = [row.get("timing_s/step") or 0.0 for row in training]
+    seconds = [(row.get("timing_s/step") or 0.0) - (row.get("timing_s/checkpoint") or 0.0) for row in training]
     ends = [row["step"] for row in training]
     return Curve(
         folder=folder,
