@@ -115,7 +115,8 @@ def test_line_chart_smooths_long_series_and_says_its_ends():
     top, bottom = charts.TOP, charts.HEIGHT - charts.BOTTOM
     # The scale has a twentieth to spare on both sides; the mean of ten is 0.5, in the middle.
     assert last_y == pytest.approx([top + 0.05 / 1.1 * (bottom - top), (top + bottom) / 2], abs=0.1)
-    assert found.words == ["a: 0 → 1"]
+    assert found.words == ["a: 0.5 → 0.5"]
+    assert charts.line_chart("reward", {"a": rows[:4]}, "reward", most_points=100).words == ["a: 0 → 1"]
     assert charts.line_chart("kl", {"a": rows}, "kl", most_points=100) is None
 
 
@@ -136,6 +137,12 @@ def test_stages_are_means_per_step_and_probes_are_taken_out_of_the_advantage():
 def test_config_differences_by_key():
     found = differences({"a": {"b": 1, "c": None}, "d": [1]}, {"a": {"b": 2, "c": None}, "e": "x"})
     assert [(one.key, one.preset, one.run) for one in found] == [("a.b", "1", "2"), ("d", "[1]", "—"), ("e", "—", "x")]
+
+
+def test_of_an_exchanged_part_the_new_settings_are_shown():
+    found = differences({"advantage": {"kind": "a", "eps": 1}}, {"advantage": {"kind": "b", "delimiter": "\n"}})
+    rows = [(one.key, one.preset, one.run) for one in found]
+    assert rows == [("advantage.delimiter", "—", "'\\n'"), ("advantage.kind", "a", "b")]
 
 
 def test_the_preset_is_the_experiment_of_the_command(grpo_run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TypeVar
 
 from rltrain.summary import Rows, series, smoothed
@@ -26,7 +27,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A line chart; ticks are (position, text), ``words`` says per run where its line starts and ends."""
+    """A line chart; ticks are (position, text), ``words`` says per run where it starts and ends."""
 
     title: str
     lines: Sequence[Line]
@@ -88,7 +89,8 @@ def line_chart(title: str, runs: Mapping[str, Rows], name: str, *, most_points: 
         mean = [(a, y(value)) for (a, _), value in zip(raw, smoothed(values, WINDOW), strict=True)]
         lines += [_line(raw, colour, most_points, faint=True)] if noisy else []
         lines.append(_line(mean if noisy else raw, colour, most_points))
-        words.append(f"{label}: {values[0]:.4g} → {values[-1]:.4g}")
+        count = WINDOW if noisy else 1
+        words.append(f"{label}: {fmean(values[:count]):.4g} → {fmean(values[-count:]):.4g}")
     return Chart(title=title, lines=lines, ticks_x=x.ticks(4), ticks_y=y.ticks(4), words=words)
 
 

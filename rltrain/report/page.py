@@ -80,9 +80,11 @@ def build(folders: Sequence[Path], *, estimators: Sequence[str] = (), groups: in
         for group in credit(run, estimators=estimators, groups=groups, step=step, most_bytes=budget)
     ]
     rows = {run.label: run.rows for run in runs}
-    script = _asset("viewer.js")
+    views, script = [_view(run) for run in runs], _asset("viewer.js")
+    stages = dict.fromkeys(stage.name for view in views for stage in view.stages)
     return _template().render(
-        views=[_view(run) for run in runs],
+        views=views,
+        stage_colours={name: index for index, name in enumerate(stages)},
         curves=_charts(rows, CURVES),
         others=_charts(rows, _others(rows.values())),
         credit=sampled,

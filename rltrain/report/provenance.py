@@ -61,10 +61,18 @@ def _resolved(*overrides: str) -> Mapping[str, Any]:
 
 
 def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[Difference]:
-    """Key by key; what one side lacks is a dash."""
+    """Key by key; what one side lacks is a dash. Of a part that was exchanged, the run's settings alone."""
     found = runs.differences(expected, actual)
-    return [Difference(key=key, preset=_text(old), run=_text(new)) for key, (old, new) in found.items()]
+    exchanged = tuple(f"{key.removesuffix('.kind')}." for key in found if key.endswith(".kind"))
+    return [
+        Difference(key=key, preset=_text(old), run=_text(new))
+        for key, (old, new) in found.items()
+        if not (new is None and key.startswith(exchanged))
+    ]
 
 
 def _text(value: Any) -> str:
+    """Strings with blanks at an end in quotes."""
+    if isinstance(value, str) and value != value.strip():
+        return repr(value)
     return ABSENT if value is None else str(value)

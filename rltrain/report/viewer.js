@@ -199,7 +199,7 @@
     }
     if (group.gain) {
       add("Information gain", `Nats that each thought adds to the log-prob of the text after position ${group.gain.position}.`, gainTable(group.gain));
-      add("Information gain per position", "Every thought sampled at this step, against where its document was cut; larger dots: this group.", gainScatter(width));
+      add("Information gain per position", "Every thought sampled at this step, against where its document was cut; larger dots: where that of this group was.", gainScatter(width));
     }
     box.replaceChildren(...parts);
   }
