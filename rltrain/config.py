@@ -261,24 +261,25 @@ class DeepSpeedConfig:
 
 @dataclass(kw_only=True)
 class BatchConfig:
-    """How much of what makes one optimiser step. ``token_budget`` is a hard cap on a micro-batch's tokens."""
+    """What makes one optimiser step; ``token_budget`` caps a micro-batch, ``packing`` lays it out: docs/batching.md."""
 
     prompts_per_step: int = 16
     group_size: int = 8
     update_epochs: int = 1
     token_budget: int = 16384
+    packing: str = "auto"
     dynamic_sampling: bool = False
     max_sampling_attempts: int = 10
 
     def __post_init__(self) -> None:
-        require(self.prompts_per_step >= 1, f"batch.prompts_per_step={self.prompts_per_step}: set at least 1")
+        for key in ("prompts_per_step", "update_epochs", "token_budget", "max_sampling_attempts"):
+            require(getattr(self, key) >= 1, f"batch.{key}={getattr(self, key)}: set at least 1")
         require(
             self.group_size >= 2,
             f"batch.group_size={self.group_size}: a group baseline needs at least 2 samples; set batch.group_size>=2",
         )
-        require(self.update_epochs >= 1, f"batch.update_epochs={self.update_epochs}: set at least 1")
-        require(self.token_budget >= 1, f"batch.token_budget={self.token_budget}: set at least 1")
-        require(self.max_sampling_attempts >= 1, "batch.max_sampling_attempts: set at least 1")
+        layouts = ("auto", "padded", "packed", "shared")
+        require(self.packing in layouts, f"batch.packing={self.packing}: unknown; set one of {', '.join(layouts)}")
 
 
 @dataclass(kw_only=True)

@@ -24,10 +24,11 @@ from rltrain.config import ConfigError, RunConfig, RunError, part_of
 from rltrain.engine import Engine, NonFiniteError, learning_rate
 from rltrain.evaluate import evaluate, evaluation_rewards, held_out_prompts
 from rltrain.interrupts import EXIT_INTERRUPTED, Interrupted, SignalWatch
-from rltrain.logprobs import LogprobModel, to_device
-from rltrain.loss import policy_loss
+from rltrain.layouts import usable_layouts
+from rltrain.logprobs import LogprobModel, loss_and_logprobs, to_device
 from rltrain.metrics import Accumulator
 from rltrain.model import Policy, load_frozen, load_policy
+from rltrain.packing import Layout
 from rltrain.prompts import PromptSource
 from rltrain.recorder import Recorder
 from rltrain.rewards.scoring import score
@@ -65,6 +66,7 @@ class Run:
     source: PromptSource
     held_out: Sequence[Prompt]
     first_step: int
+    layouts: tuple[Layout, ...]
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -168,8 +170,7 @@ def update(run: Run, record: Record, metrics: Accumulator) -> None:
     batches, step, deadline_s = record.batches, record.step, run.config.deadline("train")
     for index, batch in enumerate(batches):
         with dist.stage(f"micro-batch {index + 1} of {len(batches)} of step {step}", deadline_s):
-            logprobs_N, entropy_N = run.engine(batch)
-            output = policy_loss(logprobs_N, batch, run.config.loss, entropy_N=entropy_N)
+            output, logprobs_N = loss_and_logprobs(run.engine, batch, run.config.loss)
             run.engine.backward(output.loss, last=index == len(batches) - 1)
         record.add(output.loss, logprobs_N)
         metrics.add(output.metrics)
@@ -244,6 +245,8 @@ def micro_batches(
         token_budget=config.batch.token_budget,
         max_new_tokens=config.sampling.max_new_tokens,
         keep_zero_advantages=config.loss.kl_coef > 0 or config.loss.entropy_coef > 0,
+        layouts=run.layouts,
+        hidden_size=run.policy.model.config.get_text_config().hidden_size,
     )
     return [to_device(batch, dist.device()) for batch in batches], denominators
 
@@ -438,6 +441,7 @@ def build(config: RunConfig) -> Run:
         source=source,
         held_out=held_out,
         first_step=saved.step if saved else 0,
+        layouts=usable_layouts(config.batch.packing, [engine, *([reference] if reference else [])]),
         progress=progress,
     )
 

