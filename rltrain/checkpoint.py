@@ -30,7 +30,7 @@ from torch import Tensor
 from rltrain import dist, runs
 from rltrain.config import CheckpointConfig, ConfigError, RunError
 from rltrain.engine import Engine
-from rltrain.model import Policy
+from rltrain.model import Policy, save_policy
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ def _write_shared(
     writing: Path, *, policy: Policy, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> list[Path]:
     """What one rank writes for all: the exported policy and the state of the parts."""
-    export(policy, writing / "policy")
+    save_policy(policy, writing / "policy")
     (writing / "parts.json").write_text(json.dumps(dict(parts)))
     written = [*(path for path in (writing / "policy").rglob("*") if path.is_file()), writing / "parts.json"]
     if tensors:
@@ -254,12 +254,6 @@ def _sync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def export(policy: Policy, folder: Path) -> None:
-    """A plain transformers folder; LoRA adapters are saved as adapters."""
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
 
 
 def load(saved: Saved, *, engine: Engine) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def deepspeed_dict(config: DeepSpeedConfig, optimizer: OptimizerConfig, *, dtype
     own = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm if config.zero_stage else 0.0,
+        "gradient_clipping": optimizer.max_grad_norm if config.zero_stage or dtype == "bfloat16" else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -87,10 +87,7 @@ class Engine:
     """The policy under DeepSpeed: ``backward`` each micro-batch, then ``step`` once."""
 
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig, config: DeepSpeedConfig, *, dtype: str) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", dist.device().type)
-        import deepspeed
-
-        _skip_shared_memory_op(deepspeed)
+        deepspeed = _library()
         self.optimizer_config = optimizer
         self.zero_stage = config.zero_stage
         self.module = module.to(dist.device())
@@ -101,6 +98,8 @@ class Engine:
         )
         self.deepspeed: Any = parts[0]
         self.optimizer: Any = parts[1]
+        if config.zero_stage == 0 and dtype == "bfloat16":
+            self._undo_first_step()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -114,9 +113,12 @@ class Engine:
         """Clip to the global norm, check that it is finite, step; returns the norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._clip() if self.zero_stage == 0 else None
+        norm = self._clip() if self.optimizer is self.deepspeed.basic_optimizer else None
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+        norm = float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+        if not math.isfinite(norm):  # under ZeRO DeepSpeed then skips the step and says nothing
+            raise NonFiniteError(f"gradient norm of rank {dist.rank()}: {norm}; the optimiser did not move")
+        return norm
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Trainable parameters by name, each whole while held (ZeRO 3 shards them); all ranks call this together."""
@@ -151,6 +153,14 @@ class Engine:
                     parameter.ds_active_sub_modules.clear()
                 offload._register_deepspeed_module(offload.module)
 
+    @torch.no_grad()
+    def _undo_first_step(self) -> None:
+        """In bf16 without ZeRO DeepSpeed starts with a step on zero gradients: AdamW would count it, and decay."""
+        self.deepspeed.basic_optimizer.state.clear()
+        for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
+            for weight, master in zip(low, high, strict=True):
+                master.copy_(weight)
+
     def held(self) -> list[shards.Shard]:
         """The fp32 weights and the optimiser state that this rank holds, as views."""
         return shards.held(
@@ -176,7 +186,7 @@ class Engine:
         return shards.BYTES_PER_ELEMENT * sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
 
     def _clip(self) -> Tensor:
-        """DeepSpeed clips at stage 0 too, but does not tell the norm."""
+        """DeepSpeed clips in fp32 at stage 0, too, but does not tell the norm."""
         trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         norm = nn.utils.clip_grad_norm_(trainable, self.optimizer_config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
@@ -189,7 +199,42 @@ def undo_averaging(loss: Tensor) -> Tensor:
     return loss * dist.world_size()
 
 
-def _skip_shared_memory_op(deepspeed: Any) -> None:
-    """On CPU DeepSpeed would compile a shared-memory all-reduce (30 s and a C++ compiler) that training never calls."""
+@contextmanager
+def sharded_loading(config: DeepSpeedConfig, *, dtype: str) -> Iterator[None]:
+    """At ZeRO 3, ``from_pretrained`` inside gives each rank its part of the weights and no more; rank 0 reads them."""
+    if config.zero_stage < 3:
+        yield
+        return
+    _library()
+    from transformers.integrations import deepspeed as integration
+
+    # Kept in a name, because transformers holds it by a weak reference.
+    active = integration.HfDeepSpeedConfig(deepspeed_dict(config, OptimizerConfig(), dtype=dtype))
+    try:
+        yield
+    finally:
+        integration.unset_hf_deepspeed_config()
+        del active
+
+
+def shard_frozen(module: nn.Module, config: DeepSpeedConfig, *, dtype: str) -> Any:
+    """A model without an optimiser, called as before; at ZeRO 3 each rank keeps its part of the weights."""
+    module = module.to(dist.device())
+    if config.zero_stage < 3:
+        return module
+    own = deepspeed_dict(config, OptimizerConfig(), dtype=dtype)
+    own["zero_optimization"].pop("offload_optimizer", None)
+    return _library().initialize(model=module, config=own)[0]
+
+
+def _library() -> Any:
+    """DeepSpeed, for the device that is here.
+
+    On CPU it would compile a shared-memory all-reduce (30 s and a C++ compiler) that training never calls.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", dist.device().type)
+    import deepspeed
+
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,31 +1,38 @@
-"""Load a policy and its tokenizer: hub name or folder, GGUF file, or the built-in tiny model."""
+"""Load a policy and its tokenizer: hub name or folder, GGUF file, adapters, or the built-in tiny model."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
+import json
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rltrain.config import MISSING, ConfigError, LoraConfig, ModelConfig, part_of, register, require
+from rltrain.config import MISSING, ConfigError, LoraConfig, ModelConfig, part_of, parts, register, require
 from rltrain.types import Message, Problem, Prompt, TokenProblem
 
+BASE_MODEL = "base_model.json"
 TINY_ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A causal language model of transformers, its tokenizer, and the ids that end a completion."""
+    """A causal language model of transformers, its tokenizer, and the ids that end a completion.
+
+    ``base`` is where the frozen weights under LoRA adapters come from.
+    """
 
     model: Any
     tokenizer: Any
     stop_token_ids: tuple[int, ...]
     pad_token_id: int
+    base: ModelConfig | None = None
 
 
 @dataclass(kw_only=True)
@@ -68,17 +75,23 @@ class TinyConfig(ModelConfig):
 
 
 def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
-    """The policy of a config, with LoRA adapters if asked; ``path`` overrides where the weights come from."""
+    """The policy of a config, with LoRA adapters if asked; ``path`` overrides where the weights come from.
+
+    A path to saved adapters goes on with them, or, where the config asks for none, merges them into their base.
+    """
     if path is not None:
-        config = copy.copy(config)
-        config.path, config.package, config.gguf_file = path, None, None  # type: ignore[attr-defined]
+        config = _at(config, path)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, tokenizer = part_of(config).function(config)
+    adapters = _adapters(config)
+    base = config if adapters is None else _base_of(adapters, config)
+    model, tokenizer = part_of(base).function(base)
     if config.chat and tokenizer.chat_template is None:
         raise ConfigError("model.chat=true: the tokenizer has no chat template; set model.chat=false")
-    if config.lora.rank > 0:
+    if adapters is not None:
+        model = load_lora(model, adapters, config.lora)
+    elif config.lora.rank > 0:
         model = add_lora(model, config.lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -88,7 +101,54 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        base=base if config.lora.rank > 0 else None,
     )
+
+
+def _at(config: ModelConfig, path: str) -> ModelConfig:
+    """The config with its weights at ``path``."""
+    config = copy.copy(config)
+    config.path, config.package, config.gguf_file = path, None, None  # type: ignore[attr-defined]
+    return config
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """A plain transformers folder. Adapters are saved as such, with ``base_model.json``: the model that they change."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    if policy.base is not None:
+        plain = {"kind": part_of(policy.base).name} | dataclasses.asdict(policy.base) | {"lora": {}}
+        path = plain.get("path")
+        if path is not None and plain.get("package") is None and Path(path).is_dir():
+            plain["path"] = str(Path(path).resolve())
+        (folder / BASE_MODEL).write_text(json.dumps(plain, indent=1))
+
+
+def config_of(plain: Mapping[str, Any]) -> ModelConfig:
+    """A model config from its plain form, whose ``kind`` names the part."""
+    fields = dict(plain)
+    kind = fields.pop("kind")
+    known = {part.name: part.config for part in parts("model")}
+    require(kind in known, f"model={kind}: not registered here; import the file that registers it")
+    return known[kind](**fields | {"lora": LoraConfig(**fields.get("lora", {}))})
+
+
+def _adapters(config: ModelConfig) -> Path | None:
+    """The folder of saved adapters that a config's path names, if it does."""
+    path, package = getattr(config, "path", None), getattr(config, "package", None)
+    folder = Path(path).expanduser() if path and package is None else None
+    return folder if folder and (folder / "adapter_config.json").is_file() else None
+
+
+def _base_of(adapters: Path, config: ModelConfig) -> ModelConfig:
+    """The config of the model under saved adapters: ours says it in full, one of peft's alone names a path."""
+    if (adapters / BASE_MODEL).is_file():
+        base = config_of(json.loads((adapters / BASE_MODEL).read_text()))
+    else:
+        named = json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"]
+        require(bool(named), f"{adapters}: adapter_config.json names no base model; set base_model_name_or_path in it")
+        base = _at(config, named)
+    return dataclasses.replace(base, dtype=config.dtype)
 
 
 def load_frozen(config: ModelConfig, *, path: str | None = None) -> Policy:
@@ -120,6 +180,18 @@ def add_lora(model: Any, config: LoraConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, adapters)
+
+
+def load_lora(model: Any, folder: Path, config: LoraConfig) -> Any:
+    """Put saved adapters on their base model: trainable, or merged into plain weights where ``config.rank=0``."""
+    import peft
+
+    adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=config.rank > 0)
+    if config.rank == 0:
+        return adapted.merge_and_unload()  # type: ignore[operator]
+    saved = adapted.peft_config["default"].r  # type: ignore[attr-defined]
+    require(saved == config.rank, f"model.lora.rank={config.rank}: {folder} holds adapters of rank {saved}; set that")
+    return adapted
 
 
 def encode(policy: Policy, problem: Problem, config: ModelConfig) -> Prompt:
