@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from rltrain import bundle, checkpoint, dist, runs, sft, watchdog
 from rltrain.bundle import Record
 from rltrain.collate import Denominators, collate, padding_share
 from rltrain.config import ConfigError, RunConfig, RunError, part_of
-from rltrain.engine import Engine, NonFiniteError, learning_rate
+from rltrain.engine import Engine, NonFiniteError, learning_rate, shard_frozen, sharded_loading
 from rltrain.evaluate import evaluate, evaluation_rewards, held_out_prompts
 from rltrain.interrupts import EXIT_INTERRUPTED, Interrupted, SignalWatch
 from rltrain.layouts import usable_layouts
@@ -103,13 +104,14 @@ def fit(config: RunConfig) -> dict[str, float]:
 
 def train(run: Run, recorder: Recorder) -> dict[str, float]:
     """The loop. One step: prompts, completions, rewards, advantages, micro-batches, gradient, optimiser."""
-    config, values = run.config, {}
+    config, values, saving_s = run.config, {}, 0.0
     estimator = part_of(config.advantage).function
     if run.first_step == 0:
         recorder.write(0, held_out_metrics(run, 0))
     with SignalWatch() as signals:
         for step in range(run.first_step, config.steps):
             metrics, context = Accumulator(), run.context(step)
+            metrics.timing_s["checkpoint"] = saving_s  # after the step before
             torch.manual_seed(step_seed(config.seed, step))
             with saved_if_lost(run, step), sampling_weights(run):
                 groups = collect(run, context, metrics)
@@ -131,7 +133,7 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
             recorder.write(step + 1, values)
             recorder.write_samples(step + 1, groups, advantages)
             refuse_zero_signal(run, step, groups)
-            maybe_save(run, step + 1, signal_name=signals.received())
+            saving_s = maybe_save(run, step + 1, signal_name=signals.received())
     return values
 
 
@@ -364,14 +366,15 @@ def refuse_zero_signal(run: Run, step: int, groups: Sequence[Group]) -> None:
         )
 
 
-def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
-    """Save where one is due, at a new best, at the end, and before an interrupted run leaves."""
+def maybe_save(run: Run, step: int, *, signal_name: str | None) -> float:
+    """Save where one is due, at a new best, at the end, and before an interrupted run leaves; returns the seconds."""
     config = run.config.checkpoint
     last = step == run.config.steps
     due = config.every_steps > 0 and step % config.every_steps == 0
     best = config.keep_best and run.progress.best_step == step
     if not (last or due or best or signal_name):
-        return
+        return 0.0
+    start = time.perf_counter()
     saved = save(run, step)
     if signal_name and not last:
         if dist.is_main():
@@ -379,6 +382,7 @@ def maybe_save(run: Run, step: int, *, signal_name: str | None) -> None:
                 "%s: stopped after step %d, saved to %s; the same command resumes it", signal_name, step, saved.path
             )
         raise Interrupted(EXIT_INTERRUPTED)
+    return time.perf_counter() - start
 
 
 def save(run: Run, step: int) -> checkpoint.Saved:
@@ -411,7 +415,8 @@ def build(config: RunConfig) -> Run:
     if saved is None and dist.is_main():
         runs.write_provenance(folder, config)
     initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
-    policy = load_policy(config.model, path=initial)
+    with sharded_loading(config.deepspeed, dtype=config.model.dtype):
+        policy = load_policy(config.model, path=initial)
     source = PromptSource(config, policy)
     held_out = held_out_prompts(config, policy) if config.evaluation.every_steps > 0 else []
     engine = Engine(
@@ -462,5 +467,7 @@ def load_reference(config: RunConfig, *, path: str | None) -> LogprobModel | Non
     """The initial policy (or ``reference``), frozen, where the loss or a part needs it."""
     if Need.REFERENCE_LOGPROBS not in config.needs():
         return None
-    model = load_frozen(config.model, path=path).model.to(dist.device())
-    return LogprobModel(model, temperature=config.sampling.temperature)
+    with sharded_loading(config.deepspeed, dtype=config.model.dtype):
+        model = load_frozen(config.model, path=path).model
+    reference = LogprobModel(model, temperature=config.sampling.temperature)
+    return shard_frozen(reference, config.deepspeed, dtype=config.model.dtype)
