@@ -47,7 +47,7 @@ class Score:
     runs: int
     iqm: Interval
     mean: float
-    std: float
+    std: float | None
     reached: int | None = None
 
 
@@ -172,7 +172,7 @@ def _scores(curves: Sequence[Curve], values: Sequence[float], reached: Sequence[
                 runs=len(own),
                 iqm=bootstrap(_strata(cells), interquartile_mean, level=LEVEL),
                 mean=float(own.mean()),
-                std=float(own.std(ddof=1)) if len(own) > 1 else 0.0,
+                std=float(own.std(ddof=1)) if len(own) > 1 else None,
                 reached=sum(flag for curve, flag in flags if curve.method == method) if reached else None,
             )
         )
