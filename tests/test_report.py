@@ -16,6 +16,7 @@ from rltrain.advantages.group import group_advantages
 from rltrain.advantages.prefix_tree import prefix_values
 from rltrain.advantages.tempo import tempo_advantages
 from rltrain.config import ConfigError
+from rltrain.report import __main__ as command
 from rltrain.report import charts, estimators, page
 from rltrain.report.credit import credit
 from rltrain.report.estimators import SampledStep
@@ -228,7 +229,10 @@ def test_the_runs_own_estimator_is_shown_as_recorded(grpo_run):
     _, groups, step = sampled(grpo_run)
     own = step.under("grpo")
     assert own.values == [[row["advantages"] for row in rows] for rows in groups]
-    assert own.remark == step.recorded().remark
+    assert own.own and step.under("group").values == own.values
+    # A preset of the same estimator with other settings is another view.
+    assert not step.under("dr_grpo").own
+    assert step.under("custom").remark.startswith("not shown: advantage.import_path")
 
 
 def test_probes_of_the_policy_that_drew_the_samples_give_the_recorded_credit(probed_run):
@@ -258,6 +262,34 @@ def test_an_estimator_that_cannot_be_computed_says_why(grpo_run, tmp_path):
     found = sampled(folder)[2].under("spae")
     assert found.values is None
     assert found.remark == "not shown: it probes the policy, and the run folder holds no finished checkpoint"
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
+    command.main()
+
+
+def test_the_command_writes_the_page_into_the_runs_folder(grpo_run, tmp_path, monkeypatch, capsys):
+    folder = copied(grpo_run, tmp_path)
+    run_command(monkeypatch, folder, "--estimators", "tempo", "--step", "2", "--groups", "1")
+    (group,) = credit_of((folder / "report.html").read_text())
+    assert " · step 2 · " in group["title"] and [one["name"] for one in group["estimates"]][1] == "tempo"
+    assert capsys.readouterr().out.startswith(f"written to {folder}/report.html (0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/run"], "/no/such/run: no such folder; give the folder of a run"),
+        ([".", "--groups", "0"], "--groups 0: set at least 1"),
+        ([".", "--estimators", "temper"], "--estimators temper: unknown; choose among"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        run_command(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith(f"config error: {message}") and error.count("\n") == 1
 
 
 def test_unknown_estimators_are_refused_with_the_choices():

@@ -35,6 +35,7 @@ def write(flags: argparse.Namespace) -> None:
 
     for folder in flags.runs:
         require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run")
+    require(flags.groups >= 1, f"--groups {flags.groups}: set at least 1")
     names = [name for name in flags.estimators.split(",") if name]
     estimators.check(names)
     out = flags.out or (flags.runs[0] if len(flags.runs) == 1 else Path()) / "report.html"

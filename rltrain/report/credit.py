@@ -30,7 +30,7 @@ def credit(
         return []
     sampled = SampledStep(run, step, everything)
     estimates = [sampled.under(name) for name in estimators]
-    if not any(one.remark == sampled.recorded().remark for one in estimates):
+    if not any(one.own for one in estimates):
         estimates = [sampled.recorded(), *estimates]
     gains = thinned([point for group in everything for point in _gains(group)], MOST_GAINS)
     shown, spent = [], 0

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from rltrain import cli
-from rltrain.config import AdvantageConfig, ConfigError, SamplingConfig, part_of, parts
+from rltrain.config import ConfigError, SamplingConfig, part_of, parts
 from rltrain.report.folder import RunFolder
 from rltrain.report.samples import Row, as_group, notes
 from rltrain.types import Context, Need, Notes
@@ -20,12 +20,16 @@ from rltrain.types import Context, Need, Notes
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """``values[p][g]`` per token of every group of a step, or None with the reason in ``remark``."""
+    """``values[p][g]`` per token of every group of a step, or None with the reason in ``remark``.
+
+    ``own``: what the run recorded, not computed here.
+    """
 
     name: str
     values: Sequence[Sequence[Sequence[float]]] | None
     notes: Sequence[Notes]
     remark: str
+    own: bool = False
 
 
 def check(names: Sequence[str]) -> None:
@@ -41,12 +45,11 @@ def _presets() -> list[str]:
     return sorted(path.stem for path in (cli.config_folder() / "algorithm").glob("*.yaml"))
 
 
-def settings(name: str) -> list[tuple[str, AdvantageConfig]]:
-    """(Override, config) to try in turn: the preset of that name and its variants ``NAME_…``, else the node."""
-    chosen = [f"algorithm={one}" for one in _presets() if one == name or one.startswith(f"{name}_")]
+def candidates(name: str) -> list[str]:
+    """The overrides to try in turn: the preset of that name and its variants ``NAME_…``, else the node."""
     if name not in _presets():
-        chosen = [f"advantage={name}"]
-    return [(one, cli.compose([one]).advantage) for one in chosen]
+        return [f"advantage={name}"]
+    return [f"algorithm={one}" for one in _presets() if one == name or one.startswith(f"{name}_")]
 
 
 class SampledStep:
@@ -63,17 +66,21 @@ class SampledStep:
             values=[[row.get("advantages") or [] for row in rows] for rows in self._rows],
             notes=[notes(rows) for rows in self._rows],
             remark="as the run recorded it, with the run's settings",
+            own=True,
         )
 
     def under(self, name: str) -> Estimate:
         """Another estimator's view of all groups; its statistics over the batch are over these groups."""
         reasons, own = [], self._run.part("advantage")
-        for override, config in settings(name):
-            part = part_of(config)
-            # Probes cannot be repeated exactly, so the run's own are what its estimator is shown with.
-            if own.get("kind") == part.name and (part.needs or own == {"kind": part.name} | vars(config)):
-                return self.recorded(name)
+        if own.get("kind") == name:
+            return self.recorded(name)
+        for override in candidates(name):
             try:
+                config = cli.compose([override]).advantage
+                part = part_of(config)
+                # Another policy's probes are no match for those that the run made with the same estimator.
+                if own.get("kind") == part.name and (part.needs or own == {"kind": part.name} | vars(config)):
+                    return self.recorded(name)
                 context, source = self._context(part.needs)
                 found = part.function(self._groups, config, context)
             except ConfigError as error:

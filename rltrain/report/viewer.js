@@ -81,7 +81,7 @@
   function legend(estimate) {
     const largest = number(largestOf(estimate));
     return make("div", {}, make("h4", {}, estimate.name), make("small", {}, estimate.remark),
-      make("div", { class: "scale", "aria-label": `colours from -${largest} to +${largest}` },
+      make("div", { class: "scale", role: "img", "aria-label": `colours from -${largest} to +${largest}` },
         `−${largest}`, make("span", { class: "ramp" }), `+${largest}`));
   }
 
