@@ -184,14 +184,16 @@ def buffer_bytes(config: RunConfig, shape: ModelShape, stage: int, *, on_gpu: bo
 
 
 def step_bytes(shape: ModelShape, stage: int, share: int, *, on_gpu: bool) -> int:
-    """What AdamW's arithmetic holds for a moment: on a CPU at stage 0 for one parameter, else for the whole shard.
+    """What is held for a moment between backward and the next step.
 
-    Where it moves a copy of the weights, their gradient is copied, too.
+    AdamW's arithmetic: on a CPU at stage 0 for one parameter, else for the whole shard; where it moves a copy of the
+    weights, their gradient is copied, too. At stage 0 DeepSpeed flattens the gradients before, on a single rank, too.
     """
     shard = shape.trainable // share
     own_copy = stage > 0 or shape.dtype_bytes != FP32_BYTES
     temporaries = shard if on_gpu else 2 * (shard if own_copy else shape.largest)
-    return (temporaries + (shard if own_copy else 0)) * FP32_BYTES
+    arithmetic = (temporaries + (shard if own_copy else 0)) * FP32_BYTES
+    return arithmetic if stage else max(arithmetic, min(shard, BUCKET_ELEMENTS) * shape.dtype_bytes)
 
 
 def footprint(

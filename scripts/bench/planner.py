@@ -33,6 +33,8 @@ COMMON = [
 ]
 SMALL = ["model.hidden_size=16", "model.heads=2", "model.layers=2", "batch.prompts_per_step=2", "batch.group_size=4"]
 TINY = ["sampling.max_prompt_tokens=16", "sampling.max_new_tokens=48", "batch.token_budget=4096"]
+# Groups stay whole in a micro-batch: small ones fill it.
+TINY += ["batch.prompts_per_step=32", "batch.group_size=4"]
 MEDIUM = ["model.hidden_size=512", "model.heads=8", "model.layers=9", "model.intermediate_size=1536"]
 MEDIUM += ["sampling.max_prompt_tokens=16", "sampling.max_new_tokens=24", "batch.token_budget=480"]
 MEDIUM += ["batch.prompts_per_step=4"]
