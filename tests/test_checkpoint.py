@@ -15,7 +15,7 @@ from torch import nn
 
 from rltrain import checkpoint, dist, trainer
 from rltrain.config import ConfigError, DeepSpeedConfig, OptimizerConfig, RunError
-from rltrain.engine import Engine, NonFiniteError
+from rltrain.engine import Engine, NonFiniteError, sharded_loading
 from rltrain.model import load_frozen, load_policy
 from rltrain.shards import Archive
 
@@ -229,6 +229,22 @@ def test_another_stage_resumes_and_says_that_sums_change(tmp_path, caplog):
     assert "resumed with another layout (deepspeed.zero_stage: 0 -> 2); equal to rounding" in caplog.text
     for line, expected in zip(metrics(tmp_path / "run"), metrics(tmp_path / "unbroken"), strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_zero_3_loads_policy_and_reference_in_parts(adapted, tmp_path):
+    """``from_pretrained`` leaves no weight whole, and the run is that of stage 0."""
+    shared = [f"model.path={adapted.parent / 'base'}", "loss.kl_coef=0.1", "steps=2", "evaluation.every_steps=0"]
+    sharded = ["deepspeed.zero_stage=3", "+deepspeed.extra.zero_optimization.stage3_param_persistence_threshold=0"]
+    zero3 = config(tmp_path / "3", *shared, *sharded)
+    dist.setup(deadline_s=60)
+    with sharded_loading(zero3.deepspeed, dtype="float32"):
+        parameters = list(load_policy(zero3.model).model.parameters())
+    assert sum(parameter.numel() for parameter in parameters) == 0
+    assert sum(parameter.ds_tensor.ds_numel for parameter in parameters) == sum(p.ds_numel for p in parameters) > 0
+    trainer.fit(config(tmp_path / "0", *shared))
+    trainer.fit(zero3)
+    for line, expected in zip(metrics(tmp_path / "3"), metrics(tmp_path / "0"), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_the_zero_matrix_and_moves_between_its_layouts():
