@@ -15,7 +15,7 @@ from test_collate import group
 
 from rltrain import attention
 from rltrain.collate import collate
-from rltrain.config import LossConfig
+from rltrain.config import BatchConfig, ConfigError, LossConfig
 from rltrain.layouts import difference_from_padded, usable_layouts
 from rltrain.logprobs import LogprobModel, loss_and_logprobs
 from rltrain.loss import policy_loss
@@ -190,6 +190,11 @@ def test_the_check_passes_models_that_pack_and_stops_those_that_do_not(caplog):
     assert "in layout shared the log-probs of LlamaForCausalLM are" in caplog.text
     assert usable_layouts("packed", [LogprobModel(tiny("GptOss"), temperature=1.0)]) == ("padded",)
     assert "layout packed is not used, GptOssForCausalLM: it has attention sinks" in caplog.text
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(ConfigError, match="batch.packing=tight: unknown; set one of auto, padded, packed, shared"):
+        BatchConfig(packing="tight")
 
 
 def test_flash_attention_is_given_boundaries_by_the_names_that_transformers_uses():
