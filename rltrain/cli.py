@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -17,6 +18,8 @@ from rltrain.config import ConfigError, RunConfig, RunError, discover, parts
 
 # Lines of Hydra's and OmegaConf's messages that tell a user nothing.
 UNSAID = ("full_key", "object_type", "reference_type", "Set the env", "Config search path", "provider=")
+# What a disk or a folder can refuse in the middle of a run.
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 def config_folder() -> Path:
@@ -117,6 +120,15 @@ def errors_in_one_line() -> Iterator[None]:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        print(
+            f"error: {error.filename or 'a file'}: {error.strerror}; free space or mend the folder, then run the same "
+            "command to resume",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
 
 
 def run(task: Callable[[RunConfig], None]) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints by parameter name: moved between ZeRO stages and ranks, adapters, consolidated exports, refusals."""
 
 import collections
+import errno
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import config, metrics
 from torch import nn
 
-from rltrain import checkpoint, dist, trainer
+from rltrain import checkpoint, cli, dist, trainer
 from rltrain.config import ConfigError, DeepSpeedConfig, OptimizerConfig, RunError
 from rltrain.engine import Engine, NonFiniteError, sharded_loading
 from rltrain.model import load_frozen, load_policy
@@ -206,7 +207,7 @@ def test_a_checkpoint_of_another_format_is_named_and_passed_over(trained, tmp_pa
     shutil.copytree(trained, tmp_path / "run")
     (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
     manifest = saved.manifest
-    del manifest["format"]
+    del manifest["version"]
     (saved.path / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.newest_intact(tmp_path / "run") is None
     assert "manifest.json: format None, this version reads 2" in caplog.text
@@ -219,6 +220,15 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     with pytest.raises(checkpoint.CheckpointError, match=r"rank 0: 0.000 GiB free, a checkpoint takes 0.000 GiB"):
         trainer.fit(config(tmp_path / "run", "steps=1", "evaluation.every_steps=0"))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_read_only_folder_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="1"), cli.errors_in_one_line():
+        raise OSError(errno.EROFS, "Read-only file system", "/runs/x/metrics.tmp")
+    message = "error: /runs/x/metrics.tmp: Read-only file system; free space or mend the folder, then run the same"
+    assert capsys.readouterr().err.startswith(message)
+    with pytest.raises(FileNotFoundError), cli.errors_in_one_line():
+        raise FileNotFoundError(errno.ENOENT, "No such file", "/x")
 
 
 def test_another_stage_resumes_and_says_that_sums_change(tmp_path, caplog):
