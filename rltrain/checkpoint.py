@@ -96,11 +96,11 @@ def find_damage(saved: Saved) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest = saved.manifest
-        files, version = manifest["files"].items(), manifest.get("format")
+        files, version = manifest["files"].items(), manifest.get("version")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json: {error!r}"
     if version != FORMAT:
-        return f"manifest.json: format {version}, this version reads {FORMAT}"
+        return f"manifest.json: version {version}, this code reads {FORMAT}"
     for name, entry in files:
         path = saved.path / name
         if not path.exists():
@@ -160,7 +160,7 @@ def save(
 
     def finish(files: Files) -> None:
         manifest = {
-            "format": FORMAT,
+            "version": FORMAT,
             "step": step,
             "world_size": dist.world_size(),
             "zero_stage": engine.zero_stage,

@@ -117,7 +117,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     if policy.base is not None:
-        plain = {"kind": part_of(policy.base).name} | dataclasses.asdict(policy.base) | {"lora": {}}
+        plain: dict[str, Any] = {"kind": part_of(policy.base).name} | dataclasses.asdict(policy.base) | {"lora": {}}
         path = plain.get("path")
         if path is not None and plain.get("package") is None and Path(path).is_dir():
             plain["path"] = str(Path(path).resolve())

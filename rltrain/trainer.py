@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -144,10 +144,15 @@ def stage(run: Run, context: Context, metrics: Accumulator, name: str, deadline:
         yield
 
 
-def sampling_weights(run: Run) -> AbstractContextManager[None]:
+@contextmanager
+def sampling_weights(run: Run) -> Iterator[None]:
     """Whole weights, unless the rollout engine has its own and no part of the run asks the policy itself."""
     asked = run.scorer is not None or Need.PROBES in run.config.needs()
-    return run.engine.whole_weights() if asked or getattr(run.rollout, "uses_policy", True) else nullcontext()
+    with ExitStack() as held:
+        if asked or getattr(run.rollout, "uses_policy", True):
+            with dist.stage("gathering the weights", run.config.deadline("collective")):
+                held.enter_context(run.engine.whole_weights())
+        yield
 
 
 @contextmanager

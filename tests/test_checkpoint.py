@@ -203,14 +203,14 @@ def test_export_of_a_damaged_checkpoint_is_refused(trained, tmp_path):
     assert "damaged (parts.json has " in result.stderr
 
 
-def test_a_checkpoint_of_another_format_is_named_and_passed_over(trained, tmp_path, caplog):
+def test_a_checkpoint_of_another_version_is_named_and_passed_over(trained, tmp_path, caplog):
     shutil.copytree(trained, tmp_path / "run")
     (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
     manifest = saved.manifest
     del manifest["version"]
     (saved.path / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.newest_intact(tmp_path / "run") is None
-    assert "manifest.json: format None, this version reads 2" in caplog.text
+    assert "manifest.json: version None, this code reads 2" in caplog.text
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from rltrain.runs import differences
 
 LEVEL = 0.95
 # They do not bear on what training computes.
-FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "compress")
+FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "compress")
 
 
 @dataclass(frozen=True, kw_only=True)
