@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_ranks import PERSISTENCE, assert_same_run, train
 from tiny_run import config, metrics
 from vllm_stand_in import UNKNOWN, StandIn
 
@@ -290,3 +291,13 @@ def test_a_run_without_servers_saves_and_the_same_command_goes_on(serve, tmp_pat
     for line, expected in zip(metrics(tmp_path / "run"), metrics(tmp_path / "unbroken"), strict=True):
         assert line.keys() == expected.keys()
         assert all(math.isclose(line[key], expected[key], rel_tol=1e-6, abs_tol=1e-9) for key in line), line["step"]
+
+
+def test_two_ranks_under_zero_3_push_what_one_rank_does(serve, tmp_path):
+    """Every weight cut into two: what reaches the server is whole, and the run is that of one rank."""
+    options = ["steps=2", "evaluation.every_steps=0", "rollout=vllm", "rollout.mode=server"]
+    sharded = ["deepspeed.zero_stage=3", *(f"+deepspeed.extra.zero_optimization.{key}=0" for key in PERSISTENCE)]
+    for ranks, more in ((1, []), (2, sharded)):
+        result = train(tmp_path / str(ranks), ranks, *options, f"rollout.urls=[{serve().url}]", *more)
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "2", tmp_path / "1")
