@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ class ColocatedEngine:
         set_num_threads = torch.set_num_threads
         self._llm = vllm.LLM(**own | arguments)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a no-op in its place
+        _, shutdown, _, _ = self._llm.llm_engine.engine_core._finalizer.detach()
+        weakref.finalize(self, _end, shutdown)
         self._vllm = vllm
 
     def push(self, model: Any) -> None:
@@ -76,6 +80,12 @@ class ColocatedEngine:
     def _wake(self) -> None:
         if self._sleeps:
             self._llm.wake_up()
+
+
+def _end(shutdown: Callable[[], None]) -> None:
+    """At exit the trainer has left the process group, inside which the engine then cannot end groups of its own."""
+    with contextlib.suppress(ValueError):
+        shutdown()
 
 
 def _vllm() -> Any:
