@@ -27,18 +27,19 @@ check_host() {
     [ "$(id -u)" = 0 ] || die "must be root: Slurm's daemons start jobs in the name of whoever submits them"
 }
 
-# The first of N + 1 ports in a row that nobody listens on. Labs that start at the same time begin their search apart.
+# The first of N + 1 ports in a row that nobody listens on, below 20000, where those of the jobs' ranks begin
+# (rltrain/dist.py). Labs that start at the same time begin their search apart.
 free_ports() {
     local base port
     for attempt in {0..99}; do
-        base=$((16000 + ($$ + attempt) % 100 * 100))
+        base=$((10000 + ($$ + attempt) % 100 * 100))
         for ((port = base; port <= base + $1; port++)); do
             ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || continue 2
         done
         echo "$base"
         return
     done
-    die "no free ports between 16000 and 26000"
+    die "no free ports between 10000 and 20000"
 }
 
 write_config() {

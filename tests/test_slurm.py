@@ -84,6 +84,7 @@ def lab(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     env |= {"SLURM_LAB": str(folder), "PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     env |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # a submitting shell's own, which no job may believe
     exported = call(LAB, "start", 2, env=env, seconds=120)
     yield Lab(folder=folder, env=env | {"SLURM_CONF": exported.removeprefix("export SLURM_CONF=")})
     call(LAB, "stop", env=env, seconds=120)

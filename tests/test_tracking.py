@@ -105,7 +105,7 @@ def test_wandb_knows_the_sweep_the_config_and_the_machine(run_dir):
         "max": max(accuracies),
     }
     measured = {item.key for record in records(run_dir, "stats") for item in record.item}
-    assert {"cpu", "memory_percent"} <= measured
+    assert "memory_percent" in measured  # rates, such as cpu, need a second sample, which a short run may not see
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(run_dir, monkeypatch):
