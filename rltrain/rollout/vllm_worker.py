@@ -27,8 +27,8 @@ class WeightReceiver:
         """
         self.vllm_config.load_config.load_format = "auto"  # a server may have started from dummy weights
         self.reload_weights(weights_path=weights_path, weights_iterator=weights_iterator, is_checkpoint_format=True)
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-        from vllm.platforms import current_platform
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # pyright: ignore[reportMissingImports]
+        from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
         if current_platform.is_cpu():
             for module in self.model_runner.get_model().modules():
