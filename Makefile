@@ -46,6 +46,8 @@ bench: $(installed)
 	$(python) scripts/bench/rollout.py --rounds 3
 	$(python) scripts/bench/probes.py --short
 	$(python) scripts/bench/logprobs.py --shapes 256,64,4096 --rounds 1
+	$(python) scripts/bench/batching.py --rounds 3
+	$(python) scripts/bench/step.py --limits 32 --rounds 1 --sides trl trl-fast
 
 docs: $(docs_installed)
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
