@@ -298,6 +298,7 @@ weight = float(sum(batch.weights_N.sum() for batch in batches))
 for found in dist.gather_objects([targets, weight, denominators.tokens], name="results"):
     if dist.is_main():
         print(json.dumps(found))
+dist.teardown()  # an exit with the group's threads running may abort
 """
 
 
