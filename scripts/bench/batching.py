@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import paired
 
 from rltrain.collate import collate, padding_share
 from rltrain.config import LossConfig
@@ -138,7 +139,7 @@ def main() -> None:
     layouts: dict[str, Sequence[Layout]] = {name: (name,) for name in LAYOUTS} | {"auto": LAYOUTS}
     batches = {"padded, recomputed": batches_of(("padded",)), **{n: batches_of(one) for n, one in layouts.items()}}
     sides = {name: step_of(model, one, fused=name != "padded, recomputed") for name, one in batches.items()}
-    seconds = timed(sides, arguments.rounds, time.perf_counter if arguments.clock == "wall" else time.process_time)
+    seconds = paired(sides, arguments.rounds, time.perf_counter if arguments.clock == "wall" else time.process_time)
     report(arguments, lengths, batches, seconds)
 
 
@@ -147,18 +148,6 @@ def lengths_of(arguments: argparse.Namespace, policy: Policy) -> Lengths:
     if arguments.run is None:
         return drawn_lengths(arguments)
     return lengths_of_run(arguments.run, arguments.groups, policy.tokenizer)
-
-
-def timed(sides: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every side in every round, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(rounds + 1):
-        for name, run in sides.items():
-            start = clock()
-            run()
-            if index:
-                seconds[name].append(clock() - start)
-    return seconds
 
 
 def report(

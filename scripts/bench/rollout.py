@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import paired
 
 from rltrain.config import SamplingConfig
 from rltrain.model import Policy, PretrainedConfig, TinyConfig, load_policy
@@ -85,18 +86,6 @@ def floor_side(model: torch.nn.Module, rows: int, new_tokens: int) -> Callable[[
                     torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
     return run
-
-
-def paired(sides: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every side in every round, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(rounds + 1):
-        for name, run in sides.items():
-            start = clock()
-            run()
-            if index:
-                seconds[name].append(clock() - start)
-    return seconds
 
 
 def main() -> None:
