@@ -61,7 +61,7 @@ def run(overrides: list[str], folder: str) -> None:
     def load_policy(*arguments: Any, **options: Any) -> model.Policy:
         return dataclasses.replace(model.load_policy(*arguments, **options), stop_token_ids=())
 
-    trainer.maybe_save = lambda *_, **__: None
+    trainer.maybe_save = lambda *_, **__: 0.0
     trainer.load_policy = load_policy
     trainer.fit(cli.compose([*COMMON, *overrides, f"run_dir={folder}"]))
 
