@@ -45,6 +45,18 @@ def test_cuts_are_uniform_over_all_admissible_positions():
     assert all(abs(count - 1000) < 150 for count in counts.values())  # five standard deviations
 
 
+def test_cuts_come_after_a_mark(policy):
+    config = CutConfig(after="=", horizon=1)
+    prompts = [
+        encode(policy, Document(id=str(i), prompt="12+3=15=x", answer="", config=config), MODEL) for i in range(400)
+    ]
+    found = Counter(policy.tokenizer.decode(prompt.context_ids) for prompt in prompts)
+    assert sorted(found) == ["12+3=", "12+3=1", "12+3=15", "12+3=15="]
+    assert all(abs(count - 100) < 45 for count in found.values())  # five standard deviations
+    unmarked = Document(id="d", prompt="12+3", answer="", config=config)
+    assert encode_all(policy, [unmarked], MODEL, max_prompt_tokens=50) == ([], [unmarked])
+
+
 def test_cuts_leave_room_for_the_target():
     config = CutConfig(min_prefix=1, horizon=3)
     cuts = {Document(id=str(i), prompt="", answer="", config=config).position(6) for i in range(200)}

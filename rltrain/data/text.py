@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -16,8 +17,8 @@ from rltrain.types import Problem, Prompt, TokenProblem
 class CutConfig(DataConfig):
     """Where a document is cut, in tokens: ``t`` uniform in [min_prefix, max_prefix], ``horizon`` targets after it.
 
-    Each document comes with ``positions`` cuts, each a pure function of (seed, document, number of the cut). The prompt
-    is ``instruction``, the prefix, and ``opening``; a thought ends with ``closing``, which ``sampling.stop`` must hold.
+    Each document comes with ``positions`` cuts, each a pure function of (seed, document, number of the cut). With
+    ``after`` every prefix holds that string, as an answer's mark. The prompt is ``instruction``, the prefix, and ``opening``; a thought ends with ``closing``, which ``sampling.stop`` must hold.
     A ``plain_share`` of the cuts opens no thought: for cold starts, so that the text without one stays likely.
     """
 
@@ -25,6 +26,7 @@ class CutConfig(DataConfig):
     max_prefix: int = 1024
     horizon: int = 1
     positions: int = 1
+    after: str = ""
     instruction: str = ""
     opening: str = "<think>"
     closing: str = "</think>"
@@ -60,9 +62,9 @@ class Document(TokenProblem):
     config: CutConfig
     thinks: bool = True
 
-    def position(self, tokens: int) -> int | None:
-        """The cut: uniform among the admissible ones of a document of so many tokens; None if there is none."""
-        low, high = self.config.min_prefix, min(self.config.max_prefix, tokens - self.config.horizon)
+    def position(self, tokens: int, least: int = 0) -> int | None:
+        """The cut: uniform among the admissible ones from ``least`` on, of so many ``tokens``; None if there is none."""
+        low, high = max(self.config.min_prefix, least), min(self.config.max_prefix, tokens - self.config.horizon)
         if high < low:
             return None
         return low + int(uniform("cut", self.config.seed, self.id) * (high - low + 1))
@@ -75,7 +77,8 @@ class Document(TokenProblem):
 
         assert isinstance(self.prompt, str)
         start, body = tuple(tokenizer("")["input_ids"]), ids(self.prompt)
-        cut, config = self.position(len(body)), self.config
+        config = self.config
+        cut = self.position(len(body), least_prefix(tokenizer, body, config.after))
         prefix, rest = (body[:cut], body[cut:]) if cut is not None else ((), ())
         before, after = (ids(config.instruction), ids(config.opening)) if self.thinks else ((), ())
         prompt_ids = start + before + prefix + after if cut is not None else ()
@@ -88,6 +91,12 @@ class Document(TokenProblem):
             closing=config.closing,
             closing_ids=ids(config.closing),
         )
+
+
+def least_prefix(tokenizer: Any, token_ids: Sequence[int], mark: str) -> int:
+    """Tokens of the shortest prefix whose text holds ``mark``; one more than there are if none does."""
+    lengths = range(len(token_ids) + 1)
+    return bisect_left(lengths, True, key=lambda length: mark in tokenizer.decode(token_ids[:length]))
 
 
 def uniform(*key: Hashable) -> float:
