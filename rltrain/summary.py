@@ -42,24 +42,32 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return [sum(one) / len(one) for one in trailing]
 
 
-def plot_curves(runs: Mapping[str, Rows], path: Path, *, window: int = 10) -> None:
-    """Training reward and held-out accuracy against steps, one colour per run."""
+def held_out_metric(runs: Mapping[str, Rows]) -> str:
+    """``eval_accuracy`` where anything was right; ``eval_reward`` for rewards by which nothing is right or wrong."""
+    right = any(value > 0 for rows in runs.values() for value in series(rows, "eval_accuracy")[1])
+    return "eval_accuracy" if right else "eval_reward"
+
+
+def plot_curves(runs: Mapping[str, Rows], path: Path, *, metric: str | None = None, window: int = 10) -> None:
+    """Training reward and a held-out metric (None: :func:`held_out_metric`) against steps, one colour per run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    metric = metric or held_out_metric(runs)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for label, rows in runs.items():
         steps, rewards = series(rows, "reward")
         (line,) = left.plot(steps, smoothed(rewards, window), label=label)
         left.plot(steps, rewards, color=line.get_color(), alpha=0.25, linewidth=0.8)
-        right.plot(*series(rows, "eval_accuracy"), marker="o", color=line.get_color(), label=label)
+        right.plot(*series(rows, metric), marker="o", color=line.get_color(), label=label)
     left.set(title=f"training reward (mean of {window} steps)", xlabel="step")
-    right.set(title="held-out accuracy", xlabel="step")
+    right.set(title=metric.replace("eval_", "held-out "), xlabel="step")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=0)
+        if axes.dataLim.ymin >= 0:
+            axes.set_ylim(bottom=0)
     right.legend(loc="best")
     figure.savefig(path, dpi=110)
     plt.close(figure)
