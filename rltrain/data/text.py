@@ -18,7 +18,8 @@ class CutConfig(DataConfig):
     """Where a document is cut, in tokens: ``t`` uniform in [min_prefix, max_prefix], ``horizon`` targets after it.
 
     Each document comes with ``positions`` cuts, each a pure function of (seed, document, number of the cut). With
-    ``after`` every prefix holds that string, as an answer's mark. The prompt is ``instruction``, the prefix, and ``opening``; a thought ends with ``closing``, which ``sampling.stop`` must hold.
+    ``after`` every prefix holds that string, as an answer's mark. The prompt is ``instruction``, the prefix, and
+    ``opening``; a thought ends with ``closing``, which ``sampling.stop`` must hold.
     A ``plain_share`` of the cuts opens no thought: for cold starts, so that the text without one stays likely.
     """
 
@@ -63,7 +64,7 @@ class Document(TokenProblem):
     thinks: bool = True
 
     def position(self, tokens: int, least: int = 0) -> int | None:
-        """The cut: uniform among the admissible ones from ``least`` on, of so many ``tokens``; None if there is none."""
+        """The cut: uniform among the admissible ones from ``least`` on in so many tokens; None if there is none."""
         low, high = max(self.config.min_prefix, least), min(self.config.max_prefix, tokens - self.config.horizon)
         if high < low:
             return None
