@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -228,11 +230,20 @@ def test_wordy_solutions_say_every_step_and_shorter_ones_are_made_of_their_lines
     for task in (tasks[i] for i in range(50)):
         short = task.meta["solution"].removeprefix("<think>").removesuffix("</think>").split("\n")
         lines = task.trace.split("\n")
-        assert set(short) <= set(lines)
-        assert [line for line in short if not line.startswith(("so", "check"))] == [
-            line for line in lines if not line.startswith(("so", "check"))
-        ]
-        assert lines[-1].split("=")[-1] == task.answer
+        new = [line for line in lines if " " not in line]
+        assert len(new) == task.meta["steps"]
+        assert [line for line in short if " " not in line] == new
+        assert Counter(short) <= Counter(lines)
+        assert new[-1].split("=")[-1] == task.answer
+
+
+@pytest.mark.parametrize("again", [0.0, 0.6, 1.0])
+def test_steps_are_said_again_as_often_as_their_coin_says(again):
+    config = WordySolutionsConfig(again=again, most=3)
+    tasks = part_of(config).function(config, "train")
+    extra = [task.trace.count("\n") + 1 - task.meta["steps"] for task in (tasks[i] for i in range(400))]
+    expected = 2 * (again + again**2 + again**3)  # two steps; the second repetition needs the first
+    assert statistics.mean(extra) == pytest.approx(expected, abs=5 * statistics.stdev(extra) / 20)
 
 
 def run(folder, *overrides):

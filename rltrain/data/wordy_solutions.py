@@ -1,4 +1,4 @@
-"""Wordy worked solutions of small integer problems, made in code: steps said again, checked, and checked again."""
+"""Wordy worked solutions of small integer problems, made in code: steps said again and again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rltrain.data.traces import CompressionConfig, trace_problem
 from rltrain.types import Problem
 
 TASKS = ("compress", "solve")
+PHRASES = ("so", "ok", "yes", "well", "check", "thus", "again", "in fact")
 
 
 @dataclass(kw_only=True)
@@ -21,6 +22,9 @@ class WordySolutionsConfig(CompressionConfig):
 
     compress: shorten the wordy solution; ``meta["solution"]`` keeps each line that says nothing new with probability
     ``keep``. solve: the question alone; its solution is the wordy one and the boxed answer.
+
+    A step is said again with probability ``again``, then once more with the same, ``most`` times at most, each time
+    behind one of ``phrases``. Many phrases make the wordy lines hard to foresee, one makes them mere copies.
     """
 
     instruction: str = "{question}\n{trace}\n"
@@ -29,6 +33,9 @@ class WordySolutionsConfig(CompressionConfig):
     after_trace: str = "\n"
     tasks: list[str] = field(default_factory=lambda: ["compress"])
     keep: float = 0.5
+    again: float = 0.6
+    most: int = 4
+    phrases: list[str] = field(default_factory=lambda: list(PHRASES))
     steps: list[int] = field(default_factory=lambda: [2])
     max_operand: int = 20
     operators: str = "+-*"
@@ -44,6 +51,8 @@ class WordySolutionsConfig(CompressionConfig):
             f"data.tasks={list(self.tasks)}: unknown; list some of {', '.join(TASKS)}",
         )
         require(0 <= self.keep <= 1, f"data.keep={self.keep}: must lie in [0, 1]")
+        require(0 <= self.again <= 1, f"data.again={self.again}: must lie in [0, 1]")
+        require(bool(self.phrases), "data.phrases: is empty; list at least one")
         self.expressions()
 
     def expressions(self) -> RandomCalculationConfig:
@@ -61,15 +70,23 @@ class WordySolutionsConfig(CompressionConfig):
         )
 
 
-def wordy_lines(steps: Sequence[str], *key: object) -> list[tuple[str, bool]]:
-    """Lines and whether each says something new: after a step it may be said again, and then checked."""
+def said_again(step: str, phrases: Sequence[str], *key: object) -> str:
+    """A step once more, as ``phrase a+b=c`` or ``phrase c=a+b``."""
+    phrase = phrases[int(uniform("phrase", *key) * len(phrases))]
+    work, _, result = step.rpartition("=")
+    return f"{phrase} {step}" if uniform("order", *key) < 0.5 else f"{phrase} {result}={work}"
+
+
+def wordy_lines(steps: Sequence[str], config: WordySolutionsConfig, name: str) -> list[tuple[str, bool]]:
+    """Lines and whether each says something new: while a coin of ``again`` falls well, a step is said once more."""
     lines = []
     for number, step in enumerate(steps):
         lines.append((step, True))
-        if uniform("again", number, *key) < 0.75:
-            lines.append((f"so {step}", False))
-        if uniform("check", number, *key) < 0.75:
-            lines.append((f"check {step}", False))
+        for time in range(config.most):
+            key = (number, time, config.seed, name)
+            if uniform("again", *key) >= config.again:
+                break
+            lines.append((said_again(step, config.phrases, *key), False))
     return lines
 
 
@@ -97,12 +114,16 @@ class WordySolutions(Sequence[Problem]):
     def _task(self, one: Problem, task: str) -> Problem:
         config, question = self.config, str(one.prompt)
         *steps, box = str(one.meta["solution"]).split("\n")
-        lines = wordy_lines(steps, config.seed, one.id)
+        lines = wordy_lines(steps, config, one.id)
         trace = "\n".join(line for line, _ in lines)
         if task == "solve":
             prompt, solution = config.ask.replace("{question}", question), f"{trace}\n{box}"
             return Problem(id=one.id, prompt=prompt, answer=one.answer, meta={**one.meta, "solution": solution})
-        kept = [line for line, new in lines if new or uniform("keep", line, config.seed, one.id) < config.keep]
+        kept = [
+            line
+            for number, (line, new) in enumerate(lines)
+            if new or uniform("keep", number, config.seed, one.id) < config.keep
+        ]
         short = config.opening + "\n".join(kept) + config.closing
         solved = Problem(id=one.id, prompt=question, answer=one.answer, meta={**one.meta, "solution": short})
         return trace_problem(solved, question=question, trace=trace, config=config)
