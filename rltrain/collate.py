@@ -65,6 +65,10 @@ class Weighting:
         )
 
 
+NO_WEIGHTING = Weighting(aggregation="token", denominators=Denominators(rows=1, tokens=1), max_new_tokens=1)
+"""For micro-batches of which log-probs alone are wanted: every token weighs 1."""
+
+
 def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> list[Row]:
     """The completions that count: not empty, and their reward did not abstain."""
     rows = []
@@ -143,34 +147,30 @@ def collate(
     weighting = Weighting(aggregation=aggregation, denominators=denominators_of(rows), max_new_tokens=max_new_tokens)
     if not keep_zero_advantages:
         rows = [row for row in rows if bool((row.advantages_T != 0).any())]
-    families = _families(rows)
-    shapes = [(len(family[0].prompt_ids), tuple(len(row.fed_ids) for row in family)) for family in families]
-    shapes_of_ranks = dist.gather_objects(shapes, name="lengths of the rows")
-    everywhere = [shape for one in shapes_of_ranks for shape in one]
-    layout = min(layouts, key=lambda layout: work_of(everywhere, layout, token_budget, hidden_size))
-    units = [
-        tuple(family[i] for i in indices)
-        for family, shape in zip(families, shapes, strict=True)
-        for indices in units_of(shape, layout, token_budget)
-    ]
-    units = _in_equal_shares(units, hidden_size)
-    bins = bins_of([segments_of(_shape(unit)) for unit in units], layout, token_budget)
+    layout, arranged = arrange(rows, layouts, token_budget=token_budget, hidden_size=hidden_size)
+    units = _in_equal_shares([tuple(rows[i] for i in unit) for unit in arranged], hidden_size)
+    bins = bins_of([unit_segments(unit) for unit in units], layout, token_budget)
     batches = [token_batch([units[i] for i in one], weighting, layout) for one in bins]
     # At least one, so that a step without any signal is still an optimiser step, with a gradient of zero.
     most = max(1, int(dist.all_max(torch.tensor(len(batches)), name="number of micro-batches")))
     return batches + [empty_batch() for _ in range(most - len(batches))], weighting.denominators
 
 
-def _families(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows by prompt, in order."""
-    families: dict[tuple[int, ...], list[Row]] = {}
-    for row in rows:
-        families.setdefault(row.prompt_ids, []).append(row)
-    return list(families.values())
-
-
-def _shape(unit: Unit) -> Shape:
-    return len(unit[0].prompt_ids), tuple(len(row.fed_ids) for row in unit)
+def arrange(
+    rows: Sequence[Row], layouts: Sequence[Layout], *, token_budget: int, hidden_size: int
+) -> tuple[Layout, list[list[int]]]:
+    """The layout of the least work over the rows of all ranks, and indices of this rank's that make a unit in it."""
+    families: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        families.setdefault(row.prompt_ids, []).append(index)
+    shapes = [(len(prompt_ids), tuple(len(rows[i].fed_ids) for i in own)) for prompt_ids, own in families.items()]
+    everywhere = [shape for one in dist.gather_objects(shapes, name="lengths of the rows") for shape in one]
+    layout = min(layouts, key=lambda layout: work_of(everywhere, layout, token_budget, hidden_size))
+    return layout, [
+        [own[i] for i in indices]
+        for own, shape in zip(families.values(), shapes, strict=True)
+        for indices in units_of(shape, layout, token_budget)
+    ]
 
 
 def units_of(shape: Shape, layout: Layout, budget: int) -> list[list[int]]:
@@ -186,6 +186,11 @@ def segments_of(shape: Shape) -> list[Segment]:
     """A prompt that several completions share is a segment of its own."""
     prompt, fed = shape
     return [(prompt + fed[0], 0)] if len(fed) == 1 else [(prompt, 0), *((tokens, prompt) for tokens in fed)]
+
+
+def unit_segments(unit: Unit) -> list[Segment]:
+    """What a unit feeds."""
+    return segments_of((len(unit[0].prompt_ids), tuple(len(row.fed_ids) for row in unit)))
 
 
 def bins_of(units: Sequence[Sequence[Segment]], layout: Layout, budget: int) -> list[list[int]]:
@@ -209,7 +214,7 @@ def work_of(shapes: Sequence[Shape], layout: Layout, budget: int, hidden_size: i
 
 def _in_equal_shares(units: Sequence[Unit], hidden_size: int) -> Sequence[Unit]:
     """This rank's units after they were exchanged so that all ranks have about the same work."""
-    work = [packed_work(segments_of(_shape(unit)), hidden_size) for unit in units]
+    work = [packed_work(unit_segments(unit), hidden_size) for unit in units]
     work_of_ranks = dist.gather_objects(work, name="work of the ranks")
     if len(work_of_ranks) == 1:
         return units

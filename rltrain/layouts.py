@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rltrain import dist
-from rltrain.collate import Denominators, Row, Unit, Weighting, token_batch
+from rltrain.collate import NO_WEIGHTING, Row, Unit, token_batch
 from rltrain.logprobs import inference, to_device
 from rltrain.packing import LAYOUTS, Layout
 
@@ -57,9 +57,8 @@ def difference_from_padded(model: Any, layout: Layout) -> float:
     module = getattr(model, "module", model)
     units = check_units(module.model.config.get_text_config().vocab_size)
     alone: list[Unit] = [(row,) for unit in units for row in unit]
-    weighting = Weighting(aggregation="token", denominators=Denominators(rows=1, tokens=1), max_new_tokens=1)
-    batches = (token_batch(units if layout == "shared" else alone, weighting, layout),)
-    batches += (token_batch(alone, weighting, "padded"),)
+    batches = (token_batch(units if layout == "shared" else alone, NO_WEIGHTING, layout),)
+    batches += (token_batch(alone, NO_WEIGHTING, "padded"),)
     with inference(module):
         found, expected = (model(to_device(batch, dist.device()), entropy=False)[0] for batch in batches)
     apart = (found - expected).abs().mean().nan_to_num(torch.inf)

@@ -103,7 +103,7 @@ def loss_and_logprobs(model: Any, batch: TokenBatch, config: LossConfig) -> tupl
     ), logprobs_N
 
 
-def loss_tokens(batch: TokenBatch, rows: slice) -> TokenBatch:
+def loss_tokens(batch: TokenBatch, rows: slice | Tensor) -> TokenBatch:
     """The same sequences with some of their loss tokens."""
     per_token = {name: value[rows] for name, value in vars(batch).items() if name.endswith("_N") and value is not None}
     return dataclasses.replace(batch, **per_token)

@@ -13,58 +13,70 @@ import torch
 from torch import Tensor, nn
 
 from rltrain import dist
-from rltrain.collate import empty_batch
+from rltrain.collate import NO_WEIGHTING, Row, arrange, bins_of, empty_batch, token_batch, unit_segments
 from rltrain.config import ConfigError, RunConfig
-from rltrain.logprobs import LogprobModel, inference, to_device
+from rltrain.layouts import usable_layouts
+from rltrain.logprobs import LogprobModel, inference, loss_tokens, to_device
 from rltrain.model import Policy, load_frozen, load_policy
-from rltrain.packing import padded_bins
+from rltrain.packing import Layout
 from rltrain.types import Mean, Metrics, SpanRequest, TokenBatch
 
 
-def span_batch(requests: Sequence[SpanRequest]) -> TokenBatch:
-    """The requests packed as one micro-batch whose loss tokens are those of the spans, in order."""
-    lengths_S = torch.tensor([len(one.token_ids) for one in requests])
-    boundaries_S1 = torch.cat([torch.zeros(1, dtype=torch.long), lengths_S.cumsum(0)])
-    input_ids_L = torch.tensor([token for one in requests for token in one.token_ids])
-    starts = boundaries_S1[:-1].tolist()
-    wanted = [
-        (sequence, start + position)
-        for sequence, (start, one) in enumerate(zip(starts, requests, strict=True))
-        for span in one.spans
-        for position in range(*span)
-    ]
-    sequence_N, position_N = torch.tensor(wanted, dtype=torch.long).reshape(-1, 2).unbind(1)
-    zero_N = torch.zeros(len(wanted))
-    return TokenBatch(
-        input_ids_L=input_ids_L,
-        positions_L=torch.cat([torch.arange(length) for length in lengths_S.tolist()]),
-        boundaries_S1=boundaries_S1,
-        source_N=position_N - 1,  # the token at position t is predicted by the hidden state at t - 1
-        sequence_N=sequence_N,
-        targets_N=input_ids_L[position_N],
-        weights_N=zero_N,
-        advantages_N=zero_N,
-        old_logprobs_N=zero_N,
-        sampler_logprobs_N=zero_N,
+def span_row(request: SpanRequest) -> Row:
+    """The request as a completion of its prompt, nothing of which is trained on."""
+    completion_ids = request.token_ids[request.prompt_tokens :]
+    return Row(
+        prompt_ids=request.token_ids[: request.prompt_tokens],
+        completion_ids=completion_ids,
+        sampler_logprobs=(0.0,) * len(completion_ids),
+        advantages_T=torch.zeros(len(completion_ids)),
     )
 
 
-def span_logprobs(model: Any, requests: Sequence[SpanRequest], *, token_budget: int) -> list[list[Tensor]]:
-    """Per request and span, the fp32 log-probs of its tokens, on the CPU; one forward pass per sequence.
+def wanted_tokens(requests: Sequence[SpanRequest]) -> Tensor:
+    """Where the spans' tokens are among the loss tokens of all the completions, span by span."""
+    wanted, first = [], 0
+    for one in requests:
+        before = first - one.prompt_tokens
+        for start, stop in one.spans:
+            wanted += range(before + start, before + stop)
+        first = before + len(one.token_ids)
+    return torch.tensor(wanted, dtype=torch.long)
 
-    ``model`` is called as :class:`LogprobModel` is. All ranks call this together: each makes as many passes as the one
-    with the most, so that a sharded model can gather its weights.
+
+def span_batches(
+    requests: Sequence[SpanRequest], layouts: Sequence[Layout], *, token_budget: int, hidden_size: int
+) -> list[tuple[list[int], TokenBatch]]:
+    """Micro-batches whose loss tokens are those of the spans, and the requests in each; as many on every rank."""
+    longest = dist.all_max(torch.tensor(max([0, *(len(one.token_ids) for one in requests)])), name="longest to score")
+    budget, rows = max(token_budget, int(longest)), [span_row(one) for one in requests]
+    layout, arranged = arrange(rows, layouts, token_budget=budget, hidden_size=hidden_size)
+    units = [tuple(rows[i] for i in indices) for indices in arranged]
+    batches = []
+    for unit_indices in bins_of([unit_segments(unit) for unit in units], layout, budget):
+        order = [i for unit in unit_indices for i in arranged[unit]]
+        whole = token_batch([units[unit] for unit in unit_indices], NO_WEIGHTING, layout)
+        batches.append((order, loss_tokens(whole, wanted_tokens([requests[i] for i in order]))))
+    most = int(dist.all_max(torch.tensor(len(batches)), name="number of scoring batches"))
+    return batches + [([], empty_batch()) for _ in range(most - len(batches))]
+
+
+def span_logprobs(
+    model: Any, requests: Sequence[SpanRequest], *, token_budget: int, layouts: Sequence[Layout] = ("padded",)
+) -> list[list[Tensor]]:
+    """Per request and span, the fp32 log-probs of its tokens, on the CPU; one forward pass per sequence, or less.
+
+    ``model`` is called as :class:`LogprobModel` is. Of the ``layouts`` the one of the least work is taken; the budget
+    is raised to the longest sequence. All ranks call this together, and make as many passes as the one with the most,
+    so that a sharded model can gather its weights.
     """
-    lengths = [len(one.token_ids) for one in requests]
-    bins = padded_bins(lengths, max([token_budget, *lengths]))
-    most = int(dist.all_max(torch.tensor(len(bins)), name="number of scoring batches"))
+    hidden_size = getattr(model, "module", model).model.config.get_text_config().hidden_size
     results: list[list[Tensor]] = [[] for _ in requests]
-    for indices in bins + [[]] * (most - len(bins)):
-        batch = span_batch([requests[i] for i in indices]) if indices else empty_batch()
+    for order, batch in span_batches(requests, layouts, token_budget=token_budget, hidden_size=hidden_size):
         logprobs_N = model(to_device(batch, dist.device()), entropy=False, temperature=1.0)[0].cpu()
-        sizes = [stop - start for i in indices for start, stop in requests[i].spans]
-        pieces = iter(logprobs_N.split(sizes) if indices else ())
-        for i in indices:
+        sizes = [stop - start for i in order for start, stop in requests[i].spans]
+        pieces = iter(logprobs_N.split(sizes) if order else ())
+        for i in order:
             results[i] = [next(pieces) for _ in requests[i].spans]
     return results
 
@@ -76,9 +88,17 @@ class Scorer:
     fp32 on every rank, and its state is :meth:`tensors`.
     """
 
-    def __init__(self, policy: Any, phi: Any, *, token_budget: int, decay: float | None = None) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        phi: Any,
+        *,
+        token_budget: int,
+        decay: float | None = None,
+        layouts: Sequence[Layout] = ("padded",),
+    ) -> None:
         self._policy, self._phi = policy, phi
-        self._token_budget, self._decay = token_budget, decay
+        self._token_budget, self._decay, self._layouts = token_budget, decay, layouts
 
     def policy(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
         """Log-probs under the policy as it is now."""
@@ -90,7 +110,7 @@ class Scorer:
 
     def _score(self, model: Any, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
         with inference(getattr(model, "module", model)):
-            return span_logprobs(model, requests, token_budget=self._token_budget)
+            return span_logprobs(model, requests, token_budget=self._token_budget, layouts=self._layouts)
 
     @torch.no_grad()
     def start(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -127,16 +147,21 @@ def load_scorer(
     ``module`` is the engine, or the :class:`LogprobModel`, that holds the policy; ``initial`` is where the policy's
     first weights are. Phi shares the ``reference`` model where it may.
     """
-    kind, budget = config.scorer.kind, config.batch.token_budget
-    if kind == "policy":
-        return Scorer(module, module, token_budget=budget)
-    if kind == "ema":
-        return Scorer(module, load_shadow(config, initial), token_budget=budget, decay=config.scorer.decay)
-    if reference is not None and config.scorer.path == config.reference:
-        return Scorer(module, reference, token_budget=budget)
-    frozen = load_frozen(config.model, path=config.scorer.path or initial)
+    phi, decay = module, None
+    if config.scorer.kind == "ema":
+        phi, decay = load_shadow(config, initial), config.scorer.decay
+    elif config.scorer.kind == "frozen":
+        shared = reference is not None and config.scorer.path == config.reference
+        phi = reference if shared else load_phi(config, policy, path=config.scorer.path or initial)
+    layouts = usable_layouts(config.batch.packing, [module] if phi is module else [module, phi])
+    return Scorer(module, phi, token_budget=config.batch.token_budget, decay=decay, layouts=layouts)
+
+
+def load_phi(config: RunConfig, policy: Policy, *, path: str | None) -> LogprobModel:
+    """A frozen model that shares the policy's vocabulary."""
+    frozen = load_frozen(config.model, path=path)
     check_same_vocabulary(policy, frozen, path=config.scorer.path)
-    return Scorer(module, LogprobModel(frozen.model, temperature=1.0).to(dist.device()), token_budget=budget)
+    return LogprobModel(frozen.model, temperature=1.0).to(dist.device())
 
 
 def load_shadow(config: RunConfig, initial: str | None) -> nn.Module:

@@ -65,14 +65,21 @@ class TokenProblem(Problem, abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SpanRequest:
-    """A sequence to score: log-probs are wanted of ``token_ids[start:stop]`` for each ``(start, stop)``, start >= 1."""
+    """A sequence to score: log-probs are wanted of ``token_ids[start:stop]`` for each span ``(start, stop)``.
+
+    The first ``prompt_tokens`` ids are the prompt, before all spans; requests of equal prompts may share its forward.
+    """
 
     token_ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+    prompt_tokens: int = 1
 
     def __post_init__(self) -> None:
-        if not all(1 <= start <= stop <= len(self.token_ids) for start, stop in self.spans):
-            raise ValueError(f"SpanRequest: spans {self.spans} do not lie in 1..{len(self.token_ids)}")
+        first, last = self.prompt_tokens, len(self.token_ids)
+        if not 1 <= first < last:
+            raise ValueError(f"SpanRequest: a prompt of {first} tokens in a sequence of {last}")
+        if not all(first <= start <= stop <= last for start, stop in self.spans):
+            raise ValueError(f"SpanRequest: spans {self.spans} do not lie in {first}..{last}")
 
 
 @dataclass(frozen=True, kw_only=True)

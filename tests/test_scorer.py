@@ -1,14 +1,17 @@
 """The scorer: spans against a naive per-token loop, one pass per sequence, the EMA against its closed form."""
 
 import dataclasses
+import itertools
+import random
 
 import pytest
 import torch
+from test_packing import tiny
 from tiny_run import config, metrics
 
 from rltrain import checkpoint, cli, dist, trainer
 from rltrain.config import ConfigError, ScorerConfig
-from rltrain.logprobs import LogprobModel
+from rltrain.logprobs import LogprobModel, inference
 from rltrain.model import TinyConfig, load_policy
 from rltrain.scorer import Scorer, check_same_vocabulary, load_scorer, span_logprobs
 from rltrain.types import SpanRequest
@@ -54,11 +57,77 @@ def test_two_spans_in_one_pass_equal_two_passes(policy):
 
 
 def test_one_forward_pass_per_sequence(policy):
+    """The last token of a sequence predicts nothing, so it is not fed."""
+    assert fed_ids(policy, REQUESTS, "padded") == sorted(i for r in REQUESTS for i in r.token_ids[:-1])
+
+
+def fed_ids(policy, requests, layout):
     seen = []
     model = LogprobModel(policy.model, temperature=1.0)
     model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].input_ids_L.tolist()))
-    span_logprobs(model, REQUESTS, token_budget=1000)
-    assert sorted(token for batch in seen for token in batch) == sorted(i for r in REQUESTS for i in r.token_ids)
+    span_logprobs(model, requests, token_budget=1000, layouts=(layout,))
+    return sorted(token for batch in seen for token in batch)
+
+
+def prompted(seed=0):
+    """Thoughts before a target: three on one prompt, two on another, one without a span, one alone."""
+    draw = random.Random(seed)
+
+    def ids(count):
+        return tuple(draw.randrange(60) for _ in range(count))
+
+    requests = []
+    for prompt, lengths in ((ids(9), (4, 1, 7)), (ids(5), (3, 6)), (ids(3), (2,))):
+        for length in lengths:
+            whole = prompt + ids(length) + ids(4)
+            spans = ((len(whole) - 4, len(whole)), (len(prompt), len(prompt) + 1))
+            requests.append(SpanRequest(token_ids=whole, spans=spans, prompt_tokens=len(prompt)))
+    return [*requests, SpanRequest(token_ids=ids(8), spans=(), prompt_tokens=3)]
+
+
+def test_a_shared_prompt_is_fed_once(policy):
+    requests = prompted()
+    prompts = {one.token_ids[: one.prompt_tokens] for one in requests}
+    own = [token for one in requests for token in one.token_ids[one.prompt_tokens : -1]]
+    shared = fed_ids(policy, requests, "shared")
+    assert shared == sorted([*own, *(token for prompt in prompts for token in prompt)])
+    assert len(shared) + 2 * 9 + 5 == len(fed_ids(policy, requests, "packed"))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma"])
+def test_every_layout_scores_as_each_sequence_alone(name):
+    """fp64; the smaller budget is below the longest sequence."""
+    model = tiny(name).eval()
+    for requests, layout, budget in itertools.product(
+        (prompted(), list(reversed(prompted(1)))), ("padded", "packed", "shared"), (1000, 12)
+    ):
+        with inference(wrapped := LogprobModel(model, temperature=0.7)):
+            found = span_logprobs(wrapped, requests, token_budget=budget, layouts=(layout,))
+            for request, spans in zip(requests, found, strict=True):
+                logprobs_TV = model(torch.tensor([request.token_ids])).logits[0].log_softmax(-1)
+                for (start, stop), values in zip(request.spans, spans, strict=True):
+                    rows, targets = list(range(start - 1, stop - 1)), list(request.token_ids[start:stop])
+                    torch.testing.assert_close(values, logprobs_TV[rows, targets], rtol=0, atol=1e-10)
+
+
+def test_the_layouts_of_a_scorer_are_those_that_its_models_can_do(policy, tmp_path, caplog):
+    """Phi counts positions by itself, which the check finds, so that no prompt is shared."""
+    module = LogprobModel(policy.model, temperature=1.0)
+    reference = LogprobModel(load_policy(SMALL).model, temperature=1.0)
+    reference.model.model.rotary_emb.register_forward_pre_hook(
+        lambda _, args, kwargs: (args[:1], {"position_ids": torch.arange(args[0].shape[1])[None]}), with_kwargs=True
+    )
+    run_config = cli.compose(["+experiment=rlp", "scorer.kind=frozen", "batch.packing=shared", f"run_dir={tmp_path}"])
+    seen = []
+    module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].prefix_S))
+    results = {}
+    for name, phi in (("good", module), ("counting", reference)):
+        scorer = load_scorer(run_config, policy, module, reference=phi)
+        seen.clear()
+        results[name] = scorer.policy(prompted())
+        assert all((prefix_S is None) == (name == "counting") for prefix_S in seen)
+    assert "layout shared the log-probs" in caplog.text
+    torch.testing.assert_close(results["good"], results["counting"], rtol=1e-4, atol=1e-5)
 
 
 def test_scores_carry_no_gradient_and_leave_training_mode(policy):
@@ -76,6 +145,10 @@ def test_nothing_to_score_is_no_result(policy):
 def test_a_span_outside_its_sequence_is_refused():
     with pytest.raises(ValueError, match="do not lie in 1..3"):
         SpanRequest(token_ids=(1, 2, 3), spans=((0, 2),))
+    with pytest.raises(ValueError, match="do not lie in 2..3"):
+        SpanRequest(token_ids=(1, 2, 3), spans=((1, 3),), prompt_tokens=2)
+    with pytest.raises(ValueError, match="a prompt of 3 tokens in a sequence of 3"):
+        SpanRequest(token_ids=(1, 2, 3), spans=(), prompt_tokens=3)
 
 
 def test_the_ema_is_its_closed_form_after_n_steps():

@@ -95,6 +95,7 @@ def score_request(prompt: TracePrompt, trace_ids: Sequence[int]) -> SpanRequest:
     return SpanRequest(
         token_ids=context + prompt.answer_ids,
         spans=((start, start + len(trace_ids)), (len(context), len(context) + len(prompt.answer_ids))),
+        prompt_tokens=start,
     )
 
 

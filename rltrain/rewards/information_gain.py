@@ -52,13 +52,14 @@ def thought_request(prompt: TextPrompt, completion: Completion) -> SpanRequest:
         sampled_ids = thought_ids[:-1] if completion.finish == "stop" else thought_ids
         thought_ids = sampled_ids + prompt.closing_ids
     ids = prompt.token_ids + thought_ids + prompt.target_ids
-    return SpanRequest(token_ids=ids, spans=((len(ids) - len(prompt.target_ids), len(ids)),))
+    start = len(ids) - len(prompt.target_ids)
+    return SpanRequest(token_ids=ids, spans=((start, len(ids)),), prompt_tokens=len(prompt.token_ids))
 
 
 def baseline_request(prompt: TextPrompt) -> SpanRequest:
     """The target straight after the prefix: no instruction, no thought."""
-    ids = prompt.context_ids + prompt.target_ids
-    return SpanRequest(token_ids=ids, spans=((len(prompt.context_ids), len(ids)),))
+    ids, start = prompt.context_ids + prompt.target_ids, len(prompt.context_ids)
+    return SpanRequest(token_ids=ids, spans=((start, len(ids)),), prompt_tokens=start)
 
 
 @register("reward", "information_gain", InformationGainConfig, needs={Need.SCORER})
