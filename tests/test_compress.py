@@ -19,7 +19,7 @@ TINY += ["sampling.max_new_tokens=32", "compress.max_answer_tokens=12", "reward@
 def start(tmp_path_factory):
     """A model that has learnt to write between tags."""
     folder = tmp_path_factory.mktemp("start") / "run"
-    cold = ["cold_start.steps=40", "cold_start.learning_rate=5e-3", "cold_start_data.tasks=[compress]", "steps=0"]
+    cold = ["cold_start.steps=60", "cold_start.learning_rate=5e-3", "cold_start_data.tasks=[compress]", "steps=0"]
     cold += ["cold_start_data.steps=[1]", "cold_start_data.max_operand=2", "cold_start_data.keep=0"]
     trainer.fit(cli.compose([*SMALL, *TINY, *cold, f"run_dir={folder}"]))
     return folder / "cold_start"
