@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -165,17 +166,60 @@ def test_a_run_that_fails_is_not_started_again(lab, tmp_path):
     assert "exit code 2, newest is nothing; not requeued" in text(job.log)
 
 
+def program(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.mark.slurm
 def test_a_run_that_gets_no_further_is_not_started_for_ever(lab, tmp_path):
     """A stand-in for the trainer under a time limit that is shorter than a step."""
-    never_saves = tmp_path / "never_saves"
-    never_saves.write_text("#!/bin/sh\nexit 75\n")
-    never_saves.chmod(0o755)
-    env = {"PYTHON": str(never_saves), "FRUITLESS_STARTS": "2"}
+    env = {"PYTHON": program(tmp_path / "never_saves", "exit 75"), "FRUITLESS_STARTS": "2"}
     job = lab.submit("train.sbatch", f"run_dir={tmp_path / 'run'}", env=env)
     assert job.wait_until_over() == "FAILED"
     assert job.field("Restarts") == "2"
     assert f"2 starts of job {job.number} from nothing came no further (FRUITLESS_STARTS)" in text(job.log)
+
+
+LISTENS = f"""
+while [ "$1" != --port ]; do shift; done
+echo "port $2 GPUs $CUDA_VISIBLE_DEVICES"
+exec {sys.executable} -m http.server "$2" --bind 127.0.0.1
+"""
+TRAINERS_AND_SERVERS = ["--nodes=1", "--cpus-per-task=2", ":", "--nodes=1", "--ntasks-per-node=2"]
+
+
+@pytest.mark.slurm
+def test_servers_come_before_the_trainers_and_end_with_them(lab, tmp_path):
+    """Stand-ins for vLLM, which only listens, and for the trainer, which is done at its second start."""
+    run_dir = tmp_path / "run"
+    env = {"VLLM_PYTHON": program(tmp_path / "vllm", LISTENS), "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    trainer = 'echo "$SLURM_CPUS_PER_TASK $@"; exit $((SLURM_RESTART_COUNT ? 0 : 75))'
+    env["PYTHON"] = program(tmp_path / "trainer", trainer)
+    overrides = ["+experiment=NAME", f"run_dir={run_dir}"]
+    job = lab.submit("vllm.sbatch", "MODEL", *overrides, options=TRAINERS_AND_SERVERS, env=env)
+    wait_for(lambda: "requeued" in text(job.log), "the requeue", job.log)
+    # Nothing else happens here, and Slurm looks at jobs of several parts only when something does.
+    call("sbatch", "--begin=now+7", "--output=/dev/null", "--wrap=true", env=lab.env)
+    assert job.wait_until_over() == "COMPLETED", text(job.log)
+    assert job.field("Restarts") == "1"
+    port = 10000 + int(job.number) * 10
+    urls = f"rollout.urls=[http://127.0.0.1:{port},http://127.0.0.1:{port + 1}]"
+    asked = ["2 -m rltrain.train", f"run_dir={run_dir}", *overrides, "rollout=vllm", "rollout.mode=server", urls]
+    assert text(job.log).count(f"0: {' '.join(asked)}\n") == 2
+    for place, gpus in enumerate(("0,1", "2,3")):
+        assert f"port {port + place} GPUs {gpus}" in text(job.log.with_name(f"{job.log.name}.server-{place}.out"))
+        assert socket.socket().connect_ex(("127.0.0.1", port + place)) != 0
+
+
+@pytest.mark.slurm
+def test_servers_that_never_answer_end_the_job_with_what_they_said(lab, tmp_path):
+    env = {"VLLM_PYTHON": program(tmp_path / "vllm", "echo no model of this name; exit 7")}
+    job = lab.submit("vllm.sbatch", "MODEL", "+experiment=NAME", options=TRAINERS_AND_SERVERS, env=env)
+    assert job.wait_until_over() == "FAILED"
+    for line in ("no model of this name", "ended with 7 before it answered", "all servers ended before any answered"):
+        assert line in text(job.log)
 
 
 @pytest.mark.parametrize("command", [["stop"], ["start", "2"]])
