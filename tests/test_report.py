@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from tiny_run import config
 
 from rltrain import runs, trainer
@@ -262,6 +263,17 @@ def test_an_estimator_that_cannot_be_computed_says_why(grpo_run, tmp_path):
     found = sampled(folder)[2].under("spae")
     assert found.values is None
     assert found.remark == "not shown: it probes the policy, and the run folder holds no finished checkpoint"
+
+
+def test_probes_start_no_rollout_engine(grpo_run, tmp_path):
+    """The run's engine may be one that is not installed here, or servers that have long been stopped."""
+    folder = copied(grpo_run, tmp_path)
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    resolved["rollout"] = {"kind": "vllm", "mode": "server", "urls": ["http://127.0.0.1:1"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved))
+    found = sampled(folder)[2].under("spae")
+    assert found.values is not None
+    assert found.values == sampled(grpo_run)[2].under("spae").values
 
 
 def run_command(monkeypatch, *arguments):

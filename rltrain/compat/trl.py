@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from rltrain import config
-from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.config import AdvantageConfig, part_of, parts, require
 from rltrain.model import Policy, stop_token_ids
-from rltrain.rollout import probes
+from rltrain.rollout.probes import PolicyProber
 from rltrain.types import Completion, Context, Group, Mean, Need, Problem, Prompt
 
 try:
@@ -55,16 +54,6 @@ class _Scored:
     prompts: Sequence[Any]
     completion_ids: Sequence[Sequence[int]]
     rewards_per_function: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prober:
-    """``Need.PROBES`` by the trainer's own model."""
-
-    policy: Policy
-
-    def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
-        return probes.probe(self.policy, requests, settings)
 
 
 def resolve(advantage: AdvantageConfig | str) -> AdvantageConfig:
@@ -162,7 +151,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             seed=self.args.seed,
             max_new_tokens=self.max_completion_length or 0,
             tokenizer=tokenizer,
-            rollout=_Prober(policy=policy) if self._probes else None,
+            rollout=PolicyProber(policy=policy) if self._probes else None,
         )
 
     def _log(self, rows: Sequence[Tensor], metrics: Any, mode: str) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from rltrain import cli
-from rltrain.config import ConfigError, SamplingConfig, part_of, parts
+from rltrain.config import ConfigError, part_of, parts
 from rltrain.report.folder import RunFolder
 from rltrain.report.samples import Row, as_group, notes
 from rltrain.types import Context, Need, Notes
@@ -109,17 +109,18 @@ class SampledStep:
             raise ConfigError(f"it needs {', '.join(need.value for need in needs)}, which a run folder does not hold")
         if not all(group.prompt.token_ids for group in self._groups):
             raise ConfigError("it probes the policy after the prompt, and these samples hold no prompt ids (older run)")
-        saved_step, rollout, tokenizer = self._checkpoint
+        saved_step, prober, tokenizer = self._checkpoint
         source = f"probes of the checkpoint of step {saved_step} on samples drawn after step {self._drawn_after}"
-        return Context(step=self._drawn_after, seed=seed, tokenizer=tokenizer, rollout=rollout), source
+        return Context(step=self._drawn_after, seed=seed, tokenizer=tokenizer, rollout=prober), source
 
     @cached_property
     def _checkpoint(self) -> tuple[int, Any, Any]:
-        """Step, rollout engine and tokenizer of the checkpoint nearest to the samples."""
+        """Step, prober and tokenizer of the checkpoint nearest to the samples; no rollout engine is started."""
         from safetensors import SafetensorError
 
         from rltrain import checkpoint
         from rltrain.model import load_frozen
+        from rltrain.rollout.probes import PolicyProber
 
         saved = checkpoint.list_checkpoints(self._run.path)
         if not saved:
@@ -128,13 +129,10 @@ class SampledStep:
         config = self._run.config
         try:
             policy = load_frozen(_part_config("model", config["model"]), path=str(nearest.policy))
-            rollout_config = _part_config("rollout", config["rollout"])
-            sampling = SamplingConfig(**config["sampling"])
-            rollout = part_of(rollout_config).function(rollout_config, sampling, policy, seed=config["seed"])
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"it probes the policy, and {nearest.path.name} cannot be loaded ({reason})") from error
-        return nearest.step, rollout, policy.tokenizer
+        return nearest.step, PolicyProber(policy=policy), policy.tokenizer
 
 
 def _part_config(group: str, resolved: Mapping[str, Any]) -> Any:

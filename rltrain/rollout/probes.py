@@ -8,6 +8,7 @@ copied per cut: K cuts with N continuations cost K·(suffix + answer) + K·N·L 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -271,3 +272,14 @@ def probe(policy: Policy, requests: Sequence[ProbeRequest], settings: ProbeSetti
             for i, result in zip(batch, found, strict=True):
                 results[i] = result
     return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyProber:
+    """The service behind ``Need.PROBES`` where there is no rollout engine."""
+
+    policy: Policy
+
+    def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
+        """One result per request, in order."""
+        return probe(self.policy, requests, settings)
