@@ -4,7 +4,7 @@ run_dir/checkpoints/step_000050/
     manifest.json     step, config, layout, checksum and size of every file
     optimizer/        fp32 weights and AdamW's moments, by parameter name, one file per rank (rltrain.shards)
     policy/           a plain transformers folder, or adapters
-    parts.json        state_dict of stateful parts
+    parts.json        state_dict of stateful parts; a batch that was sampled ahead
     tensors.safetensors   their tensors, if they have any
 
 Nothing is pickled, and nothing depends on the ZeRO stage or on the number of ranks. Several nodes need shared storage.
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rltrain import dist, runs
-from rltrain.config import CheckpointConfig, ConfigError, RunError
+from rltrain.config import CheckpointConfig, ConfigError, RunConfig, RunError
 from rltrain.engine import Engine
 from rltrain.model import Policy, save_policy
 
@@ -72,6 +72,18 @@ def list_checkpoints(run_dir: Path) -> list[Saved]:
     """Complete checkpoints, oldest first. Folders without a manifest were never finished."""
     folders = sorted((run_dir / "checkpoints").glob("step_*"))
     return [Saved(path=folder, step=int(folder.name[5:])) for folder in folders if (folder / "manifest.json").exists()]
+
+
+def resume_point(run_dir: Path, config: RunConfig) -> Saved | None:
+    """The checkpoint to go on from: intact, and made with this config."""
+    if config.checkpoint.resume == "never" and list_checkpoints(run_dir):
+        raise ConfigError(
+            f"run_dir={run_dir}: holds a run; set another run_dir, or checkpoint.resume=auto to continue it"
+        )
+    saved = newest_intact(run_dir)
+    if saved is not None:
+        check_same_config(saved, runs.resolved(config))
+    return saved
 
 
 def newest_intact(run_dir: Path) -> Saved | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from rltrain.errors import ConfigError, require
+from rltrain.errors import ConfigError, require, require_one_of
 from rltrain.errors import RunError as RunError
 from rltrain.types import Need
 from rltrain.watchdog import WatchdogConfig
@@ -20,6 +20,7 @@ from rltrain.watchdog import WatchdogConfig
 F = TypeVar("F", bound=Callable[..., Any])
 
 MISSING: Any = "???"
+SCHEDULES = ("constant", "linear", "cosine")
 PART_PACKAGES = ("rltrain.advantages", "rltrain.rewards", "rltrain.data", "rltrain.rollout", "rltrain.model")
 
 
@@ -114,7 +115,12 @@ class RolloutConfig:
     """Base of every rollout engine's config; the class is built as ``Engine(config, sampling, policy, seed)``.
 
     One that has a field ``importance_correction`` says with it what ``loss.importance_correction=none`` becomes.
+    With ``ahead`` the next batch is sampled while this one is trained on, and where there is no such field it becomes
+    ``truncate``. An engine that samples with the policy then has a copy of it, ``device_offset`` GPUs after the rank's.
     """
+
+    ahead: bool = False
+    device_offset: int = 0
 
 
 @dataclass(kw_only=True)
@@ -202,8 +208,7 @@ class LossConfig:
             "importance_correction": ("none", "truncate", "mask"),
         }
         for key, allowed in choices.items():
-            value = getattr(self, key)
-            require(value in allowed, f"loss.{key}={value}: unknown; set one of {', '.join(allowed)}")
+            require_one_of(allowed, f"loss.{key}", getattr(self, key))
         require(
             not (self.ratio == "sequence" and self.surrogate != "clip"),
             f"loss.ratio=sequence with loss.surrogate={self.surrogate}: undefined; set loss.surrogate=clip",
@@ -232,11 +237,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        schedules = ("constant", "linear", "cosine")
-        require(
-            self.schedule in schedules,
-            f"optimizer.schedule={self.schedule}: unknown; set one of {', '.join(schedules)}",
-        )
+        require_one_of(SCHEDULES, "optimizer.schedule", self.schedule)
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: must be > 0")
         require(len(self.betas) == 2, f"optimizer.betas={self.betas}: set two numbers, for example [0.9,0.999]")
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: must be >= 0")
@@ -278,8 +279,7 @@ class BatchConfig:
             self.group_size >= 2,
             f"batch.group_size={self.group_size}: a group baseline needs at least 2 samples; set batch.group_size>=2",
         )
-        layouts = ("auto", "padded", "packed", "shared")
-        require(self.packing in layouts, f"batch.packing={self.packing}: unknown; set one of {', '.join(layouts)}")
+        require_one_of(("auto", "padded", "packed", "shared"), "batch.packing", self.packing)
 
 
 @dataclass(kw_only=True)
@@ -295,8 +295,7 @@ class ScorerConfig:
     decay: float = 0.999
 
     def __post_init__(self) -> None:
-        kinds = ("policy", "frozen", "ema")
-        require(self.kind in kinds, f"scorer.kind={self.kind}: unknown; set one of {', '.join(kinds)}")
+        require_one_of(("policy", "frozen", "ema"), "scorer.kind", self.kind)
         require(0 <= self.decay < 1, f"scorer.decay={self.decay}: must lie in [0, 1); 0.999 is usual")
         require(
             self.path is None or self.kind == "frozen",
@@ -375,11 +374,7 @@ class ColdStartConfig:
     solution_field: str = "solution"
 
     def __post_init__(self) -> None:
-        schedules = ("constant", "linear", "cosine")
-        require(
-            self.schedule in schedules,
-            f"cold_start.schedule={self.schedule}: unknown; set one of {', '.join(schedules)}",
-        )
+        require_one_of(SCHEDULES, "cold_start.schedule", self.schedule)
         require(self.steps >= 0, f"cold_start.steps={self.steps}: must be >= 0; 0 trains nothing before RL")
         require(self.batch_size >= 1, f"cold_start.batch_size={self.batch_size}: set at least 1")
 
@@ -464,14 +459,19 @@ class RunConfig:
             f"batch.token_budget={self.batch.token_budget}: below one sequence of sampling.max_prompt_tokens + "
             f"max_new_tokens = {longest}; raise it, or lower these",
         )
-        correction = getattr(self.rollout, "importance_correction", "none")
+        ahead, offset = getattr(self.rollout, "ahead", False), getattr(self.rollout, "device_offset", 0)
+        require(
+            offset == 0 or (ahead and offset > 0),
+            f"rollout.device_offset={offset}: must be >= 0, and has no effect without rollout.ahead=true; set 0",
+        )
+        correction = getattr(self.rollout, "importance_correction", "truncate" if ahead else "none")
         if self.loss.importance_correction == "none" and correction != "none":
             self.loss = replace(self.loss, importance_correction=correction)
         require(bool(self.rewards), "rewards: none is set; choose one, for example reward@rewards.answer=boxed")
         require(
             self.loss.importance_correction == "none" or (self.sampling.top_k == 0 and self.sampling.top_p == 1),
             "loss.importance_correction with a truncated sampler: its support differs from the trainer's; "
-            "set sampling.top_k=0 sampling.top_p=1",
+            "set sampling.top_k=0 sampling.top_p=1" + (", or rollout.ahead=false" if ahead else ""),
         )
         for name, reward in self.rewards.items():
             waits_s = getattr(reward, "deadline_s", 0.0)

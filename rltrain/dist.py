@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 NO_DEADLINE_S = 365 * 24 * 3600.0
 _collective_s = 0.0
+_thread = threading.local()
 
 
 def _environment_int(*names: str, default: int) -> int:
@@ -154,8 +156,23 @@ def _deadline_error(wait: watchdog.Wait, error: RuntimeError) -> DeadlineError:
     return DeadlineError(f"rank {rank()}: waited {wait.waited_s:.0f} s for '{wait.name}': {cause}")
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """For a thread beside the one that talks to the other ranks: its collectives are the identity."""
+    _thread.alone = True
+    try:
+        yield
+    finally:
+        _thread.alone = False
+
+
+def _nobody_else() -> bool:
+    """Whether there are no other ranks to talk to, or this thread does not."""
+    return not torch_dist.is_initialized() or torch_dist.get_world_size() == 1 or getattr(_thread, "alone", False)
+
+
 def _reduce(values: Tensor, operation: torch_dist.ReduceOp.RedOpType, name: str) -> Tensor:
-    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+    if _nobody_else():
         return values
     buffer = values.to(device=device(), copy=True)
     named_wait(name, lambda: torch_dist.all_reduce(buffer, operation))
@@ -179,7 +196,7 @@ def all_min(values: Tensor, *, name: str) -> Tensor:
 
 def gather_objects(value: T, *, name: str) -> list[T]:
     """Every rank's value, in rank order, on every rank."""
-    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+    if _nobody_else():
         return [value]
     gathered: list[T] = [value] * torch_dist.get_world_size()
     named_wait(name, lambda: torch_dist.all_gather_object(gathered, value))
@@ -188,7 +205,7 @@ def gather_objects(value: T, *, name: str) -> list[T]:
 
 def exchange_objects(outgoing: Sequence[list[T]], *, name: str) -> list[T]:
     """What all ranks have for this one, in rank order; ``outgoing[r]`` goes to rank r, and to no other."""
-    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+    if _nobody_else():
         return list(outgoing[0])
     received: list[T] = []
     for source in range(world_size()):
@@ -201,5 +218,5 @@ def exchange_objects(outgoing: Sequence[list[T]], *, name: str) -> list[T]:
 
 def barrier(name: str) -> None:
     """Wait until every rank is here."""
-    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+    if not _nobody_else():
         named_wait(name, torch_dist.barrier)

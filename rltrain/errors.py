@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ConfigError(ValueError):
     """A configuration that cannot work; the message names the key, the cause and the remedy in one line."""
@@ -17,3 +19,8 @@ def require(condition: bool, message: str) -> None:
     """Raise ``ConfigError(message)`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_one_of(allowed: Iterable[str], key: str, value: str) -> None:
+    """Raise a ``ConfigError`` that names the choices unless ``value`` is one of them."""
+    require(value in allowed, f"{key}={value}: unknown; set one of {', '.join(allowed)}")

@@ -20,6 +20,8 @@ class PromptSource:
     def __init__(self, config: RunConfig, policy: Policy) -> None:
         self._config = config
         self._policy = policy
+        self._asked: tuple[int, int] | None = None
+        self._answer: tuple[list[Prompt], list[Problem]] = [], []
         self._problems: Sequence[Problem] = part_of(config.data).function(config.data, "train")
         if len(self._problems) == 0:
             raise ConfigError(
@@ -28,6 +30,11 @@ class PromptSource:
 
     def next(self, step: int, *, attempt: int = 0) -> tuple[list[Prompt], list[Problem]]:
         """This rank's prompts, and its problems that were left out because they exceed the prompt limit."""
+        if self._asked != (step, attempt):  # twice in a row, where a step is sampled ahead
+            self._asked, self._answer = (step, attempt), self._make(step, attempt)
+        return self._answer
+
+    def _make(self, step: int, attempt: int) -> tuple[list[Prompt], list[Problem]]:
         count = self._config.batch.prompts_per_step
         indices = problem_indices(len(self._problems), count, seed=self._config.seed, step=step, attempt=attempt)
         share = count // dist.world_size()

@@ -33,7 +33,8 @@ from rltrain.packing import Layout
 from rltrain.prompts import PromptSource
 from rltrain.recorder import Recorder
 from rltrain.rewards.scoring import score
-from rltrain.rollout import RolloutLost
+from rltrain.rollout import RolloutLost, ahead
+from rltrain.rollout.ahead import Ahead
 from rltrain.scorer import Scorer, load_scorer
 from rltrain.types import Context, Group, Max, Mean, Min, Need, Prompt, Sum, TokenBatch
 
@@ -74,6 +75,11 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.run_dir)
 
+    @property
+    def ahead(self) -> Ahead | None:
+        """The rollout engine, if it samples the next batch while this one is trained on."""
+        return self.rollout if isinstance(self.rollout, Ahead) else None
+
     def context(self, step: int) -> Context:
         """What parts may use at a step; services only where they were declared."""
         probes = Need.PROBES in self.config.needs()
@@ -99,6 +105,8 @@ def fit(config: RunConfig) -> dict[str, float]:
         recorder.summarise()
         return values
     finally:
+        if run.ahead:
+            run.ahead.close()
         recorder.close()
 
 
@@ -127,6 +135,9 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
                     record = Record(step + 1, epoch, groups, advantages.values, batches)
                     with watchdog.rescues(partial(bundle.write_alone, config, record)):
                         update(run, record, metrics)
+            if run.ahead:
+                with stage(run, context, metrics, "rollout_wait", "rollout"):
+                    metrics.add(run.ahead.wait())
             with stage(run, context, metrics, "sync", "rollout"), sampling_weights(run):
                 run.rollout.sync(run.policy)
             values = step_values(run, step, groups, metrics, denominators) | held_out_metrics(run, step + 1)
@@ -213,6 +224,7 @@ def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
         total += sum(counts)
         metrics.add({"dynamic_sampling/attempts": Sum(value=1.0 / dist.world_size())})
         if total >= batch.prompts_per_step:
+            sample_ahead(run, context, metrics)
             return kept
     raise NoSignalError(
         f"step {context.step}: only {total} of {batch.prompts_per_step} groups had unequal rewards after "
@@ -227,10 +239,21 @@ def draw(run: Run, context: Context, metrics: Accumulator, attempt: int) -> list
         metrics.add({"data/prompts_dropped": Sum(value=len(dropped))})
     with stage(run, context, metrics, "rollout", "rollout"):
         drawn = run.rollout.generate(prompts, step=context.step, group_size=run.config.batch.group_size)
+    if not run.config.batch.dynamic_sampling:  # else this step may need the engine again
+        sample_ahead(run, context, metrics)
     with stage(run, context, metrics, "reward", "reward"):
         groups, scores = score(drawn, run.config.rewards, context)
         metrics.add(scores)
     return groups
+
+
+def sample_ahead(run: Run, context: Context, metrics: Accumulator) -> None:
+    """Begin to sample the first completions of the next step, where asked for; after the last step too, so that a run
+    that is prolonged goes on as if it had been longer."""
+    if run.ahead:
+        with stage(run, context, metrics, "data", "rollout"):
+            prompts, _ = run.source.next(context.step + 1)
+        run.ahead.begin(prompts, step=context.step + 1, group_size=run.config.batch.group_size)
 
 
 def has_signal(group: Group) -> bool:
@@ -392,14 +415,18 @@ def maybe_save(run: Run, step: int, *, signal_name: str | None) -> float:
 
 def save(run: Run, step: int) -> checkpoint.Saved:
     """A checkpoint of the run after ``step`` steps."""
+    parts, tensors = {"progress": dataclasses.asdict(run.progress)}, run.scorer.tensors() if run.scorer else {}
     with dist.stage(f"checkpoint of step {step}", run.config.deadline("save")):
+        if run.ahead:
+            parts["ahead"], completions = run.ahead.state(step)
+            tensors = tensors | completions
         saved = checkpoint.save(
             run.folder,
             step,
             engine=run.engine,
             policy=run.policy,
-            parts={"progress": dataclasses.asdict(run.progress)},
-            tensors=run.scorer.tensors() if run.scorer is not None else {},
+            parts=parts,
+            tensors=tensors,
             config=runs.resolved(run.config),
         )
         if dist.is_main():
@@ -416,7 +443,7 @@ def build(config: RunConfig) -> Run:
             f"set a multiple of {ranks}"
         )
     folder = Path(config.run_dir)
-    saved = resume_point(folder, config)
+    saved = checkpoint.resume_point(folder, config)
     if saved is None and dist.is_main():
         runs.write_provenance(folder, config)
     initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
@@ -435,37 +462,29 @@ def build(config: RunConfig) -> Run:
     if Need.SCORER in config.needs():
         scorer = load_scorer(config, policy, engine, initial=initial, reference=reference)
         scorer.start(engine.full_parameters())
-    progress = Progress()
+    progress, parts, tensors = Progress(), {}, {}
     if saved is not None:
-        progress = Progress(**checkpoint.load(saved, engine=engine)["progress"])
+        parts, tensors = checkpoint.load(saved, engine=engine), checkpoint.load_tensors(saved)
+        progress = Progress(**parts["progress"])
         if scorer is not None:
-            scorer.start(checkpoint.load_tensors(saved).items())
+            scorer.start((name, theta) for name, theta in tensors.items() if name not in ahead.TENSORS)
         log.info("resumed from %s", saved.path)
+    rollout = ahead.load_rollout(config, policy, engine.full_parameters, initial=initial)
+    if isinstance(rollout, Ahead) and saved is not None:
+        rollout.restore(saved.step, parts.get("ahead", {}), tensors, source.next(saved.step)[0])
     return Run(
         config=config,
         policy=policy,
         engine=engine,
         reference=reference,
         scorer=scorer,
-        rollout=part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed),
+        rollout=rollout,
         source=source,
         held_out=held_out,
         first_step=saved.step if saved else 0,
         layouts=usable_layouts(config.batch.packing, [engine, *([reference] if reference else [])]),
         progress=progress,
     )
-
-
-def resume_point(folder: Path, config: RunConfig) -> checkpoint.Saved | None:
-    """The checkpoint to go on from: intact, and made with this config."""
-    if config.checkpoint.resume == "never" and checkpoint.list_checkpoints(folder):
-        raise ConfigError(
-            f"run_dir={folder}: holds a run; set another run_dir, or checkpoint.resume=auto to continue it"
-        )
-    saved = checkpoint.newest_intact(folder)
-    if saved is not None:
-        checkpoint.check_same_config(saved, runs.resolved(config))
-    return saved
 
 
 def load_reference(config: RunConfig, *, path: str | None) -> LogprobModel | None:

@@ -52,6 +52,11 @@ class VllmRolloutConfig(RolloutConfig):
             self.mode != "colocated" or not self.urls,
             "rollout.urls with rollout.mode=colocated: have no effect; set rollout.mode=server",
         )
+        require(
+            self.mode != "colocated" or not self.ahead,
+            "rollout.ahead=true with rollout.mode=colocated: engine and trainer take turns on one device; set "
+            "rollout.mode=server",
+        )
         for url in self.urls:
             require(url.startswith(("http://", "https://")), f"rollout.urls: {url} is no address; write http://{url}")
         for key in ("request_s", "restart_s", "max_requests", "cache_gib"):
