@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ConMax on wordy solutions: cold start, RL of the compressor, compressed data sets, and students trained on original,
 # prompt-only-compressed and ConMax traces of the same problems.
-# usage: [STEPS=100] [SEEDS="0 1 2"] [TRACES=8192] [STUDENT_STEPS=400] scripts/reproduce/conmax.sh [OUT]
+# usage: [STEPS=100] [SEEDS="0 1 2"] [TRACES=8192] [STUDENT_STEPS=300] scripts/reproduce/conmax.sh [OUT]
 #
 # The result per student: eval_accuracy and eval_completions/mean_length in OUT/student_NAME_SEED/evaluation.json.
 set -euo pipefail
@@ -14,7 +14,7 @@ shorten() { # SEED NAME COMPRESSOR FROZEN
 student() { # SEED NAME FILE COLUMN
     python -m rltrain.sft model=tiny data=hub data.path="$3" data.id=id data.prompt="'{prompt}'" \
         +data.meta.solution="$4" seed="$1" model.init_seed="$1" run_dir="$out/student_$2_$1" \
-        cold_start.steps="${STUDENT_STEPS:-400}" cold_start.max_length=256
+        cold_start.steps="${STUDENT_STEPS:-300}" cold_start.max_length=256
     python -m rltrain.evaluate model=tiny data=wordy_solutions data.tasks=[solve] reward@rewards.answer=exact_value \
         seed="$1" run_dir="$out/student_$2_$1" model.path="$out/student_$2_$1/cold_start" \
         sampling.max_new_tokens=128 sampling.max_prompt_tokens=64 evaluation.problems=500
