@@ -1,7 +1,8 @@
 """Token log-probs against their peers: time and extra memory of the head at three model sizes, fp32 and bf16.
 
-    python scripts/bench/logprobs.py                       # everything, below 10 minutes on two quiet cores
-    python scripts/bench/logprobs.py --shapes 256,64,4096  # a smoke run
+    python scripts/bench/logprobs.py                                     # everything: minutes on two quiet cores
+    python scripts/bench/logprobs.py --shapes 512,576,49152 --dtypes fp32 --what time
+    python scripts/bench/logprobs.py --shapes 256,64,4096                # a smoke run
 
 Peers: naive log_softmax, torch.nn.functional.linear_cross_entropy, and where installed TRL's chunked head (`trl`),
 Liger-Kernel's chunked log-probs (`liger-kernel`) and Apple's CCE in its torch_compile mode (`cut-cross-entropy`, which
@@ -9,7 +10,8 @@ needs a C++ compiler on a CPU).
 
 Time is the median over rounds of the ratio to the floor measured in the same round: the bare matrix products, three
 for paths that keep logits and four for those that recompute them, with dh and dW in fresh memory as any gradient is.
-Memory is the peak resident size of a child process over one forward and backward, less the inputs and the gradients.
+Memory is the peak resident size of a child process over one forward and backward, less the inputs and the gradients;
+it does not depend on how busy the machine is, so ``--what`` lets the two be measured apart.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import timing
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,7 @@ from rltrain import kernels
 
 SHAPES = ("1024,896,32000", "512,576,49152", "256,896,151936")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WHAT = ("time", "memory")
 MODES = ("forward", "forward+backward", "forward+backward+entropy")
 Loss = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
@@ -151,18 +154,8 @@ def installed(path: Loss, mode: str) -> bool:
 
 def peak_extra_mb(name: str, shape: str, dtype: str, threads: int) -> float:
     """Extra memory of a path in a process of its own, MB."""
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        name,
-        "--shapes",
-        shape,
-        "--dtypes",
-        dtype,
-        "--threads",
-        str(threads),
-    ]
+    setting = ["--shapes", shape, "--dtypes", dtype, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--child", name, *setting]
     found = subprocess.run(command, capture_output=True, text=True, timeout=600)
     return float(found.stdout.split()[-1]) if found.returncode == 0 else float("nan")
 
@@ -172,22 +165,20 @@ def child(name: str, shape: str, dtype: str) -> None:
     warm = inputs("64,64,512", dtype, logits=False)
     run(PATHS[name], warm, "forward+backward")
     tensors = inputs(shape, dtype, logits=False)
-    before = _status_kb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    run(PATHS[name], tensors, "forward+backward")
     gradients = sum(tensor.numel() * tensor.element_size() for tensor in tensors[:2])
-    print((_status_kb("VmHWM") - before) / 1e3 * 1.024 - gradients / 1e6)
+    print(timing.peak_extra_mb(lambda: run(PATHS[name], tensors, "forward+backward")) - gradients / 1e6)
 
 
-def _status_kb(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+def compare_memory(shape: str, dtype: str, options: argparse.Namespace) -> None:
+    """Print the extra memory of every path."""
+    memory_mb = {name: peak_extra_mb(name, shape, dtype, options.threads) for name in options.available}
+    for name, own_mb in memory_mb.items():
+        print(f"| {shape} | {dtype} | {name} | {own_mb:.0f} | {own_mb / memory_mb['naive']:.3f} |", flush=True)
 
 
-def compare(shape: str, dtype: str, mode: str, options: argparse.Namespace) -> None:
+def compare_time(shape: str, dtype: str, mode: str, options: argparse.Namespace) -> None:
     """Print the rows of one setting."""
-    names = [name for name in PATHS if name in WITH_ENTROPY or not mode.endswith("entropy")]
-    names = [name for name in names if name in options.available]
+    names = [name for name in options.available if name in WITH_ENTROPY or not mode.endswith("entropy")]
     tensors = inputs(shape, dtype, logits=True)
     products = {name: 1 if mode == "forward" else 4 if name in RECOMPUTING else 3 for name in names}
     seconds: dict[str | int, list[float]] = {key: [] for key in (*names, *products.values())}
@@ -195,25 +186,23 @@ def compare(shape: str, dtype: str, mode: str, options: argparse.Namespace) -> N
         for key in seconds:
             seconds[key].append(floor(tensors, key) if isinstance(key, int) else run(PATHS[key], tensors, mode))
     timed = {key: values[1:] for key, values in seconds.items()}
-    memory_mb = {}
-    if mode == "forward+backward":
-        memory_mb = {name: peak_extra_mb(name, shape, dtype, options.threads) for name in names}
     for name in names:
         to_floor, to_naive = (
             statistics.median(own / other for own, other in zip(timed[name], timed[base], strict=True))
             for base in (products[name], "naive")
         )
-        memory = f"{memory_mb[name]:.0f} | {memory_mb[name] / memory_mb['naive']:.3f}" if memory_mb else "|"
-        cells = f"{statistics.median(timed[name]):.3f} | {products[name]} | {to_floor:.2f} | {to_naive:.2f} | {memory}"
+        cells = f"{statistics.median(timed[name]):.3f} | {products[name]} | {to_floor:.2f} | {to_naive:.2f}"
         print(f"| {shape} | {dtype} | {mode} | {name} | {cells} |", flush=True)
 
 
 def main() -> None:
-    """Parse the command line and print the table."""
+    """Parse the command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,D,V")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS), help="always with naive")
+    parser.add_argument("--what", nargs="+", default=WHAT, choices=WHAT)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", choices=list(PATHS), help=argparse.SUPPRESS)
@@ -222,13 +211,20 @@ def main() -> None:
     if options.child:
         child(options.child, options.shapes[0], options.dtypes[0])
         return
-    options.available = [name for name, path in PATHS.items() if installed(path, "forward+backward")]
-    print("| N, D, V | type | mode | path | s | products | / floor | / naive | extra MB | / naive |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for shape in options.shapes:
-        for dtype in options.dtypes:
+    asked = [name for name in PATHS if name == "naive" or name in options.paths]
+    options.available = [name for name in asked if installed(PATHS[name], "forward+backward")]
+    settings = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]
+    if "time" in options.what:
+        print("| N, D, V | type | mode | path | s | products | / floor | / naive |")
+        print("|---|---|---|---|---|---|---|---|")
+        for shape, dtype in settings:
             for mode in options.modes:
-                compare(shape, dtype, mode, options)
+                compare_time(shape, dtype, mode, options)
+    if "memory" in options.what:
+        print("| N, D, V | type | path | extra MB | / naive |")
+        print("|---|---|---|---|---|")
+        for shape, dtype in settings:
+            compare_memory(shape, dtype, options)
 
 
 if __name__ == "__main__":
