@@ -2,7 +2,7 @@
 
     x += O(attend(rope(norm_q(Q n(x))), rope(norm_k(K n(x))), V n(x)));   x += Down(act(Gate n(x)) * Up n(x))
 
-Projections are called as the model's own modules, so LoRA layers and biases take part.
+Plain projections read the modules' weights where they lie; all others are called as modules, so LoRA takes part.
 """
 
 from __future__ import annotations
@@ -11,23 +11,141 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
+# See `linear_map`: rows of a weight in one matrix product, at most; the products of one batch, for each thread, so that
+# the whole of a large result never exists twice; the least weight for which all that pays.
+_BLOCK_ROWS = 2048
+_BATCHED_BLOCKS = 2
+_BLOCKED_ELEMENTS = 1 << 16
 
 # (layer index, query [B, H, D], key [B, H_kv, D], value [B, H_kv, D], scale, window) -> [B, H·D]
 Attend = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
+Map = Callable[[Tensor], Tensor]
 
 
-def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    return torch.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+def _blocks(rows: int, threads: int) -> int:
+    """The fewest equal blocks of at most ``_BLOCK_ROWS`` that every thread gets as many of; 1 if there are none."""
+    fewest = -(-rows // _BLOCK_ROWS)
+    return next((n for n in range(threads, rows // 64 + 1, threads) if n >= fewest and rows % n == 0), 1)
+
+
+class _BlockProduct:
+    """x_BD · W^T + b as batches of products with blocks of W's rows, W staying where it is.
+
+    With ``keep`` a result of several batches lies where the last one did: fresh pages cost more than what fills them.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, blocks: int, *, keep: bool) -> None:
+        blocks_NDK = weight.view(blocks, -1, weight.shape[1]).mT
+        self._batch = _BATCHED_BLOCKS * torch.get_num_threads()
+        self._shape, self._parts = (blocks, blocks_NDK.shape[-1]), blocks_NDK.split(self._batch)
+        self._bias, self._keep, self._kept = bias, keep, weight.new_empty(0)
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        if len(self._parts) == 1:
+            out_NBK = torch.bmm(x_BD.expand(self._shape[0], -1, -1), self._parts[0])
+            out_BV = out_NBK.transpose(0, 1).reshape(len(x_BD), -1)
+        else:
+            out_BNK = self._memory(len(x_BD))
+            for part, out in zip(self._parts, out_BNK.split(self._batch, dim=1), strict=True):
+                out.copy_(torch.bmm(x_BD.expand(len(part), -1, -1), part).transpose(0, 1))
+            out_BV = out_BNK.flatten(1)
+        return out_BV if self._bias is None else out_BV.add_(self._bias)
+
+    def _memory(self, rows: int) -> Tensor:
+        if not self._keep:
+            return self._parts[0].new_empty(rows, *self._shape)
+        if len(self._kept) != rows:
+            self._kept = self._kept.new_empty(rows, *self._shape)
+        return self._kept
+
+
+def linear_map(module: nn.Module, *, keep: bool = False) -> Map:
+    """The module's own map, on a CPU by blocks where that is faster; ``keep`` allows it to overwrite its last result.
+
+    A product of few rows x with a large W is shared badly among threads, and slow on one where W has very many rows
+    (docs/rollout.md).
+    """
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return module
+    weight, bias = module.weight, module.bias
+    plain = weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _BLOCKED_ELEMENTS
+    blocks = 1 if plain else _blocks(len(weight), torch.get_num_threads())
+    if blocks == 1 or not weight.is_contiguous():
+        weight_DN = weight.t()
+        if bias is None:
+            return lambda x_BD: torch.mm(x_BD, weight_DN)
+        return lambda x_BD: torch.addmm(bias, x_BD, weight_DN)
+    return _BlockProduct(weight, bias, blocks, keep=keep)
+
+
+def _rms_norm(weight: Tensor, eps: float) -> Map:
+    """x / sqrt(mean x² + eps) · weight over the last axis; ``weight`` may have more axes, one norm for each."""
+    size = weight.shape[-1]
+    if weight.dtype != torch.float32:
+        return lambda x: torch.rms_norm(x, (size,), None, eps) * weight
+    eps_1 = torch.full((1,), eps, device=weight.device)
+
+    def norm(x: Tensor) -> Tensor:
+        # Half the operations of torch.rms_norm, which on a CPU is a composition.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(eps_1, length, length, value=1 / size).rsqrt_()).mul_(weight)
+
+    return norm
+
+
+class _Layer:
+    """One layer's step, its weights looked up once."""
+
+    def __init__(self, index: int, layer: Any, attend: Attend) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._index, self._attend, self._act = index, attend, mlp.act_fn
+        self._query, self._key, self._value = map(linear_map, (attention.q_proj, attention.k_proj, attention.v_proj))
+        self._out, self._gate, self._up, self._down = map(
+            linear_map, (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
+        self._norm_1, self._norm_2 = map(_norm_of, (layer.input_layernorm, layer.post_attention_layernorm))
+        self._head_size, self._scale = attention.head_dim, attention.scaling
+        self._window = getattr(attention, "sliding_window", None)
+        config = attention.config
+        self._heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._norm_heads: Map | None = None
+        if hasattr(attention, "q_norm"):
+            weights = [attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
+            self._norm_heads = _rms_norm(torch.cat(weights), attention.q_norm.variance_epsilon)
+
+    def __call__(self, x_BD: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        x_BD = x_BD + self._self_attention(self._norm_1(x_BD), cos, signed_sin)
+        h_BD = self._norm_2(x_BD)
+        return x_BD + self._down(self._act(self._gate(h_BD)).mul_(self._up(h_BD)))
+
+    def _self_attention(self, h_BD: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        both = torch.cat([self._query(h_BD), self._key(h_BD)], dim=-1).view(len(h_BD), -1, self._head_size)
+        if self._norm_heads is not None:
+            both = self._norm_heads(both)
+        both = torch.addcmul(both * cos, both.roll(self._head_size // 2, -1), signed_sin)
+        value = self._value(h_BD).view(len(h_BD), -1, self._head_size)
+        query, key = both[:, : self._heads], both[:, self._heads :]
+        return self._out(self._attend(self._index, query, key, value, self._scale, self._window))
+
+
+def _norm_of(module: Any) -> Map:
+    return _rms_norm(module.weight, module.variance_epsilon)
 
 
 class LlamaStep:
-    """Logits [B, V] of one token a row."""
+    """Logits [B, V] of one token a row, good until the next call.
+
+    Made anew for every rollout, since it holds the weights of the moment.
+    """
 
     def __init__(self, model: Any, attend: Attend) -> None:
-        self._backbone, self._head, self._attend = model.model, model.lm_head, attend
+        backbone = model.model
+        self._embed, self._rotary = backbone.embed_tokens, backbone.rotary_emb
+        self._layers = [_Layer(index, layer, attend) for index, layer in enumerate(backbone.layers)]
+        self._norm, self._head = _norm_of(backbone.norm), linear_map(model.lm_head, keep=True)
 
     @staticmethod
     def supports(model: Any) -> bool:
@@ -37,28 +155,11 @@ class LlamaStep:
         return known and hasattr(model, "lm_head") and not sharded
 
     def __call__(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
-        x_BD = self._backbone.embed_tokens(tokens_B)
-        cos, sin = self._backbone.rotary_emb(x_BD, positions_B[:, None])
+        x_BD = self._embed(tokens_B)
+        cos, sin = self._rotary(x_BD, positions_B[:, None])
         half = sin.shape[-1] // 2
         # rotate_half(x) * sin = roll(x) * signed_sin
-        rope = (cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1))
-        for index, layer in enumerate(self._backbone.layers):
-            x_BD = x_BD + self._self_attention(index, layer.self_attn, _rms_norm(layer.input_layernorm, x_BD), rope)
-            h_BD = _rms_norm(layer.post_attention_layernorm, x_BD)
-            mlp = layer.mlp
-            x_BD = x_BD + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h_BD)).mul_(mlp.up_proj(h_BD)))
-        return self._head(_rms_norm(self._backbone.norm, x_BD))
-
-    def _self_attention(self, index: int, attention: Any, h_BD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        shape = (h_BD.shape[0], -1, attention.head_dim)
-        query, key = attention.q_proj(h_BD).view(shape), attention.k_proj(h_BD).view(shape)
-        if hasattr(attention, "q_norm"):
-            query, key = _rms_norm(attention.q_norm, query), _rms_norm(attention.k_norm, key)
-        cos, signed_sin = rope
-        heads = query.shape[1]
-        both = torch.cat([query, key], dim=1)
-        both = torch.addcmul(both * cos, both.roll(attention.head_dim // 2, -1), signed_sin)
-        value = attention.v_proj(h_BD).view(shape)
-        window = getattr(attention, "sliding_window", None)
-        out = self._attend(index, both[:, :heads], both[:, heads:], value, attention.scaling, window)
-        return attention.o_proj(out)
+        signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        for layer in self._layers:
+            x_BD = layer(x_BD, cos, signed_sin)
+        return self._head(self._norm(x_BD))

@@ -70,16 +70,14 @@ def distribution(logits_BV: Tensor, *, temperature: float, top_k: int, top_p: fl
 
 
 def _first_above(weights_BV: Tensor, targets_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """The first index whose float64 running sum exceeds the target, and the target's rest at that index; [B, 1] both.
+    """The first index whose float64 running sum exceeds the target, [B, 1], and the running sums.
 
     The index always has a positive weight: rounding cannot push a target up to the total or below 0.
     """
     running_BV = weights_BV.cumsum(-1, dtype=torch.float64)
     total_B1 = running_BV[:, -1:]
     targets_B1 = torch.minimum(targets_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    index_B1 = torch.searchsorted(running_BV, targets_B1, right=True)
-    before_B1 = running_BV.gather(-1, index_B1) - weights_BV.gather(-1, index_B1)
-    return index_B1, (targets_B1 - before_B1).clamp_(min=0)
+    return torch.searchsorted(running_BV, targets_B1, right=True), running_BV
 
 
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -97,9 +95,10 @@ def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     blocks_BNK = weights_BV.unflatten(-1, (-1, _BLOCK))
     sums_BN = blocks_BNK.sum(-1)
     targets_B1 = uniforms_B[:, None] * sums_BN.sum(-1, keepdim=True, dtype=torch.float64)
-    block_B1, rest_B1 = _first_above(sums_BN, targets_B1)
+    block_B1, running_BN = _first_above(sums_BN, targets_B1)
+    before_B1 = running_BN.gather(-1, block_B1) - sums_BN.gather(-1, block_B1)
     chosen_BK = blocks_BNK[torch.arange(len(block_B1), device=block_B1.device), block_B1.squeeze(-1)]
-    index_B1, _ = _first_above(chosen_BK, rest_B1)
+    index_B1, _ = _first_above(chosen_BK, (targets_B1 - before_B1).clamp_(min=0))
     return (block_B1 * _BLOCK + index_B1).squeeze(-1)
 
 

@@ -7,6 +7,9 @@ Attention of one new token of row b, a sample of prompt p, is a softmax over two
 The G rows of a prompt share the first piece, so it is one matrix product [G·rep, D] x [D, prompt] instead of G reads
 of the same cache. All rows write the same column of the second, whatever their age: the newest column is the present,
 and a row masks the columns from before its birth. Hence rows can join at any step without moving the others.
+
+Everything is stored by kv head first, [kv head, prompt or row, ...]: the rows of a prompt are neighbours, so both views
+of a query, a matrix a prompt and a matrix a row, are the same memory.
 """
 
 from __future__ import annotations
@@ -29,40 +32,61 @@ _BLOCK = 16
 
 
 def _cat_left_padded(old: Tensor, new: Tensor, dim: int) -> Tensor:
-    """Concatenate rows; along ``dim`` the shorter side is padded on the left."""
+    """Concatenate along the axis before ``dim``; along ``dim`` the shorter side is padded on the left."""
     width = max(old.shape[dim], new.shape[dim])
     trailing = (0, 0) * (old.ndim - 1 - dim)
-    return torch.cat([pad(x, (*trailing, width - x.shape[dim], 0)) for x in (old, new)])
+    return torch.cat([pad(x, (*trailing, width - x.shape[dim], 0)) for x in (old, new)], dim - 1)
+
+
+def _with_columns(old: Tensor, count: int) -> Tensor:
+    """``count`` columns of zeros on the right."""
+    heads, rows, columns, size = old.shape
+    new = old.new_empty(heads, rows, columns + count, size)
+    new[:, :, :columns] = old
+    new[:, :, columns:] = 0
+    return new
 
 
 class _Layer:
-    """Keys and values of one layer; axes [prompt or row, kv head, token, head dim].
+    """Keys and values of one layer; axes [kv head, prompt or row, token, head dim].
 
-    Unused columns hold zeros, because a masked score of weight 0 still multiplies its value.
+    Unused columns hold zeros, because a masked score of weight 0 still multiplies its value. ``matrices`` are views of
+    prompt keys, own keys, prompt values and own values as batched products take them, keys transposed.
     """
 
     def __init__(self, prompt_keys: Tensor, prompt_values: Tensor) -> None:
         self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
-        self.own_keys = prompt_keys.new_zeros(0, prompt_keys.shape[1], 0, prompt_keys.shape[-1])
-        self.own_values = prompt_values.new_zeros(0, prompt_values.shape[1], 0, prompt_values.shape[-1])
+        self.own_keys = prompt_keys.new_zeros(len(prompt_keys), 0, 0, prompt_keys.shape[-1])
+        self.own_values = prompt_values.new_zeros(len(prompt_values), 0, 0, prompt_values.shape[-1])
+        self._look()
+
+    def _look(self) -> None:
+        keys = (x.flatten(0, 1).mT for x in (self.prompt_keys, self.own_keys))
+        values = (x.flatten(0, 1) for x in (self.prompt_values, self.own_values))
+        self.matrices = (*keys, *values)
 
     def admit_prompts(self, keys: Tensor, values: Tensor) -> None:
         self.prompt_keys = _cat_left_padded(self.prompt_keys, keys, dim=2)
         self.prompt_values = _cat_left_padded(self.prompt_values, values, dim=2)
+        self._look()
 
     def add_rows(self, count: int) -> None:
-        self.own_keys = pad(self.own_keys, (0, 0, 0, 0, 0, 0, 0, count))
-        self.own_values = pad(self.own_values, (0, 0, 0, 0, 0, 0, 0, count))
+        self.own_keys = pad(self.own_keys, (0, 0, 0, 0, 0, count))
+        self.own_values = pad(self.own_values, (0, 0, 0, 0, 0, count))
+        self._look()
 
     def add_columns(self, count: int) -> None:
-        self.own_keys = pad(self.own_keys, (0, 0, 0, count))
-        self.own_values = pad(self.own_values, (0, 0, 0, count))
+        self.own_keys = _with_columns(self.own_keys, count)
+        self.own_values = _with_columns(self.own_values, count)
+        self._look()
 
     def keep(self, rows_B: Tensor, prompts_P: Tensor | None, first_column: int) -> None:
-        self.own_keys = self.own_keys[:, :, first_column:][rows_B]
-        self.own_values = self.own_values[:, :, first_column:][rows_B]
+        self.own_keys = self.own_keys[:, :, first_column:].index_select(1, rows_B)
+        self.own_values = self.own_values[:, :, first_column:].index_select(1, rows_B)
         if prompts_P is not None:
-            self.prompt_keys, self.prompt_values = self.prompt_keys[prompts_P], self.prompt_values[prompts_P]
+            self.prompt_keys = self.prompt_keys.index_select(1, prompts_P)
+            self.prompt_values = self.prompt_values.index_select(1, prompts_P)
+        self._look()
 
 
 class _Layout:
@@ -77,21 +101,18 @@ class _Layout:
         dense = len(slots) == self.prompts * self.width
         self._slots_B = None if dense else torch.tensor(slots, device=device)
 
-    def by_prompt(self, x_BHRX: Tensor) -> Tensor:
-        """[B, H, R, X] -> [P, H, W·R, X]; zeros where a prompt has fewer than W rows."""
-        _, heads, repeats, size = x_BHRX.shape
+    def by_prompt(self, x_HBRX: Tensor) -> Tensor:
+        """[H, B, R, X] -> [H·P, W·R, X]; zeros where a prompt has fewer than W rows."""
+        heads, _, repeats, size = x_HBRX.shape
         if self._slots_B is not None:
-            padded = x_BHRX.new_zeros(self.prompts * self.width, heads, repeats, size)
-            x_BHRX = padded.index_copy_(0, self._slots_B, x_BHRX)
-        x = x_BHRX.reshape(self.prompts, self.width, heads, repeats, size).transpose(1, 2)
-        return x.reshape(self.prompts, heads, self.width * repeats, size)
+            padded = x_HBRX.new_zeros(heads, self.prompts * self.width, repeats, size)
+            x_HBRX = padded.index_copy_(1, self._slots_B, x_HBRX)
+        return x_HBRX.view(heads * self.prompts, self.width * repeats, size)
 
-    def by_row(self, x_PHWX: Tensor, repeats: int) -> Tensor:
-        """The inverse: [P, H, W·R, X] -> [B, H, R, X]."""
-        heads, size = x_PHWX.shape[1], x_PHWX.shape[-1]
-        x = x_PHWX.view(self.prompts, heads, self.width, repeats, size).transpose(1, 2)
-        x = x.reshape(self.prompts * self.width, heads, repeats, size)
-        return x if self._slots_B is None else x[self._slots_B]
+    def by_row(self, x_PWX: Tensor, repeats: int) -> Tensor:
+        """The inverse: [H·P, W·R, X] -> [H, B, R, X]."""
+        x = x_PWX.view(-1, self.prompts * self.width, repeats, x_PWX.shape[-1])
+        return x if self._slots_B is None else x.index_select(1, self._slots_B)
 
 
 def shared_prompt_attention(
@@ -163,8 +184,8 @@ class SharedDecoder:
 
     def _write(self, layer_idx: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         layer = self.layers[layer_idx]
-        layer.own_keys[:, :, self._columns - 1] = key_BHD
-        layer.own_values[:, :, self._columns - 1] = value_BHD
+        layer.own_keys[:, :, self._columns - 1] = key_BHD.transpose(0, 1)
+        layer.own_values[:, :, self._columns - 1] = value_BHD.transpose(0, 1)
 
     def attend(
         self, layer_idx: int, query_BHD: Tensor, scale: float, window: int | None, softcap: float | None = None
@@ -172,24 +193,27 @@ class SharedDecoder:
         """[B, H·D]: the present token over the prompt's and the row's own keys."""
         layer, layout = self.layers[layer_idx], self.layout
         rows, heads, size = query_BHD.shape
-        kv_heads, length = layer.own_keys.shape[1], layer.prompt_keys.shape[2]
+        kv_heads, _, length, _ = layer.prompt_keys.shape
         repeats = heads // kv_heads
-        query = (query_BHD * scale).view(rows, kv_heads, repeats, size)
-        prompt_scores = layout.by_row(layout.by_prompt(query) @ layer.prompt_keys.mT, repeats)
-        scores = torch.cat([prompt_scores, query @ layer.own_keys.mT], dim=-1)
+        query = (query_BHD * scale).view(rows, kv_heads, repeats, size).transpose(0, 1).contiguous()
+        prompt_keys, own_keys, prompt_values, own_values = layer.matrices
+        prompt_scores = layout.by_row(torch.bmm(layout.by_prompt(query), prompt_keys), repeats)
+        own_scores = torch.bmm(query.flatten(0, 1), own_keys).view(kv_heads, rows, repeats, -1)
+        scores = torch.cat([prompt_scores, own_scores], dim=-1)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         weights = scores.add_(self.bias(window)).softmax(-1, dtype=torch.float32).to(scores.dtype)
-        from_prompt = layout.by_prompt(weights[..., :length]) @ layer.prompt_values
-        out = weights[..., length:] @ layer.own_values + layout.by_row(from_prompt, repeats)
-        return out.view(rows, -1)
+        from_prompt = torch.bmm(layout.by_prompt(weights[..., :length]), prompt_values)
+        from_prompt = layout.by_row(from_prompt, repeats).flatten(0, 1)
+        out = torch.baddbmm(from_prompt, weights[..., length:].flatten(0, 1), own_values)
+        return out.view(kv_heads, rows, repeats * size).transpose(0, 1).reshape(rows, -1)
 
     @property
     def _capacity(self) -> int:
         return self.layers[0].own_keys.shape[2]
 
     def bias(self, window: int | None) -> Tensor:
-        """Additive [B, 1, 1, prompt + own] for the present column: 0 where row b may look, -inf elsewhere."""
+        """Additive [B, 1, prompt + own] for the present column: 0 where row b may look, -inf elsewhere."""
         if window not in self._bias:
             self._bias[window] = self._new_bias(window)
         return self._bias[window]
@@ -210,7 +234,7 @@ class SharedDecoder:
         if window is not None:
             seen_BT &= torch.cat([prompt_age_BT, own_age_T.expand(len(fed_B1), -1)], dim=-1) < window
         zeros_BT = torch.zeros(seen_BT.shape, dtype=self.layers[0].own_keys.dtype, device=self._device)
-        return zeros_BT.masked_fill_(~seen_BT, -torch.inf)[:, None, None]
+        return zeros_BT.masked_fill_(~seen_BT, -torch.inf)[:, None]
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
@@ -242,13 +266,16 @@ class SharedDecoder:
             logits_to_keep=1,
         ).logits[:, -1]
         next_positions_B = (positions_PT[:, -1] + 1).repeat_interleave(group_size)
+        # Taken out one by one, so that no two copies of all layers exist.
+        taken = (cache.layers.pop(0) for _ in range(len(cache.layers)))
+        by_head = ((new.keys.transpose(0, 1).contiguous(), new.values.transpose(0, 1).contiguous()) for new in taken)
         if self._fed:
-            for layer, new in zip(self.layers, cache.layers, strict=True):
-                layer.admit_prompts(new.keys, new.values)
+            for layer, (keys, values) in zip(self.layers, by_head, strict=True):
+                layer.admit_prompts(keys, values)
             self._prompt_mask_PT = _cat_left_padded(self._prompt_mask_PT, mask_PT, dim=1)
             self._positions_B = torch.cat([self._positions_B, next_positions_B])
         else:
-            self.layers = [_Layer(new.keys, new.values) for new in cache.layers]
+            self.layers = [_Layer(keys, values) for keys, values in by_head]
             self._prompt_mask_PT, self._positions_B, self._columns = mask_PT, next_positions_B, 0
         first = self._prompt_of[-1] + 1 if self._prompt_of else 0
         self._prompt_of += [first + p for p in range(len(prompts)) for _ in range(group_size)]
