@@ -37,7 +37,7 @@ def token_losses(
     log_ratio_N = log_ratios(logprobs_N, batch, config)
     loss_N = surrogate(logprobs_N, log_ratio_N, batch.advantages_N, config)
     if config.importance_correction != "none":
-        loss_N = loss_N * importance_weights(batch.old_logprobs_N - batch.sampler_logprobs_N, config)
+        loss_N = loss_N * importance_weights(old_logprobs(logprobs_N, batch) - batch.sampler_logprobs_N, config)
     if config.kl_coef > 0:
         loss_N = loss_N + config.kl_coef * kl_estimate(logprobs_N, _reference(batch), config.kl_estimator)
     if config.entropy_coef > 0:
@@ -46,9 +46,14 @@ def token_losses(
     return loss_N * batch.weights_N
 
 
+def old_logprobs(logprobs_N: Tensor, batch: TokenBatch) -> Tensor:
+    """Log-probs of the policy before the update, which is the current one where the batch names no other."""
+    return logprobs_N.detach() if batch.old_logprobs_N is None else batch.old_logprobs_N
+
+
 def log_ratios(logprobs_N: Tensor, batch: TokenBatch, config: LossConfig) -> Tensor:
     """``log pi - log pi_old`` of each token; with ``ratio="sequence"`` the sequence's mean (GSPO, 2507.18071)."""
-    log_ratio_N = logprobs_N - batch.old_logprobs_N
+    log_ratio_N = logprobs_N - old_logprobs(logprobs_N, batch)
     if config.ratio == "token":
         return log_ratio_N
     sequences = len(batch.boundaries_S1) - 1

@@ -283,15 +283,17 @@ def micro_batches(
 
 @torch.no_grad()
 def with_fixed_logprobs(run: Run, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-    """Add what stays fixed during the update: the trainer's own old log-probs where the sampler's are of another
-    distribution (truncated, or another engine), and the reference model's."""
+    """Add what stays fixed during the update: the reference model's log-probs, and the trainer's own old ones where the
+    sampler's are of another distribution (truncated, another engine, older weights). One update needs no pass for
+    these: they are its own log-probs, because no weight moves before its last micro-batch."""
     sampling = run.config.sampling
     foreign = sampling.top_k > 0 or sampling.top_p < 1 or not getattr(run.rollout, "same_distribution", True)
     fixed = []
     for batch in batches:
         added = {}
         if foreign:
-            added["old_logprobs_N"] = run.engine(batch, entropy=False)[0]
+            several = run.config.batch.update_epochs > 1
+            added["old_logprobs_N"] = run.engine(batch, entropy=False)[0] if several else None
         if run.reference is not None:
             added["reference_logprobs_N"] = run.reference(batch, entropy=False)[0]
         fixed.append(dataclasses.replace(batch, **added))

@@ -254,6 +254,8 @@ class TokenBatch:
     Loss token n is predicted by the hidden state at ``source_N[n]`` and belongs to sequence ``sequence_N[n]``;
     its weight was set over the whole optimiser batch and all ranks, so the loss is a plain weighted sum.
 
+    Without ``old_logprobs_N`` the policy before the update is the current one, as in the only update of a step.
+
     Without ``prefix_S`` the sequences are forwarded as padded rows; with it as they lie, end to end. Then sequence s
     continues sequence ``prefix_S[s]`` (a prompt that several completions share), or none (-1): it attends to the
     prefix's tokens without repeating them, and its positions go on from there.
@@ -267,16 +269,17 @@ class TokenBatch:
     targets_N: Tensor
     weights_N: Tensor
     advantages_N: Tensor
-    old_logprobs_N: Tensor
     sampler_logprobs_N: Tensor
+    old_logprobs_N: Tensor | None = None
     reference_logprobs_N: Tensor | None = None
     prefix_S: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.targets_N)
         for name in ("source_N", "sequence_N", "weights_N", "advantages_N", "old_logprobs_N", "sampler_logprobs_N"):
-            if len(getattr(self, name)) != count:
-                raise ValueError(f"TokenBatch: {name} has {len(getattr(self, name))} entries, targets_N has {count}")
+            value = getattr(self, name)
+            if value is not None and len(value) != count:
+                raise ValueError(f"TokenBatch: {name} has {len(value)} entries, targets_N has {count}")
         if len(self.input_ids_L) != len(self.positions_L) or int(self.boundaries_S1[-1]) != len(self.input_ids_L):
             raise ValueError("TokenBatch: boundaries_S1 must end at the number of input ids and positions")
         if self.prefix_S is not None and len(self.prefix_S) != len(self.boundaries_S1) - 1:

@@ -90,7 +90,9 @@ def not_finite(records: Sequence[Record]) -> list[str]:
         "sampler log-probs": lambda r: [(p, torch.tensor(one.logprobs)) for p, one in completions(r)],
         "rewards": lambda r: [(f"group {i}", g.rewards_G) for i, g in enumerate(r.groups) if g.rewards_G is not None],
         "advantages": lambda r: [(place, value) for (place, _), value in zip(completions(r), flat(r), strict=True)],
-        "old log-probs": lambda r: [(f"micro-batch {i}", b.old_logprobs_N) for i, b in enumerate(r.batches)],
+        "old log-probs": lambda r: [
+            (f"micro-batch {i}", b.old_logprobs_N) for i, b in enumerate(r.batches) if b.old_logprobs_N is not None
+        ],
         "log-probs": lambda r: [(f"micro-batch {i}", value) for i, value in enumerate(r.logprobs)],
         "losses": lambda r: [(f"micro-batch {i}", value) for i, value in enumerate(r.losses)],
         "gradient norm": lambda r: [] if r.grad_norm is None else [("", torch.tensor(r.grad_norm))],

@@ -1,5 +1,6 @@
 """Off-policy by one step: which weights sample what, exact resume, two ranks, servers, and threads that end."""
 
+import dataclasses
 import logging
 import math
 import shutil
@@ -19,8 +20,10 @@ from test_vllm import serve  # noqa: F401 - a fixture
 from tiny_run import OVERRIDES, config, metrics
 
 from rltrain import checkpoint, cli, trainer
+from rltrain.collate import empty_batch
 from rltrain.config import ConfigError, RunError, register
 from rltrain.interrupts import EXIT_INTERRUPTED
+from rltrain.loss import policy_loss
 from rltrain.model import load_policy
 from rltrain.prompts import PromptSource
 from rltrain.rollout import RolloutLost
@@ -78,6 +81,32 @@ def test_staleness_and_the_difference_it_makes_are_logged(unbroken):
     assert lines[0]["sampling/sampling_logp_difference/max"] < 1e-5
     assert all(line["sampling/sampling_logp_difference/max"] > 1e-3 for line in lines[1:])
     assert all(line["clip_ratio/region_mean"] == 0 for line in lines), "ratios are to theta_k, not to the sampler"
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "rloo", "cispo"])
+def test_one_update_takes_its_own_logprobs_for_the_old_ones(tmp_path, algorithm):
+    """Loss and gradient are those with log-probs of a pass before the update, weights w = pi_old / mu included."""
+    loss = config(tmp_path, "rollout.ahead=true", f"algorithm={algorithm}").loss
+    batch = dataclasses.replace(
+        empty_batch(),
+        **{name: torch.tensor([0, 1, 1]) for name in ("source_N", "sequence_N", "targets_N")},
+        boundaries_S1=torch.tensor([0, 1, 2]),
+        weights_N=torch.tensor([0.5, 0.25, 0.25]),
+        advantages_N=torch.tensor([1.0, -2.0, 1.0]),
+        sampler_logprobs_N=torch.tensor([-1.0, -2.0, -3.0]),
+        old_logprobs_N=None,
+    )
+    logprobs_N = torch.tensor([-1.1, -1.0, -3.5])  # w = e^-0.1, e (cut at 2), e^-0.5
+    gradients = []
+    for old_logprobs_N in (None, logprobs_N):
+        current_N = logprobs_N.clone().requires_grad_()
+        value = policy_loss(current_N, dataclasses.replace(batch, old_logprobs_N=old_logprobs_N), loss).loss
+        value.backward()
+        gradients.append(current_N.grad)
+    assert torch.equal(*gradients)
+    if algorithm != "gspo":
+        expected_N = -batch.weights_N * batch.advantages_N * torch.tensor([math.exp(-0.1), 2, math.exp(-0.5)])
+        torch.testing.assert_close(gradients[0], expected_N)
 
 
 def test_staleness_counts_optimiser_steps(tmp_path):
