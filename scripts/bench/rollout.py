@@ -2,21 +2,29 @@
 
 All sample P·G completions of exactly N tokens from the same model and prompts (no stop ids, whole distribution). Runs
 are paired: every round times each side once, and the ratio is the median of the rounds' ratios. ``floor`` runs the
-model's linear layers on [P·G, D], N times and nothing else. ``cpu`` counts CPU seconds instead of wall time, which a
-busy machine disturbs less.
+model's linear layers on [P·G, D], N times and nothing else, by blocks as ``local`` has them. ``continuous`` is
+transformers' ``generate_batch`` with a cache that just fits, prompts forked into their groups; ``vllm`` is vLLM in a
+child process, in whose company the other sides were slower (docs/rollout.md). ``cpu`` counts CPU seconds instead of
+wall time, which a busy machine disturbs less; a child's are not in it.
 
     python scripts/bench/rollout.py                                   # tiny, 16 x 8 x 48
     python scripts/bench/rollout.py --model smollm2 --prompts 4 --new-tokens 32
+    python scripts/bench/rollout.py --rounds 1 --continuous --vllm .venv-vllm/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import os
 import random
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +32,7 @@ from timing import paired
 
 from rltrain.config import SamplingConfig
 from rltrain.model import Policy, PretrainedConfig, TinyConfig, load_policy
+from rltrain.rollout.llama import linear_map
 from rltrain.rollout.local import LocalRollout, LocalRolloutConfig
 from rltrain.types import Problem, Prompt
 
@@ -74,16 +83,83 @@ def generate_side(policy: Policy, prompts: list[Prompt], group_size: int, new_to
     return run
 
 
+def continuous_side(policy: Policy, prompts: list[Prompt], group_size: int, new_tokens: int) -> Callable[[], Any]:
+    """transformers' continuous batching: every row in flight at once, pages of 32 tokens."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    rows = len(prompts) * group_size
+    longest = max(len(prompt.token_ids) for prompt in prompts) + new_tokens
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new_tokens,
+        num_return_sequences=group_size,
+        eos_token_id=-1,
+        pad_token_id=policy.pad_token_id,
+    )
+    batching = ContinuousBatchingConfig(
+        page_size=32, num_blocks=rows * -(-longest // 32), max_batch_tokens=max(rows, 512), max_requests_per_batch=rows
+    )
+
+    def run() -> None:
+        policy.model.eval()
+        with torch.no_grad():
+            results = policy.model.generate_batch(
+                [list(prompt.token_ids) for prompt in prompts],
+                generation_config=generation,
+                continuous_batching_config=batching,
+            )
+        made = sum(len(result.generated_tokens) for result in results.values())
+        assert made == rows * new_tokens, f"{made} tokens instead of {rows * new_tokens}"
+
+    return run
+
+
+class VllmSide:
+    """vLLM in ``python``, a child process that answers one line for each rollout, with the same number of threads."""
+
+    def __init__(self, python: str, folder: Path, policy: Policy, request: dict[str, Any], threads: int) -> None:
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+        (folder / "request.json").write_text(json.dumps(request))
+        self._tokens = len(request["prompts"]) * request["group_size"] * request["new_tokens"]
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
+        environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_LOGGING_LEVEL": "ERROR"}
+        environment.pop("OMP_NUM_THREADS", None)
+        environment.pop("PYTHONPATH", None)
+        read, write = os.pipe()
+        script = Path(__file__).with_name("vllm_rollout.py")
+        command = ["sh", "-c", f'exec "$0" "$@" 3>&{write}', python, str(script), str(folder), f"{folder}/request.json"]
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[write], env=environment, text=True
+        )
+        os.close(write)
+        self._answers = os.fdopen(read)
+
+    def __call__(self) -> None:
+        """One rollout."""
+        assert self._child.stdin
+        print("go", file=self._child.stdin, flush=True)
+        line = self._answers.readline()
+        if not line:
+            raise SystemExit(f"vLLM ended with code {self._child.wait()}; its messages are above")
+        made = json.loads(line)["tokens"]
+        assert made == self._tokens, f"{made} tokens instead of {self._tokens}"
+
+
 def floor_side(model: torch.nn.Module, rows: int, new_tokens: int) -> Callable[[], None]:
     """Every linear layer on one token a row, N times."""
-    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {size: torch.randn(rows, size) for size in {layer.in_features for layer in layers}}
 
     def run() -> None:
         with torch.no_grad():
+            maps = [(linear_map(layer, keep=True), inputs[layer.in_features]) for layer in layers]
             for _ in range(new_tokens):
-                for weight in weights:
-                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+                for apply, x in maps:
+                    apply(x)
 
     return run
 
@@ -100,6 +176,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--bfloat16", action="store_true", help="add the local engine decoding in bfloat16")
+    parser.add_argument("--continuous", action="store_true", help="add transformers' continuous batching")
+    parser.add_argument("--vllm", metavar="PYTHON", help="add vLLM of this interpreter's environment")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
@@ -118,6 +196,17 @@ def main() -> None:
     }
     if arguments.bfloat16:
         sides["local, bfloat16"] = local(LocalRolloutConfig(max_rows=rows, dtype="bfloat16"))
+    if arguments.continuous:
+        sides["continuous"] = continuous_side(policy, prompts, group_size, arguments.new_tokens)
+    folder = tempfile.TemporaryDirectory()
+    if arguments.vllm:
+        request = {
+            "prompts": [prompt.token_ids for prompt in prompts],
+            "group_size": group_size,
+            "new_tokens": arguments.new_tokens,
+            "max_model_len": max(arguments.prompt_tokens) + arguments.new_tokens,
+        }
+        sides["vllm"] = VllmSide(arguments.vllm, Path(folder.name), policy, request, arguments.threads)
     sides["floor"] = floor_side(policy.model, rows, arguments.new_tokens)
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     seconds = paired(sides, arguments.rounds, clock)
