@@ -163,14 +163,51 @@ def test_tied_transposed_and_frozen_weights():
 
 def test_two_shards_merged_equal_one():
     logits_NV = torch.randn(5, 40, dtype=torch.float64) * 5
-    whole = head_module.partial(logits_NV.clone(), torch.empty_like(logits_NV), entropy=True)
-    parts = [head_module.partial(x.clone(), torch.empty_like(x), entropy=True) for x in logits_NV.split([13, 27], 1)]
+    whole, *parts = (
+        head_module.partial(x[None].clone(), torch.empty_like(x[None]), entropy=True)
+        for x in (logits_NV, *logits_NV.split([13, 27], 1))
+    )
     identity = Partial.identity(whole.max_N, entropy=True)
     for merged in (merge(*parts), merge(parts[1], parts[0]), merge(merge(identity, whole), identity)):
         torch.testing.assert_close(merged.lse_N, logits_NV.logsumexp(1), rtol=1e-14, atol=1e-14)
         exact_N = torch.distributions.Categorical(logits=logits_NV).entropy()
         torch.testing.assert_close(merged.entropy_N, exact_N, rtol=1e-12, atol=1e-13)
     assert merge(identity, identity).sum_N.tolist() == [0.0] * 5
+
+
+def test_the_pieces_of_a_block_are_its_columns():
+    """[K, N, c] of 12 columns is four pieces of three, of 13 one; statistics and places of targets are the same."""
+    weight_VD, hidden_ND = torch.randn(25, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    head = head_module.Head(weight_VD=weight_VD, bias_V=None, temperature=1.0, softcap=None)
+    logits_NV, targets_N = hidden_ND @ weight_VD.T, torch.tensor([3, 12, 11, 24, 0])
+    for block, shape in ((slice(0, 12), (4, 5, 3)), (slice(12, 25), (1, 5, 13))):
+        tile_KNc = head_module.logits_(head, hidden_ND, block, head_module.Scratch(head, 65, spare=False)).clone()
+        assert tile_KNc.shape == shape == head.tile(5, block)
+        torch.testing.assert_close(tile_KNc.transpose(0, 1).flatten(1), logits_NV[:, block], rtol=0, atol=1e-15)
+        found = head_module.targets_within(targets_N, block, shape[2])
+        torch.testing.assert_close(tile_KNc[found], logits_NV[found[1], targets_N[found[1]]], rtol=0, atol=1e-15)
+        statistics = head_module.partial(tile_KNc, torch.empty_like(tile_KNc), entropy=True)
+        torch.testing.assert_close(statistics.lse_N, logits_NV[:, block].logsumexp(1), rtol=1e-14, atol=1e-14)
+
+
+def test_fused_without_gradient_makes_none():
+    hidden_ND, weight_VD, targets_N, bias_V = problem(17, 129, bias=True)
+    with torch.no_grad():
+        fused = kernels.fused_token_loss(hidden_ND, weight_VD, targets_N, lambda n, *_: -n, bias_V=bias_V)
+    expected = kernels.token_logprobs(hidden_ND, weight_VD, targets_N, bias_V=bias_V, backend="reference")[0].detach()
+    assert not fused.loss.requires_grad
+    torch.testing.assert_close(fused.logprobs_N, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_fused_where_most_exponentials_vanish(entropy):
+    """A target 400 nats below the maximum: in fp32 its e^{z-m} is 0, its log-prob and its gradient are not."""
+    hidden_ND = torch.tensor([[1.0, 0.5]], requires_grad=True)
+    weight_VD = (torch.linspace(-200, 200, 402).reshape(201, 2)).requires_grad_()
+    inputs = (hidden_ND, weight_VD, torch.tensor([0]), None)
+    truth = results(*doubled(*inputs), backend="reference", entropy=entropy)
+    for value, exact in zip(fused_results(*inputs, entropy=entropy), truth, strict=True):
+        torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-12)  # z is rounded to 2e-5
 
 
 def test_fused_clipped_ratio_equals_autograd_and_scales_with_upstream():

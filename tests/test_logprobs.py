@@ -18,7 +18,7 @@ from rltrain.rollout import probes
 from rltrain.scorer import span_logprobs
 from rltrain.types import SpanRequest
 
-PRODUCTS = ("mm", "addmm", "bmm", "linear")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 
 
 class HeadRows(TorchDispatchMode):
@@ -121,8 +121,8 @@ def test_many_logits_on_a_cpu_go_the_way_that_needs_three_products():
     hidden_ND = torch.zeros(len(batch.targets_N), 16)
     assert kernels.prefers_fused(hidden_ND, model.model.lm_head.weight)
     assert not kernels.prefers_fused(hidden_ND[:5], model.model.lm_head.weight)
-    for ratio, rows in (("token", 40 * (30_000 // 2048)), ("sequence", 0)):
-        with HeadRows(2048) as head:  # the fused path's blocks are so wide; the other's are of 8192
+    for ratio, rows in (("token", 4 * 40 * (30_000 // 4096)), ("sequence", 0)):
+        with HeadRows(1024) as head:  # the fused path's blocks are four pieces so wide, the other's twice as wide
             loss_and_logprobs(model, batch, LossConfig(ratio=ratio))[0].loss.backward()
         assert head.rows == rows
 

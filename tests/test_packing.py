@@ -1,6 +1,7 @@
 """Layouts: packed rows and shared prompts give the gradient of every sequence alone; bins, shares and costs."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_collate import group
+from tiny_run import config
 
-from rltrain import attention
+from rltrain import attention, dist, trainer
 from rltrain.collate import collate
 from rltrain.config import BatchConfig, ConfigError, LossConfig
 from rltrain.layouts import difference_from_padded, usable_layouts
@@ -190,6 +192,29 @@ def test_the_check_passes_models_that_pack_and_stops_those_that_do_not(caplog):
     assert "in layout shared the log-probs of LlamaForCausalLM are" in caplog.text
     assert usable_layouts("packed", [LogprobModel(tiny("GptOss"), temperature=1.0)]) == ("padded",)
     assert "layout packed is not used, GptOssForCausalLM: it has attention sinks" in caplog.text
+
+
+def test_old_and_reference_logprobs_come_from_the_layout_of_training(tmp_path):
+    """Both models see packed tokens, and what they find is what padded rows give."""
+    dist.setup(deadline_s=60)
+    overrides = ("batch.packing=shared", "batch.update_epochs=2", "sampling.top_k=5", "loss.kl_coef=0.1")
+    run = trainer.build(config(tmp_path, *overrides))
+    with torch.no_grad():
+        run.policy.model.lm_head.weight.mul_(20)  # so that policy and reference differ
+    groups, advantages = groups_and_advantages()
+    packed, _ = trainer.micro_batches(run, groups, advantages)
+    padded, _ = trainer.micro_batches(dataclasses.replace(run, layouts=("padded",)), groups, advantages)
+    seen = []
+    for module in (run.engine.module, run.reference):
+        module.register_forward_pre_hook(lambda module, arguments: seen.append((module, arguments[0].prefix_S)))
+    (found,) = trainer.with_fixed_logprobs(run, packed)
+    assert [module for module, _ in seen] == [run.engine.module, run.reference]
+    assert all((prefix_S >= 0).sum() == 9 for _, prefix_S in seen)  # all completions share a prompt
+    (expected,) = trainer.with_fixed_logprobs(run, padded)
+    for name in ("old_logprobs_N", "reference_logprobs_N"):
+        # Padded rows go by length, so that the order differs.
+        torch.testing.assert_close(getattr(found, name).sort()[0], getattr(expected, name).sort()[0], rtol=0, atol=1e-4)
+    assert (found.old_logprobs_N - found.reference_logprobs_N).abs().max() > 0.1
 
 
 def test_an_unknown_layout_is_refused():

@@ -44,14 +44,14 @@ class _Blocked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
         rows = len(hidden_ND)
-        scratch = Scratch(head, rows, block_columns(rows))
+        scratch = Scratch(head, rows * block_columns(rows), spare=entropy)
         target_logits_N = hidden_ND.new_empty(rows, dtype=head.dtype)
         total = Partial.identity(target_logits_N, entropy=entropy)
         for block in head.blocks(block_columns(rows)):
-            logits_Nv = logits_(head, hidden_ND, block, scratch)
-            target_rows, columns = targets_within(targets_N, block)
-            target_logits_N[target_rows] = logits_Nv[target_rows, columns]
-            total = merge(total, partial(logits_Nv, logits_Nv, entropy=entropy))
+            logits_KNc = logits_(head, hidden_ND, block, scratch)
+            found = targets_within(targets_N, block, logits_KNc.shape[-1])
+            target_logits_N[found[1]] = logits_KNc[found]
+            total = merge(total, partial(logits_KNc, scratch.spare(logits_KNc.shape), entropy=entropy))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, *total)
         ctx.scalars = (temperature, softcap)
@@ -68,10 +68,10 @@ class _Blocked(torch.autograd.Function):
         gradients = Gradients(head, hidden_ND, hidden=wants_hidden, weight=wants_weight, bias=wants_bias)
         grad_N = torch.zeros_like(statistics[0]) if grad_N is None else grad_N
         upstream = Upstream(Partial(*statistics), grad_N, entropy_grad_N)
-        scratch = Scratch(head, rows.stop, block_columns(rows.stop))
+        scratch = Scratch(head, rows.stop * block_columns(rows.stop), spare=False)
         for block in head.blocks(block_columns(rows.stop)):
-            logits_Nv = logits_(head, hidden_ND, block, scratch)
-            slope_Nv = head.softcap_slope(logits_Nv, block)
-            dlogits_Nv = upstream.dlogits_(logits_Nv, targets_N, block)
-            gradients.add_(dlogits_Nv, slope_Nv, hidden_ND, rows, block, scratch.narrow(*logits_Nv.shape))
+            logits_KNc = logits_(head, hidden_ND, block, scratch)
+            slope_KNc = head.softcap_slope(logits_KNc, block)
+            dlogits_KNc = upstream.dlogits_(logits_KNc, targets_N, block)
+            gradients.add_(dlogits_KNc, slope_KNc, hidden_ND, rows, block, scratch.narrow(logits_KNc.shape))
         return gradients.hidden_ND, gradients.weight_VD, gradients.bias_V, None, None, None, None

@@ -1,7 +1,7 @@
 """A token-separable loss whose gradient is made in the forward: three products (6NDV) instead of four.
 
-Rows go in chunks. A chunk's logits [n, V] are kept from the sweep that finds its log-probs to the sweep that turns
-them into dlogits, so that nothing is computed twice; they are the extra memory, at most half of one [N, V].
+Rows go in chunks. The exponentials [n, V] of a chunk's logits are kept from the sweep that finds its log-probs to the
+sweep that turns them into dlogits: nothing is computed twice. They are the extra memory, half of [N, V] or less.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rltrain.kernels.head import Gradients, Head, Scratch, Upstream, partial, targets_within
+from rltrain.kernels.head import Gradients, Head, Scratch, Upstream, logits_, partial, targets_within
 from rltrain.kernels.online import Partial, merge
 
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
 
-BLOCK_COLUMNS = 2048
+BLOCK_COLUMNS = 4096
 MAX_CHUNK_ROWS = 512
 
 
@@ -31,7 +31,7 @@ class FusedLoss(NamedTuple):
 
 
 def chunk_rows(head: Head, rows: int) -> int:
-    """A quarter of the rows, half of them where logits are kept in 16 bits: a twelfth of naive's [N, V] copies or less.
+    """A quarter of the rows, half of them where tiles are of 16 bits: a twelfth of naive's [N, V] copies or less.
 
     As few as that allows, since each chunk adds to the whole of dW; in multiples of 16, which GEMMs like.
     """
@@ -51,6 +51,9 @@ def fused_token_loss(
     softcap: float | None = None,
 ) -> FusedLoss:
     """See :func:`rltrain.kernels.fused_token_loss`."""
+    if not torch.is_grad_enabled():
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     loss, logprobs_N, entropy_N = _Fused.apply(
         hidden_ND, weight_VD, bias_V, targets_N, token_loss, temperature, softcap, entropy
     )
@@ -58,34 +61,51 @@ def fused_token_loss(
 
 
 class _Chunk:
-    """The logits of some rows, as one contiguous tile per vocabulary block, in the weights' precision."""
+    """What is kept of some rows between the sweeps, one contiguous tile per vocabulary block in the weights' precision.
 
-    def __init__(self, head: Head, rows: int) -> None:
-        self._head = head
+    It is ``w = e^{z-b}`` with b a row's maximum in the block, of which dlogits are multiples; but the logits where they
+    are capped, since the cap's slope needs them.
+    """
+
+    def __init__(self, head: Head, rows: int, *, entropy: bool) -> None:
+        self._head, self._entropy = head, entropy
         self._tiles = head.weight_VD.new_empty(rows * len(head.weight_VD))
-        self._scratch = Scratch(head, rows, BLOCK_COLUMNS)
+        self._scratch = Scratch(head, rows * min(BLOCK_COLUMNS, len(head.weight_VD)), spare=entropy)
+        self._max_n: dict[int, Tensor] = {}  # by the start of a block
 
-    def tile(self, rows: int, block: slice) -> Tensor:
-        """Where a block's products are kept."""
-        return self._tiles[rows * block.start : rows * block.stop].view(rows, block.stop - block.start)
+    def _tile(self, rows: int, block: slice) -> Tensor:
+        return self._tiles[rows * block.start : rows * block.stop].view(self._head.tile(rows, block))
 
-    def fill(self, hidden_nD: Tensor, targets_n: Tensor, *, entropy: bool) -> tuple[Tensor, Partial]:
+    def fill(self, hidden_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Partial]:
         """First sweep: make the tiles; target logits and statistics of the rows."""
-        head, rows = self._head, len(hidden_nD)
-        target_logits_n = hidden_nD.new_empty(rows, dtype=head.dtype)
-        total = Partial.identity(target_logits_n, entropy=entropy)
+        head = self._head
+        target_logits_n = hidden_nD.new_empty(len(hidden_nD), dtype=head.dtype)
+        total = Partial.identity(target_logits_n, entropy=self._entropy)
         for block in head.blocks(BLOCK_COLUMNS):
-            torch.mm(hidden_nD, head.weight_VD[block].T, out=self.tile(rows, block))
-            logits_nv = self.logits(rows, block)
-            found, columns = targets_within(targets_n, block)
-            target_logits_n[found] = logits_nv[found, columns]
-            total = merge(total, partial(logits_nv, logits_nv, entropy=entropy))
+            logits_Knc = logits_(head, hidden_nD, block, self._scratch)
+            tile_Knc, spare_Knc = self._tile(len(hidden_nD), block), self._scratch.spare(logits_Knc.shape)
+            found = targets_within(targets_n, block, logits_Knc.shape[-1])
+            target_logits_n[found[1]] = logits_Knc[found]
+            keeps_logits = head.softcap is not None
+            exps_Knc = tile_Knc if head.is_wide and not keeps_logits else spare_Knc
+            if keeps_logits:
+                tile_Knc.copy_(logits_Knc)
+            statistics = partial(logits_Knc, exps_Knc, entropy=self._entropy)
+            if not keeps_logits and not head.is_wide:
+                tile_Knc.copy_(exps_Knc)
+            self._max_n[block.start] = statistics.max_N
+            total = merge(total, statistics)
         return target_logits_n, total
 
-    def logits(self, rows: int, block: slice) -> Tensor:
-        """A block's logits in the scratch buffer, from its tile."""
-        tile_nv = self.tile(rows, block)
-        return self._head.epilogue_(self._scratch.wide(*tile_nv.shape).copy_(tile_nv), block)
+    def dlogits(self, upstream: Upstream, targets_n: Tensor, block: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Second sweep: a block's dlogits, the slope of its soft cap, and its tile, which is free then."""
+        tile_Knc = self._tile(len(targets_n), block)
+        wide_Knc = tile_Knc if self._head.is_wide else self._scratch.wide(tile_Knc.shape).copy_(tile_Knc)
+        if self._head.softcap is not None:
+            slope_Knc = self._head.softcap_slope(wide_Knc, block)
+            return upstream.dlogits_(wide_Knc, targets_n, block), slope_Knc, tile_Knc
+        spare_Knc, max_n = self._scratch.spare(tile_Knc.shape), self._max_n[block.start]
+        return upstream.dlogits_from_exps_(wide_Knc, max_n, spare_Knc, targets_n, block), None, tile_Knc
 
 
 class _Fused(torch.autograd.Function):
@@ -106,7 +126,7 @@ class _Fused(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         gradients = Gradients(head, hidden_ND, hidden=wants_hidden, weight=wants_weight, bias=wants_bias)
         most_rows = chunk_rows(head, total_rows)
-        chunk = _Chunk(head, most_rows)
+        chunk = _Chunk(head, most_rows, entropy=entropy)
         loss = hidden_ND.new_zeros((), dtype=head.dtype)
         logprobs_N = hidden_ND.new_empty(total_rows, dtype=head.dtype)
         entropy_N = torch.empty_like(logprobs_N) if entropy else None
@@ -114,7 +134,7 @@ class _Fused(torch.autograd.Function):
         for start in range(0, max(total_rows, 1), most_rows):
             rows = slice(start, min(start + most_rows, total_rows))
             hidden_nD, targets_n = hidden_ND[rows], targets_N[rows]
-            target_logits_n, statistics = chunk.fill(hidden_nD, targets_n, entropy=entropy)
+            target_logits_n, statistics = chunk.fill(hidden_nD, targets_n)
             logprobs_N[rows] = statistics.logprobs_N(target_logits_n)
             if entropy_N is not None and statistics.entropy_N is not None:
                 entropy_N[rows] = statistics.entropy_N
@@ -122,11 +142,8 @@ class _Fused(torch.autograd.Function):
             loss += chunk_loss
             if any(ctx.needs_input_grad):
                 for block in head.blocks(BLOCK_COLUMNS):
-                    logits_nv = chunk.logits(len(hidden_nD), block)
-                    slope_nv = head.softcap_slope(logits_nv, block)
-                    dlogits_nv = upstream.dlogits_(logits_nv, targets_n, block)
-                    tile_nv = chunk.tile(len(hidden_nD), block)
-                    gradients.add_(dlogits_nv, slope_nv, hidden_nD, rows, block, tile_nv)
+                    dlogits_Knc, slope_Knc, tile_Knc = chunk.dlogits(upstream, targets_n, block)
+                    gradients.add_(dlogits_Knc, slope_Knc, hidden_nD, rows, block, tile_Knc)
         ctx.gradients = (gradients.hidden_ND, gradients.weight_VD, gradients.bias_V)
         ctx.mark_non_differentiable(*(values for values in (logprobs_N, entropy_N) if values is not None))
         return loss, logprobs_N, entropy_N

@@ -285,6 +285,6 @@ class _Triton(torch.autograd.Function):
                     ENTROPY=entropy_grad_N is not None, BIAS_GRAD=wants_bias, **constants,
                 )  # fmt: skip
             if bias_sums is not None:
-                gradients.add_bias_(bias_sums, block)
-            gradients.add_products_(dlogits_Nv, hidden_ND, slice(0, N), block)
+                gradients.add_bias_(bias_sums[None], block)
+            gradients.add_products_(dlogits_Nv[None], hidden_ND, slice(0, N), block)
         return gradients.hidden_ND, gradients.weight_VD, gradients.bias_V, None, None, None, None
