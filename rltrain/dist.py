@@ -220,3 +220,15 @@ def barrier(name: str) -> None:
     """Wait until every rank is here."""
     if not _nobody_else():
         named_wait(name, torch_dist.barrier)
+
+
+def main_alone(name: str, work: Callable[[], None]) -> None:
+    """Rank 0 does ``work``, and the others wait for it, however long a collective may take; its end is theirs."""
+    if _nobody_else():
+        work()
+        return
+    patient = torch_dist.new_group(backend="gloo", timeout=_library_timeout(0))
+    if is_main():
+        work()
+    named_wait(name, lambda: torch_dist.barrier(patient), 0)
+    torch_dist.destroy_process_group(patient)

@@ -11,11 +11,12 @@ import multiprocessing
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rltrain import cli, dist, runs
+from rltrain import cli, dist, runs, watchdog
 from rltrain.config import ColdStartConfig, ConfigError, RunConfig, RunError, part_of
 from rltrain.model import Policy, encode, load_policy
 from rltrain.types import Problem
@@ -36,12 +37,15 @@ def cold_start(config: RunConfig) -> str:
     the trainer's libraries reach across; the other ranks wait.
     """
     folder = Path(config.run_dir) / "cold_start"
+    dist.main_alone("cold start", lambda: _make(config, folder))
+    return str(folder)
+
+
+def _make(config: RunConfig, folder: Path) -> None:
     if folder.is_dir():
         _refuse_other_config(folder, config)
-    elif dist.is_main():
+    else:
         _run_in_own_process(config, folder)
-    dist.barrier("cold start")
-    return str(folder)
 
 
 def made_with(config: RunConfig) -> dict[str, Any]:
@@ -58,25 +62,38 @@ def _refuse_other_config(folder: Path, config: RunConfig) -> None:
 
 
 def _run_in_own_process(config: RunConfig, folder: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_in_own_process, args=(config, folder))
+    context = multiprocessing.get_context("spawn")
+    steps = context.Value("q", 0)
+    process = context.Process(target=_in_own_process, args=(config, folder, steps))
     process.start()
     try:
-        process.join(config.deadline_s)
-        if process.is_alive():
-            raise dist.DeadlineError(f"cold start: not done after deadline_s={config.deadline_s}; raise it")
+        _wait_for(process, steps, config.deadline("train"))
     finally:
         process.kill()  # also when a signal ends the wait
     if process.exitcode != 0:
         raise RunError(f"cold start: failed with exit code {process.exitcode}; its message stands above")
 
 
-def _in_own_process(config: RunConfig, folder: Path) -> None:
+def _wait_for(process: Any, steps: Any, deadline_s: float) -> None:
+    """However long it takes, as long as there is a step within each ``deadline_s``."""
+    seen, since_s = steps.value, time.monotonic()
+    while process.is_alive():
+        process.join(watchdog.POLL_S)
+        if steps.value != seen:
+            seen, since_s = steps.value, time.monotonic()
+        elif deadline_s and time.monotonic() - since_s > deadline_s:
+            raise dist.DeadlineError(
+                f"cold start: nothing for {deadline_s:g} s after step {seen}; see watchdog.train_s"
+            )
+
+
+def _in_own_process(config: RunConfig, folder: Path, steps: Any) -> None:
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     cli.setup_logging()
     cli.discover()
     with cli.errors_in_one_line():
-        train(config, folder)
+        train(config, folder, steps)
 
 
 def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> list[dict[str, list[int]]]:
@@ -106,8 +123,8 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
     return rows
 
 
-def train(config: RunConfig, folder: Path) -> None:
-    """Fine-tune and save a plain transformers folder; it appears whole or not at all."""
+def train(config: RunConfig, folder: Path, steps: Any = None) -> None:
+    """Fine-tune and save a plain transformers folder; it appears whole or not at all. ``steps.value`` counts along."""
     import datasets
     from trl import SFTTrainer
 
@@ -123,6 +140,7 @@ def train(config: RunConfig, folder: Path) -> None:
         processing_class=policy.tokenizer,
         args=_arguments(config.cold_start, writing, config.seed),
         train_dataset=datasets.Dataset.from_list(rows),
+        callbacks=[] if steps is None else [_counting(steps)],
     )
     result = trainer.train()
     _merged(policy.model).save_pretrained(writing)
@@ -131,6 +149,16 @@ def train(config: RunConfig, folder: Path) -> None:
     (writing / "sft.json").write_text(json.dumps(made, indent=1))
     writing.replace(folder)
     log.info("cold start: loss %.4f after %d steps, saved to %s", result.training_loss, config.cold_start.steps, folder)
+
+
+def _counting(steps: Any) -> Any:
+    from transformers import TrainerCallback
+
+    class Counting(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            steps.value = state.global_step
+
+    return Counting()
 
 
 def _arguments(config: ColdStartConfig, folder: Path, seed: int) -> Any:
