@@ -28,7 +28,7 @@ from rltrain.model import Policy, encode_all, load_frozen, load_policy
 from rltrain.rewards.compression import compressed_ids
 from rltrain.rewards.scoring import score
 from rltrain.scorer import check_same_vocabulary
-from rltrain.types import Completion, Context, Problem, Prompt
+from rltrain.types import Completion, Context, Group, Problem, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,12 @@ class Pipeline:
 
     def _answered(self, short: Sequence[tuple[TracePrompt, tuple[int, ...]]]) -> Iterator[Row]:
         """Rows of the traces that were compressed: the frozen model goes on from question and short trace."""
-        asked = [Prompt(problem=prompt.problem, token_ids=prompt.with_trace(ids)) for prompt, ids in short]
+        begun = self.config.compress.begin_answer
+        starts = [prompt.before_answer_ids if begun else () for prompt, _ in short]
+        asked = [
+            Prompt(problem=prompt.problem, token_ids=prompt.with_trace(ids) + start)
+            for (prompt, ids), start in zip(short, starts, strict=True)
+        ]
         sampling = dataclasses.replace(
             self.config.sampling,
             temperature=self.config.compress.answer_temperature,
@@ -74,6 +79,10 @@ class Pipeline:
             stop=[],
         )
         groups = self.answering.generate(asked, step=COMPRESSION_STEP, group_size=1, sampling=sampling)
+        if begun:
+            groups = [
+                _begun(group, prompt.config.before_answer) for group, (prompt, _) in zip(groups, short, strict=True)
+            ]
         context = Context(seed=self.config.seed, tokenizer=self.compressor.tokenizer)
         assert self.config.compress.verifier is not None
         scored, _ = score(groups, {"answer": self.config.compress.verifier}, context)
@@ -97,6 +106,12 @@ class Pipeline:
             "original_tokens": len(prompt.trace_ids),
             "compressed_tokens": len(ids),
         }
+
+
+def _begun(group: Group, start: str) -> Group:
+    """The answers with the text that they were begun with."""
+    completions = tuple(dataclasses.replace(one, text=start + one.text) for one in group.completions)
+    return dataclasses.replace(group, completions=completions)
 
 
 def _row(trace_id: str, status: str) -> Row:

@@ -383,7 +383,8 @@ class ColdStartConfig:
 class CompressConfig:
     """``rltrain.compress``: which traces, how many at a time, and how the frozen model answers from the short ones.
 
-    ``problems=0`` takes all of ``split``. A row is kept if the reward ``verifier`` gives 1 to its answer.
+    ``problems=0`` takes all of ``split``. A row is kept if the reward ``verifier`` gives 1 to its answer, which
+    starts with ``data.before_answer`` if ``begin_answer``, as where it is scored.
     """
 
     split: str = "train"
@@ -392,6 +393,7 @@ class CompressConfig:
     temperature: float = 1.0
     answer_temperature: float = 0.0
     max_answer_tokens: int = 256
+    begin_answer: bool = False
     verifier: RewardConfig | None = None
 
     def __post_init__(self) -> None:

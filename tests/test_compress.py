@@ -55,6 +55,14 @@ def test_every_trace_has_a_row_and_the_right_ones_are_kept(unbroken):
     assert counts["compressed_tokens"] == pytest.approx(sum(row["compressed_tokens"] for row in kept) / len(kept))
 
 
+def test_answers_are_begun_where_asked_for(start, unbroken, tmp_path):
+    compress.compress(config(start, tmp_path, "compress.problems=6", "compress.begin_answer=false"))
+    begun, free = (rows_of(folder / "compressed.jsonl") for folder in (unbroken[0], tmp_path))
+    begun, free = ([row["solution"] for row in rows if row["status"] != "no trace"] for rows in (begun, free))
+    assert begun and all(one.count("\n\\boxed{") == 1 for one in begun)
+    assert free and not any("\n\\boxed{" in one for one in free)
+
+
 def test_a_killed_run_goes_on_and_gives_the_same_files(start, unbroken, tmp_path):
     whole = (unbroken[0] / "compressed.jsonl").read_bytes()
     cut = whole.index(b"\n", len(whole) // 2) + 20  # in the middle of a line
