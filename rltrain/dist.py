@@ -227,7 +227,7 @@ def main_alone(name: str, work: Callable[[], None]) -> None:
     if _nobody_else():
         work()
         return
-    patient = torch_dist.new_group(backend="gloo", timeout=_library_timeout(0))
+    patient: Any = torch_dist.new_group(backend="gloo", timeout=_library_timeout(0))
     if is_main():
         work()
     named_wait(name, lambda: torch_dist.barrier(patient), 0)
