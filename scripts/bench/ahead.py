@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from timing import STEPS_ALONE
+
 MODELS = {
     "tiny": ["model=tiny", "data=small_integers", "sampling.max_prompt_tokens=32"],
     "smollm2": ["+experiment=smollm2_randomcalc", "model.examples=[]", "model.system=null"],
@@ -36,18 +38,11 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     """The run that all sides do."""
     return [
         *MODELS[arguments.model],
-        "reward@rewards.answer=random",
+        *STEPS_ALONE,
         f"batch.prompts_per_step={arguments.prompts}",
         f"batch.group_size={arguments.group_size}",
         f"sampling.max_new_tokens={arguments.limit}",
         f"steps={arguments.steps + 1}",
-        "optimizer.learning_rate=1e-9",
-        "cold_start.steps=0",
-        "evaluation.every_steps=0",
-        "checkpoint.every_steps=0",
-        "checkpoint.keep_best=false",
-        "tracking.wandb=disabled",
-        "tracking.samples_every_steps=0",
     ]
 
 

@@ -28,30 +28,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from timing import LEARNING_RATE, STEPS_ALONE
+
 SIDES = ("rltrain", "trl", "trl-fast", "trl-continuous")
 MODELS = {
     "tiny": ["model=tiny", "data=small_integers", "sampling.max_prompt_tokens=32"],
     "smollm2": ["+experiment=smollm2_randomcalc", "model.examples=[]", "model.system=null"],
 }
-LEARNING_RATE = 1e-9
 
 
 def overrides(arguments: argparse.Namespace, limit: int, folder: str) -> list[str]:
     """The run that both sides do."""
     return [
         *MODELS[arguments.model],
-        "reward@rewards.answer=random",
+        *STEPS_ALONE,
         f"batch.prompts_per_step={arguments.prompts}",
         f"batch.group_size={arguments.group_size}",
         f"sampling.max_new_tokens={limit}",
-        f"optimizer.learning_rate={LEARNING_RATE}",
         f"steps={arguments.steps + 1}",
-        "cold_start.steps=0",
-        "evaluation.every_steps=0",
-        "checkpoint.every_steps=0",
-        "checkpoint.keep_best=false",
-        "tracking.wandb=disabled",
-        "tracking.samples_every_steps=0",
         f"run_dir={folder}",
     ]
 

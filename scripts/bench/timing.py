@@ -7,6 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+LEARNING_RATE = 1e-9
+STEPS_ALONE = (
+    "reward@rewards.answer=random",
+    f"optimizer.learning_rate={LEARNING_RATE}",
+    "cold_start.steps=0",
+    "evaluation.every_steps=0",
+    "checkpoint.every_steps=0",
+    "checkpoint.keep_best=false",
+    "tracking.wandb=disabled",
+    "tracking.samples_every_steps=0",
+)
+"""Overrides of a run whose steps are timed: nothing else happens, and the model stays where it is."""
+
 
 def paired(
     sides: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float], *, warm_up: int = 1
