@@ -132,7 +132,10 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def run(task: Callable[[RunConfig], None]) -> None:
-    """Entry point: compose the command line into a RunConfig and hand it to ``task``; exit 2 on a config error."""
+    """Entry point: compose the command line into a RunConfig, hand it to ``task``, and leave the process group.
+
+    Exits with 2 on a config error.
+    """
     import hydra
     from omegaconf import DictConfig
 
@@ -151,12 +154,21 @@ def run(task: Callable[[RunConfig], None]) -> None:
             configs.append(error)
 
     compose_only.__module__ = "__main__"
-    with errors_in_one_line():
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(compose_only)()
-        for config in configs:
-            if isinstance(config, ConfigError):
-                raise config
-            _watched(task, config)
+    code: str | int | None = None
+    try:
+        with errors_in_one_line():
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(compose_only)()
+            for config in configs:
+                if isinstance(config, ConfigError):
+                    raise config
+                _watched(task, config)
+    except SystemExit as end:
+        code = end.code
+    # Here the error's frames are gone, which hold the run and with it the process group.
+    if "rltrain.dist" in sys.modules:
+        sys.modules["rltrain.dist"].teardown()
+    if code is not None:
+        raise SystemExit(code)
 
 
 def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:

@@ -5,6 +5,7 @@ Every function is the identity when no process group exists, so mathematics can 
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def _export_launcher_variables() -> None:
         several_tasks = int(os.environ["WORLD_SIZE"]) > 1 and "SLURM_JOB_NODELIST" in os.environ
         os.environ["MASTER_ADDR"] = _first_slurm_host() if several_tasks else "127.0.0.1"
     os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.setdefault("DS_ACCELERATOR", device().type)
 
 
 def setup(*, deadline_s: float, join_s: float | None = None) -> None:
@@ -88,6 +90,7 @@ def setup(*, deadline_s: float, join_s: float | None = None) -> None:
     if torch_dist.is_initialized():
         return
     _export_launcher_variables()
+    _import_before_joining()
     _forget_left_groups()
     timeout = _library_timeout(deadline_s)
     if torch.cuda.is_available():
@@ -111,6 +114,12 @@ def _join(join_timeout: timedelta, timeout: timedelta) -> None:
     torch_dist.init_process_group(backend, store=store, rank=rank_there, world_size=size, timeout=timeout)
 
 
+def _import_before_joining() -> None:
+    """Functions here take the group of the moment of their import for a default argument, and would keep it."""
+    import deepspeed.comm.torch  # noqa: F401
+    import torch.distributed.nn.functional  # noqa: F401
+
+
 def _forget_left_groups() -> None:
     """A group that was left, by us or by another library, stays in DeepSpeed's caches; a new one must not meet it."""
     deepspeed = sys.modules.get("deepspeed")
@@ -120,9 +129,11 @@ def _forget_left_groups() -> None:
 
 
 def teardown() -> None:
-    """Leave the process group."""
+    """Leave the process group and end its threads, one of which may abort a process that ends while it runs."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+    _forget_left_groups()
+    gc.collect()  # an engine holds groups in cycles
 
 
 def named_wait(name: str, wait: Callable[[], T], deadline_s: float | None = None) -> T:

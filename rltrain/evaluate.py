@@ -140,7 +140,6 @@ def main(config: RunConfig) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(metrics, indent=1))
         print("\n".join(f"{name:32s} {value:.4f}" for name, value in metrics.items()))
-    dist.teardown()
 
 
 if __name__ == "__main__":

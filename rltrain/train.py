@@ -10,15 +10,11 @@ from rltrain.config import RunConfig
 
 
 def main(config: RunConfig) -> None:
-    """Train, and leave the process group cleanly."""
+    """Train."""
     # Imported here so that --help and config errors need no more than torch.
-    from rltrain import dist
     from rltrain.trainer import fit
 
-    try:
-        fit(config)
-    finally:
-        dist.teardown()
+    fit(config)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,42 @@ def assert_same_run(left: Path, right: Path):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=5e-5)
 
 
+LEAVING = """
+import atexit, sys
+from pathlib import Path
+from rltrain import cli, dist, trainer
+from rltrain.errors import RunError
+
+def gloo_threads():
+    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+
+@atexit.register
+def report():
+    print("at exit", len(gloo_threads()))
+
+def task(config):
+    dist.setup(deadline_s=60)
+    run = trainer.build(config)
+    print("inside", bool(gloo_threads()))
+    if fails:
+        raise RunError("with the run in a frame")
+
+fails = sys.argv.pop(1) == "fails"
+cli.run(task)
+"""
+
+
+@pytest.mark.parametrize("end", ["returns", "fails"])
+def test_no_thread_of_the_process_group_is_left_when_python_ends(end, tmp_path):
+    """One that wakes while Python ends takes the process down with SIGABRT, after a run that went well."""
+    command = [sys.executable, "-c", LEAVING, end, *OVERRIDES, f"run_dir={tmp_path / 'run'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (result.returncode, result.stdout.split("\n")[-3:]) == (
+        int(end == "fails"),
+        ["inside True", "at exit 0", ""],
+    ), result.stderr
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks") / "one"
