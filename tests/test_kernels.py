@@ -8,6 +8,7 @@ import torch
 from kernel_cases import VOCABULARIES, assert_no_worse_than_naive, doubled, problem, results
 
 from rltrain import kernels
+from rltrain.kernels import fused as fused_module
 from rltrain.kernels import head as head_module
 from rltrain.kernels.online import Partial, merge
 
@@ -17,6 +18,20 @@ def narrow_blocks(monkeypatch):
     """Many blocks and chunks at test sizes."""
     monkeypatch.setattr("rltrain.kernels.blocked.block_columns", lambda rows: 64)
     monkeypatch.setattr("rltrain.kernels.fused.BLOCK_COLUMNS", 64)
+    monkeypatch.setattr("rltrain.kernels.fused.MIN_CHUNK_ROWS", 16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float32, {0: 16, 100: 112, 256: 128, 700: 176, 1024: 256, 4096: 512}),
+        (torch.bfloat16, {0: 16, 100: 112, 256: 256, 300: 256, 700: 352, 4096: 512}),
+    ],
+)
+def test_chunks_are_a_quarter_of_the_rows_or_half_in_16_bits_within_bounds(dtype, expected, monkeypatch):
+    monkeypatch.setattr("rltrain.kernels.fused.MIN_CHUNK_ROWS", 128)
+    head = head_module.Head(weight_VD=torch.zeros(1, 1, dtype=dtype), bias_V=None, temperature=1.0, softcap=None)
+    assert {rows: fused_module.chunk_rows(head, rows) for rows in expected} == expected
 
 
 def fused_results(hidden_ND, weight_VD, targets_N, bias_V, *, entropy, **options):
@@ -173,6 +188,13 @@ def test_two_shards_merged_equal_one():
         exact_N = torch.distributions.Categorical(logits=logits_NV).entropy()
         torch.testing.assert_close(merged.entropy_N, exact_N, rtol=1e-12, atol=1e-13)
     assert merge(identity, identity).sum_N.tolist() == [0.0] * 5
+
+
+def test_blocks_of_many_rows_are_not_split():
+    head = head_module.Head(weight_VD=torch.zeros(1024, 1), bias_V=None, temperature=1.0, softcap=None)
+    shapes = {rows: head.tile(rows, slice(0, 1024)) for rows in (0, 512, 1024, 2048, 4096)}
+    pieces = {0: 4, 512: 4, 1024: 2, 2048: 1, 4096: 1}
+    assert shapes == {rows: (k, rows, 1024 // k) for rows, k in pieces.items()}
 
 
 def test_the_pieces_of_a_block_are_its_columns():

@@ -1,7 +1,8 @@
 """A token-separable loss whose gradient is made in the forward: three products (6NDV) instead of four.
 
 Rows go in chunks. The exponentials [n, V] of a chunk's logits are kept from the sweep that finds its log-probs to the
-sweep that turns them into dlogits: nothing is computed twice. They are the extra memory, half of [N, V] or less.
+sweep that turns them into dlogits: nothing is computed twice. They are the extra memory: of at most
+512 rows, whatever N is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rltrain.kernels.online import Partial, merge
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
 
 BLOCK_COLUMNS = 4096
+MIN_CHUNK_ROWS = 128
 MAX_CHUNK_ROWS = 512
 
 
@@ -31,12 +33,13 @@ class FusedLoss(NamedTuple):
 
 
 def chunk_rows(head: Head, rows: int) -> int:
-    """A quarter of the rows, half of them where tiles are of 16 bits: a twelfth of naive's [N, V] copies or less.
+    """A quarter of the rows, or 128 if that is more; twice as many where tiles are of 16 bits, and never above 512.
 
-    As few as that allows, since each chunk adds to the whole of dW; in multiples of 16, which GEMMs like.
+    Each chunk reads W twice and adds to the whole of dW, and products of fewer rows are slower; what a chunk keeps is
+    the extra memory. In multiples of 16, which GEMMs like.
     """
-    share = -(-rows // (4 if head.is_wide else 2))
-    return max(16, min(MAX_CHUNK_ROWS, -(-share // 16) * 16))
+    share = -(-rows // 64) * 16
+    return max(16, min(MAX_CHUNK_ROWS, -(-rows // 16) * 16, max(MIN_CHUNK_ROWS, share) * (1 if head.is_wide else 2)))
 
 
 def fused_token_loss(

@@ -19,8 +19,10 @@ from rltrain.kernels.online import Partial
 BLOCK_ELEMENTS = 2**20
 """Logits worked on at a time: 4 MB in fp32, which stays in a last-level cache between the passes over it."""
 
-PIECES = 4
-"""Of a block in fp32 on a CPU: on two cores a product of 64 to 256 rows takes 2/3 to 4/5 of the time in four pieces."""
+MAX_PIECES = 4
+WHOLE_ROWS = 2048
+"""Of a block in fp32 on a CPU, and the rows from which it is not split: on two cores a product of 64 to 256 rows takes
+2/3 to 4/5 of the time in four pieces, one of 4096 rows 6/5."""
 
 LOG2_E = 1 / math.log(2)
 
@@ -30,7 +32,7 @@ MASKED = -1e30
 
 def block_columns(rows: int) -> int:
     """Vocabulary entries per block: wide enough for the GEMM at many rows, narrow enough for the cache at few."""
-    return min(8192, max(512, BLOCK_ELEMENTS // max(rows, 1) // 64 * 64))
+    return min(8192, max(1024, BLOCK_ELEMENTS // max(rows, 1) // 64 * 64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +62,20 @@ class Head:
     def tile(self, rows: int, block: slice) -> tuple[int, int, int]:
         """The shape [K, N, c] of a block."""
         columns = block.stop - block.start
-        split = self.weight_VD.device.type == "cpu" and self.is_wide and columns % PIECES == 0
-        pieces = PIECES if split else 1
-        return pieces, rows, columns // pieces
+        pieces = max(1, min(MAX_PIECES, WHOLE_ROWS // max(rows, 1)))
+        split = self.weight_VD.device.type == "cpu" and self.is_wide and columns % pieces == 0
+        return (pieces, rows, columns // pieces) if split else (1, rows, columns)
 
-    def weight_KcD(self, block: slice) -> Tensor:
+    def weight_KcD(self, block: slice, pieces: int) -> Tensor:
         """The weights of a block."""
-        pieces, _, columns = self.tile(0, block)
-        return self.weight_VD[block].unflatten(0, (pieces, columns))
-
-    def bias_K1c(self, bias_V: Tensor, block: slice) -> Tensor:
-        """The bias of a block."""
-        pieces, _, columns = self.tile(0, block)
-        return bias_V[block].view(pieces, 1, columns)
+        return self.weight_VD[block].unflatten(0, (pieces, -1))
 
     def epilogue_(self, products_KNc: Tensor, block: slice) -> Tensor:
         """Turn products into logits in place."""
         if self.softcap is not None:
             products_KNc.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.bias_V is not None:
-            products_KNc.add_(self.bias_K1c(self.bias_V, block))
+            products_KNc.add_(self.bias_V[block].view(len(products_KNc), 1, -1))
         if self.temperature != 1:
             products_KNc.div_(self.temperature)
         return products_KNc if self.bias_V is None else products_KNc.clamp_(min=MASKED)
@@ -90,7 +86,7 @@ class Head:
             return None
         capped_KNc = logits_KNc * self.temperature
         if self.bias_V is not None:
-            capped_KNc.sub_(self.bias_K1c(self.bias_V, block)).nan_to_num_(posinf=0.0)
+            capped_KNc.sub_(self.bias_V[block].view(len(logits_KNc), 1, -1)).nan_to_num_(posinf=0.0)
         return capped_KNc.div_(self.softcap).square_().neg_().add_(1)
 
 
@@ -119,7 +115,7 @@ def logits_(head: Head, hidden_ND: Tensor, block: slice, scratch: Scratch) -> Te
     """Logits of a block, in the scratch's wide buffer."""
     shape = head.tile(len(hidden_ND), block)
     hidden_KND = hidden_ND.expand(shape[0], -1, -1)
-    products_KNc = torch.bmm(hidden_KND, head.weight_KcD(block).mT, out=scratch.narrow(shape))
+    products_KNc = torch.bmm(hidden_KND, head.weight_KcD(block, shape[0]).mT, out=scratch.narrow(shape))
     return head.epilogue_(products_KNc if head.is_wide else scratch.wide(shape).copy_(products_KNc), block)
 
 
@@ -252,6 +248,5 @@ class Gradients:
             else:
                 torch.baddbmm(out_KcD, dproducts_KNc.mT, hidden_KND, out=out_KcD)
         if self._hidden_ND is not None:
-            weight_KcD = self._head.weight_VD[block].unflatten(0, (len(dproducts_KNc), -1))
-            parts_KND = torch.bmm(dproducts_KNc, weight_KcD)
+            parts_KND = torch.bmm(dproducts_KNc, self._head.weight_KcD(block, len(dproducts_KNc)))
             self._hidden_ND[rows] += parts_KND.sum(0, dtype=self._head.dtype)
