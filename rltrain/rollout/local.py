@@ -18,10 +18,13 @@ from rltrain.rollout import probes
 from rltrain.rollout.plain import PlainDecoder
 from rltrain.rollout.sampling import row_key, sample, uniforms
 from rltrain.rollout.shared import SharedDecoder
+from rltrain.rollout.speculation import GroupDrafts, accepted
 from rltrain.rollout.stopping import StopRule
 from rltrain.types import Group, Prompt
 
 Decoder = PlainDecoder | SharedDecoder
+
+MOST_GUESSES = 8
 
 
 @dataclass(kw_only=True)
@@ -32,6 +35,8 @@ class LocalRolloutConfig(RolloutConfig):
     ``max_new_tokens`` a row) are in flight, but at least one group; the others queue and refill the batch. Rows are
     looked at every ``check_steps`` tokens; finished ones leave when they are ``compact_share`` of the batch.
     ``dtype=bfloat16`` decodes with a cast copy of the weights, renewed by ``sync``; ``policy`` with the policy itself.
+    ``speculate_tokens`` (0: none) guesses so many of the next tokens of each row, once nothing queues and at most
+    ``speculate_rows`` rows are left (:mod:`rltrain.rollout.speculation`).
     """
 
     max_rows: int = 256
@@ -39,6 +44,8 @@ class LocalRolloutConfig(RolloutConfig):
     check_steps: int = 4
     compact_share: float = 0.25
     dtype: str = "policy"
+    speculate_tokens: int = 0
+    speculate_rows: int = 8
 
     def __post_init__(self) -> None:
         require(self.max_rows >= 1, f"rollout.max_rows={self.max_rows}: set at least 1")
@@ -48,6 +55,11 @@ class LocalRolloutConfig(RolloutConfig):
             0 < self.compact_share <= 1, f"rollout.compact_share={self.compact_share}: must lie in (0, 1]; 1 is off"
         )
         require(self.dtype in ("policy", "bfloat16"), f"rollout.dtype={self.dtype}: unknown; set policy or bfloat16")
+        require(
+            0 <= self.speculate_tokens <= MOST_GUESSES,
+            f"rollout.speculate_tokens={self.speculate_tokens}: must lie in 0..{MOST_GUESSES}; 0 is off",
+        )
+        require(self.speculate_rows >= 1, f"rollout.speculate_rows={self.speculate_rows}: set at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,6 +94,7 @@ class _Batch:
         self._tokens_B: Tensor
         self._keys_B: Tensor
         self._positions_B: Tensor  # of the next completion token
+        self._drafts: dict[int, tuple[GroupDrafts, int]] = {}  # of each row and its place in the group, by id
 
     def run(self, jobs: Sequence[_Job]) -> None:
         """Sample every row of every job to its end."""
@@ -90,7 +103,10 @@ class _Batch:
             if fitting := self._fitting(queue):
                 self._admit(fitting)
             if not all(row.done for row in self._rows):
-                self._decode()
+                if not queue and self._speculates():
+                    self._decode_guessing()
+                else:
+                    self._decode()
             self._compact()
 
     def _fitting(self, queue: deque[_Job]) -> list[_Job]:
@@ -138,6 +154,41 @@ class _Batch:
         tokens_KB, logprobs_KB = (torch.stack(columns) for columns in zip(*sampled, strict=True))
         self._record(self._rows, tokens_KB, logprobs_KB)
 
+    def _speculates(self) -> bool:
+        few = sum(not row.done for row in self._rows) <= self._config.speculate_rows
+        return bool(self._config.speculate_tokens) and few and isinstance(self._decoder, SharedDecoder)
+
+    def _decode_guessing(self) -> None:
+        """Feed every row its last token and guesses behind it; sample at all of them, keep what the guesses allow."""
+        assert isinstance(self._decoder, SharedDecoder)
+        left = self._rule.max_new_tokens - max(len(row.token_ids) for row in self._rows if not row.done)
+        guesses = [self._guess(row, min(self._config.speculate_tokens, left - 1)) for row in self._rows]
+        guessed_BK = torch.tensor(guesses, device=self._keys_B.device, dtype=torch.int64)
+        fed_BT = torch.cat([self._tokens_B[:, None], guessed_BK], dim=1)
+        offsets_T = torch.arange(fed_BT.shape[1], device=fed_BT.device)
+        uniforms_BT = uniforms(self._keys_B[:, None], self._positions_B[:, None] + offsets_T)
+        logits_BTV = self._decoder.verify(fed_BT)
+        found = self._sample(logits_BTV.flatten(0, 1), uniforms_BT.flatten())
+        tokens_BT, logprobs_BT = (values.view_as(fed_BT) for values in found)
+        counts_B = accepted(fed_BT, tokens_BT)
+        self._decoder.accept(counts_B)
+        self._tokens_B = tokens_BT.gather(1, counts_B[:, None] - 1).squeeze(1)
+        self._positions_B = self._positions_B + counts_B
+        counts = counts_B.tolist()
+        rows = zip(self._rows, tokens_BT.tolist(), logprobs_BT.tolist(), counts, strict=True)
+        for row, tokens_T, logprobs_T, count in rows:
+            self._extend(row, tokens_T[:count], logprobs_T[:count])
+
+    def _guess(self, row: _Row, count: int) -> list[int]:
+        if row.done or count == 0:
+            return [0] * count
+        if not self._drafts:
+            for job in self._jobs:
+                drafts = GroupDrafts(job.prompt_ids, [one.token_ids for one in job.rows])
+                self._drafts |= {id(one): (drafts, index) for index, one in enumerate(job.rows)}
+        drafts, index = self._drafts[id(row)]
+        return drafts.guess(index, count)
+
     def _sample(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         config = self._sampling
         return sample(logits_BV, uniforms_B, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
@@ -145,15 +196,18 @@ class _Batch:
     def _record(self, rows: Sequence[_Row], tokens_KB: Tensor, logprobs_KB: Tensor) -> None:
         """Append K tokens to each row and cut those that ended."""
         for row, tokens_K, logprobs_K in zip(rows, tokens_KB.T.tolist(), logprobs_KB.T.tolist(), strict=True):
-            if row.done:
-                continue
-            start = len(row.token_ids)
-            row.token_ids += tokens_K
-            row.logprobs += logprobs_K
-            end = self._rule.end(row.token_ids, start)
-            if end is not None:
-                del row.token_ids[end:], row.logprobs[end:]
-                row.done = True
+            self._extend(row, tokens_K, logprobs_K)
+
+    def _extend(self, row: _Row, tokens_K: list[int], logprobs_K: list[float]) -> None:
+        if row.done:
+            return
+        start = len(row.token_ids)
+        row.token_ids += tokens_K
+        row.logprobs += logprobs_K
+        end = self._rule.end(row.token_ids, start)
+        if end is not None:
+            del row.token_ids[end:], row.logprobs[end:]
+            row.done = True
 
     def _compact(self) -> None:
         """Drop finished rows once they are worth the copy."""
@@ -182,6 +236,11 @@ class LocalRollout:
         self._model = policy.model
         if config.dtype == "bfloat16" and policy.model.dtype != torch.bfloat16:
             self._model = copy.deepcopy(policy.model).requires_grad_(False).to(torch.bfloat16)
+        require(
+            not config.speculate_tokens or SharedDecoder.supports(self._base),
+            f"rollout.speculate_tokens={config.speculate_tokens}: {type(self._base).__name__} cannot take back a token "
+            "that it was fed (docs/rollout.md); set 0",
+        )
 
     @property
     def same_distribution(self) -> bool:
@@ -222,10 +281,11 @@ class LocalRollout:
             for prompt, job in zip(prompts, jobs, strict=True)
         ]
 
+    @property
+    def _base(self) -> Any:
+        # peft: the adapters live inside the base model's own layers.
+        return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+
     def _decoder(self) -> Decoder:
-        model: Any = self._model
-        if hasattr(model, "get_base_model"):
-            # peft: the adapters live inside the base model's own layers.
-            model = model.get_base_model()
-        decoder = SharedDecoder if SharedDecoder.supports(model) else PlainDecoder
-        return decoder(model, pad_id=self._policy.pad_token_id)
+        decoder = SharedDecoder if SharedDecoder.supports(self._base) else PlainDecoder
+        return decoder(self._base, pad_id=self._policy.pad_token_id)

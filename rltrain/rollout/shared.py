@@ -6,7 +6,9 @@ Attention of one new token of row b, a sample of prompt p, is a softmax over two
 
 The G rows of a prompt share the first piece, so it is one matrix product [G·rep, D] x [D, prompt] instead of G reads
 of the same cache. All rows write the same column of the second, whatever their age: the newest column is the present,
-and a row masks the columns from before its birth. Hence rows can join at any step without moving the others.
+and a row masks the columns from before its birth. Hence rows can join at any step without moving the others. Several
+tokens of a row may be fed at once, to be taken back but for the first few: the columns of the others are the row's
+holes.
 
 Everything is stored by kv head first, [kv head, prompt or row, ...]: the rows of a prompt are neighbours, so both views
 of a query, a matrix a prompt and a matrix a row, are the same memory.
@@ -128,10 +130,12 @@ def shared_prompt_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface for one token a row; the cache has taken ``key`` and ``value`` already."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out_BD = rollout.attend(module.layer_idx, query[:, :, 0], scale, sliding_window, softcap)
-    return out_BD.view(len(out_BD), 1, query.shape[1], -1), None
+    """transformers' attention interface for T tokens a row; the cache has taken ``key`` and ``value`` already."""
+    rows, heads, width, size = query.shape
+    scale = size**-0.5 if scaling is None else scaling
+    query_NHD = query.transpose(1, 2).flatten(0, 1)
+    out_ND = rollout.attend(module.layer_idx, query_NHD, scale, sliding_window, softcap)
+    return out_ND.view(rows, width, heads, -1), None
 
 
 class SharedDecoder:
@@ -149,8 +153,10 @@ class SharedDecoder:
         self.layers: list[_Layer] = []
         self.layout: _Layout
         self._prompt_of: list[int] = []  # of each row; ascending
-        self._fed: list[int] = []  # own tokens of each row in the cache
+        self._fed: list[int] = []  # columns of each row since its birth
         self._columns = 0  # in use
+        self._width = 1  # tokens of a row in the present step: T; N = B·T
+        self._holes_BC: Tensor | None = None
         # Four axes tell the model that the mask is made already; `attend` uses `bias` instead.
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
         self._bias: dict[int | None, Tensor] = {}
@@ -178,34 +184,36 @@ class SharedDecoder:
         return self._columns
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Part of the cache interface: write the present column in place."""
-        self._write(layer_idx, keys[:, :, 0], values[:, :, 0])
+        """Part of the cache interface: write the present columns in place."""
+        self._write(layer_idx, keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1))
         return keys, values
 
-    def _write(self, layer_idx: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
-        layer = self.layers[layer_idx]
-        layer.own_keys[:, :, self._columns - 1] = key_BHD.transpose(0, 1)
-        layer.own_values[:, :, self._columns - 1] = value_BHD.transpose(0, 1)
+    def _write(self, layer_idx: int, key_NHD: Tensor, value_NHD: Tensor) -> None:
+        layer, present = self.layers[layer_idx], slice(self._columns - self._width, self._columns)
+        shape = (-1, self._width, *key_NHD.shape[1:])
+        layer.own_keys[:, :, present] = key_NHD.view(shape).permute(2, 0, 1, 3)
+        layer.own_values[:, :, present] = value_NHD.view(shape).permute(2, 0, 1, 3)
 
     def attend(
-        self, layer_idx: int, query_BHD: Tensor, scale: float, window: int | None, softcap: float | None = None
+        self, layer_idx: int, query_NHD: Tensor, scale: float, window: int | None, softcap: float | None = None
     ) -> Tensor:
-        """[B, H·D]: the present token over the prompt's and the row's own keys."""
+        """[N, H·D]: the present tokens over the prompt's and the row's own keys."""
         layer, layout = self.layers[layer_idx], self.layout
-        rows, heads, size = query_BHD.shape
+        rows, heads, size = query_NHD.shape
         kv_heads, _, length, _ = layer.prompt_keys.shape
         repeats = heads // kv_heads
-        query = (query_BHD * scale).view(rows, kv_heads, repeats, size).transpose(0, 1).contiguous()
+        query = (query_NHD * scale).view(rows, kv_heads, repeats, size).transpose(0, 1).contiguous()
         prompt_keys, own_keys, prompt_values, own_values = layer.matrices
         prompt_scores = layout.by_row(torch.bmm(layout.by_prompt(query), prompt_keys), repeats)
-        own_scores = torch.bmm(query.flatten(0, 1), own_keys).view(kv_heads, rows, repeats, -1)
+        own = (len(own_keys), self._width * repeats, -1)  # a matrix a row, of all its present tokens
+        own_scores = torch.bmm(query.view(own), own_keys).view(kv_heads, rows, repeats, -1)
         scores = torch.cat([prompt_scores, own_scores], dim=-1)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         weights = scores.add_(self.bias(window)).softmax(-1, dtype=torch.float32).to(scores.dtype)
         from_prompt = torch.bmm(layout.by_prompt(weights[..., :length]), prompt_values)
-        from_prompt = layout.by_row(from_prompt, repeats).flatten(0, 1)
-        out = torch.baddbmm(from_prompt, weights[..., length:].flatten(0, 1), own_values)
+        from_prompt = layout.by_row(from_prompt, repeats).view(own)
+        out = torch.baddbmm(from_prompt, weights[..., length:].reshape(own), own_values)
         return out.view(kv_heads, rows, repeats * size).transpose(0, 1).reshape(rows, -1)
 
     @property
@@ -213,28 +221,32 @@ class SharedDecoder:
         return self.layers[0].own_keys.shape[2]
 
     def bias(self, window: int | None) -> Tensor:
-        """Additive [B, 1, prompt + own] for the present column: 0 where row b may look, -inf elsewhere."""
+        """Additive [N, 1, prompt + own] for the present columns: 0 where a token may look, -inf elsewhere."""
         if window not in self._bias:
             self._bias[window] = self._new_bias(window)
         return self._bias[window]
 
     def _new_bias(self, window: int | None) -> Tensor:
-        """Hidden are padding, columns from before the row's birth or after the present, and what left the window."""
-        fed_B1 = torch.tensor(self._fed, device=self._device)[:, None]
-        own_age_T = self._columns - 1 - torch.arange(self._capacity, device=self._device)
-        length = self._prompt_mask_PT.shape[1]
-        prompt_age_BT = fed_B1 + length - torch.arange(length, device=self._device)
-        seen_BT = torch.cat(
-            [
-                self._prompt_mask_PT[torch.tensor(self._prompt_of, device=self._device)].bool(),
-                (own_age_T >= 0) & (own_age_T <= fed_B1),
-            ],
-            dim=-1,
-        )
+        """Hidden are padding, columns from before a row's birth or after a token, holes, and what left the window."""
+        fed_B11 = torch.tensor(self._fed, device=self._device)[:, None, None]
+        first, length = self._columns - self._width, self._prompt_mask_PT.shape[1]
+        column_C = torch.arange(self._capacity, device=self._device)
+        offset_T1 = torch.arange(self._width, device=self._device)[:, None]
+        age_BTC = (first + offset_T1 - column_C).expand(len(fed_B11), -1, -1)
+        own_BTC = (age_BTC >= 0) & (column_C >= first - fed_B11)
+        prompt_age_BTL = fed_B11 + offset_T1 + length - torch.arange(length, device=self._device)
+        if self._holes_BC is not None:
+            own_BTC = own_BTC & ~self._holes_BC[:, None]
+            since_BC = self._holes_BC.flip(1).cumsum(1).flip(1)  # holes from this column on
+            age_BTC = age_BTC - since_BC[:, None]
+            prompt_age_BTL = prompt_age_BTL - since_BC[:, None, :1]
+        prompt_BTL = self._prompt_mask_PT[torch.tensor(self._prompt_of, device=self._device)].bool()[:, None]
+        seen_BTX = torch.cat([prompt_BTL.expand(-1, self._width, -1), own_BTC], dim=-1)
         if window is not None:
-            seen_BT &= torch.cat([prompt_age_BT, own_age_T.expand(len(fed_B1), -1)], dim=-1) < window
-        zeros_BT = torch.zeros(seen_BT.shape, dtype=self.layers[0].own_keys.dtype, device=self._device)
-        return zeros_BT.masked_fill_(~seen_BT, -torch.inf)[:, None]
+            seen_BTX &= torch.cat([prompt_age_BTL, age_BTC], dim=-1) < window
+        seen_NX = seen_BTX.flatten(0, 1)
+        zeros_NX = torch.zeros(seen_NX.shape, dtype=self.layers[0].own_keys.dtype, device=self._device)
+        return zeros_NX.masked_fill_(~seen_NX, -torch.inf)[:, None]
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
@@ -277,36 +289,63 @@ class SharedDecoder:
         else:
             self.layers = [_Layer(keys, values) for keys, values in by_head]
             self._prompt_mask_PT, self._positions_B, self._columns = mask_PT, next_positions_B, 0
+            self._holes_BC = None
         first = self._prompt_of[-1] + 1 if self._prompt_of else 0
         self._prompt_of += [first + p for p in range(len(prompts)) for _ in range(group_size)]
         self._fed += [0] * (len(prompts) * group_size)
         for layer in self.layers:
             layer.add_rows(len(prompts) * group_size)
+        if self._holes_BC is not None:
+            self._holes_BC = pad(self._holes_BC, (0, 0, 0, len(prompts) * group_size))
         self._lay_out()
         return logits_PV.repeat_interleave(group_size, dim=0)
 
     def _lay_out(self) -> None:
-        self.layout = _Layout(self._prompt_of, self._device)
+        self.layout = _Layout([prompt for prompt in self._prompt_of for _ in range(self._width)], self._device)
         self._bias = {}
 
-    def _new_column(self) -> None:
-        """Open the present column, and let every row look at it."""
-        if self._columns == self._capacity:
+    def _open(self, columns: int) -> None:
+        """Open the present columns, at most ``_BLOCK``, and let every row look at them."""
+        if self._columns + columns > self._capacity:
             for layer in self.layers:
                 layer.add_columns(_BLOCK)
+            if self._holes_BC is not None:
+                self._holes_BC = pad(self._holes_BC, (0, _BLOCK))
             self._bias = {}
         self._bias = {window: bias for window, bias in self._bias.items() if window is None}
         for bias in self._bias.values():
             bias[..., self._columns - self._capacity] = 0
-        self._columns += 1
+        self._columns += columns
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token in every row."""
-        self._new_column()
+        self._open(1)
         logits_BV = self._forward(tokens_B, self._positions_B)
         self._positions_B = self._positions_B + 1
         self._fed = [fed + 1 for fed in self._fed]
         return logits_BV
+
+    def verify(self, tokens_BT: Tensor) -> Tensor:
+        """Logits [B, T, V] after each of T more tokens in every row, at most ``_BLOCK``; ``accept`` must follow."""
+        self._set_width(tokens_BT.shape[1])
+        self._open(self._width)
+        positions_BT = self._positions_B[:, None] + torch.arange(self._width, device=self._device)
+        logits_NV = self._forward(tokens_BT.flatten(), positions_BT.flatten())
+        return logits_NV.unflatten(0, tokens_BT.shape)
+
+    def accept(self, counts_B: Tensor) -> None:
+        """Keep so many of the verified tokens in each row, from the first; the columns of the others are holes."""
+        if self._holes_BC is None:
+            self._holes_BC = torch.zeros(len(self._fed), self._capacity, dtype=torch.bool, device=self._device)
+        offset_T = torch.arange(self._width, device=self._device)
+        self._holes_BC[:, self._columns - self._width : self._columns] = offset_T >= counts_B[:, None]
+        self._positions_B = self._positions_B + counts_B
+        self._fed = [fed + self._width for fed in self._fed]
+        self._set_width(1)
+
+    def _set_width(self, width: int) -> None:
+        self._width = width
+        self._lay_out()
 
     def _llama_attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
@@ -314,16 +353,17 @@ class SharedDecoder:
         self._write(layer_idx, key, value)
         return self.attend(layer_idx, query, scale, window)
 
-    def _transformers_forward(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
+    def _transformers_forward(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
         with self._attention():
-            return self._model(
-                input_ids=tokens_B[:, None],
-                position_ids=positions_B[:, None],
+            logits_BTV = self._model(
+                input_ids=tokens_N.view(-1, self._width),
+                position_ids=positions_N.view(-1, self._width),
                 attention_mask=self._no_mask,
                 past_key_values=self,
                 use_cache=True,
                 rollout=self,
-            ).logits[:, -1]
+            ).logits
+        return logits_BTV.flatten(0, 1)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, the prompts that have none left, and the columns that are older than all."""
@@ -336,6 +376,8 @@ class SharedDecoder:
         self._columns -= first_column
         for layer in self.layers:
             layer.keep(rows_B, prompts_P, first_column)
+        if self._holes_BC is not None:
+            self._holes_BC = self._holes_BC[rows_B, first_column:]
         if prompts_P is not None:
             self._prompt_mask_PT = self._prompt_mask_PT[prompts_P]
         renumbered = {prompt: index for index, prompt in enumerate(alive)}
