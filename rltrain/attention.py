@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,8 @@ class Segments:
             first_slot += query_BQ.numel()
             self.calls.append(Call(query_BQ=query_BQ.to(device), key_BK=key_BK.to(device)))
         self._slot_L = slot_L.to(device)
+        self._query_S = torch.cat([call.query_BQ.flatten() for call in self.calls])
+        self._key_S = torch.cat([call.key_BK.flatten() for call in self.calls])
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(
@@ -93,17 +96,11 @@ class Segments:
         dropout: float,
     ) -> Tensor:
         """[L, H, D]. Key and value may have fewer heads, each of which serves several queries'."""
-        query_LX, key_LX, value_LX = (x.transpose(0, 1).flatten(1) for x in (query_HLD, key_HLD, value_HLD))
+        # One gather for all calls: the backward of each is a sum over all L.
+        (queries,) = self._gathered(self._query_S, [call.query_BQ for call in self.calls], query_HLD)
+        keys, values = self._gathered(self._key_S, [call.key_BK for call in self.calls], key_HLD, value_HLD)
         rows = []
-        for index, call in enumerate(self.calls):
-            query, key, value = (
-                gather(x_LX, where).unflatten(-1, (heads, -1)).transpose(1, 2)
-                for x_LX, where, heads in (
-                    (query_LX, call.query_BQ, len(query_HLD)),
-                    (key_LX, call.key_BK, len(key_HLD)),
-                    (value_LX, call.key_BK, len(value_HLD)),
-                )
-            )
+        for index, (call, query, key, value) in enumerate(zip(self.calls, queries, keys, values, strict=True)):
             if softcap is not None:
                 out = _capped_attention(query, key, value, self._mask(index, window), scale, softcap, dropout)
             else:
@@ -120,6 +117,17 @@ class Segments:
                 )
             rows.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
         return gather(torch.cat(rows), self._slot_L).unflatten(-1, (len(query_HLD), -1))
+
+    def _gathered(self, index_S: Tensor, places: Sequence[Tensor], *values_HLD: Tensor) -> list[list[Tensor]]:
+        """For each of the values its part [B, H, Q, D] in every call."""
+        values_LX = torch.cat([x.transpose(0, 1).flatten(1) for x in values_HLD], dim=1)
+        parts = gather(values_LX, index_S).split([place.numel() for place in places])
+        widths = [len(x) * x.shape[2] for x in values_HLD]
+        by_value = zip(*(part.split(widths, dim=1) for part in parts), strict=True)
+        return [
+            [part.view(*place.shape, len(x), -1).transpose(1, 2) for part, place in zip(each, places, strict=True)]
+            for x, each in zip(values_HLD, by_value, strict=True)
+        ]
 
     def _mask(self, index: int, window: int | None) -> Tensor:
         if (index, window) not in self._masks:
