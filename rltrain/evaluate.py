@@ -20,7 +20,8 @@ from rltrain import cli, dist
 from rltrain.config import ConfigError, EvaluationConfig, RewardConfig, RunConfig, SamplingConfig, part_of
 from rltrain.logprobs import LogprobModel
 from rltrain.metrics import Accumulator
-from rltrain.model import Policy, encode_all, load_policy
+from rltrain.model import Policy, encode_all, load_policy, prompt_limit
+from rltrain.prompts import LIMITS
 from rltrain.rewards.scoring import score
 from rltrain.scorer import load_scorer
 from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt
@@ -106,16 +107,15 @@ def _group_metrics(group: Group, samples: int) -> Metrics:
 
 def held_out_prompts(config: RunConfig, policy: Policy) -> list[Prompt]:
     """Encoded held-out problems; those over the prompt limit are named and left out."""
-    prompts, dropped = encode_all(
-        policy, held_out_problems(config), config.model, max_prompt_tokens=config.sampling.max_prompt_tokens
-    )
+    limit = prompt_limit(policy, config.sampling)
+    prompts, dropped = encode_all(policy, held_out_problems(config), config.model, max_prompt_tokens=limit)
     if dropped:
         log.warning(
-            "%d held-out prompts exceed sampling.max_prompt_tokens=%d and are left out, the first is %s",
-            len(dropped), config.sampling.max_prompt_tokens, dropped[0].id,
+            "%d held-out prompts are over %d tokens (%s) and left out, the first is %s",
+            len(dropped), limit, LIMITS, dropped[0].id,
         )  # fmt: skip
     if not prompts:
-        raise ConfigError("evaluation: every held-out prompt exceeds sampling.max_prompt_tokens; raise it")
+        raise ConfigError(f"evaluation: every held-out prompt is over {limit} tokens ({LIMITS}); raise the limit")
     return prompts
 
 

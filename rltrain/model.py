@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 
-from rltrain.config import MISSING, ConfigError, LoraConfig, ModelConfig, part_of, parts, register, require
+from rltrain.config import (
+    MISSING,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    SamplingConfig,
+    part_of,
+    parts,
+    register,
+    require,
+)
 from rltrain.types import Message, Problem, Prompt, TokenProblem
 
 BASE_MODEL = "base_model.json"
@@ -226,6 +236,33 @@ def encode_all(
     fits = [0 < len(prompt.token_ids) <= max_prompt_tokens for prompt in prompts]
     kept = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
     return kept, [problem for problem, fit in zip(problems, fits, strict=True) if not fit]
+
+
+def positions(model: Any) -> int | None:
+    """How many positions a model knows, by its config; None if it says nothing, or adds a bias to scores instead.
+
+    A factor of its rotations counts, although some configs have it in their number already.
+    """
+    config = model.config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    if not known or known < 0 or getattr(config, "alibi", False):
+        return None
+    rotations = getattr(config, "rope_parameters", None) or {}
+    by_layer = [rotations, *(each for each in rotations.values() if isinstance(each, dict))]
+    return int(known * max(float(each.get("factor") or 1) for each in by_layer))
+
+
+def prompt_limit(policy: Policy, sampling: SamplingConfig) -> int:
+    """``sampling.max_prompt_tokens``, or what the model's positions leave beside ``max_new_tokens`` if that is less."""
+    known = positions(policy.model)
+    if known is None:
+        return sampling.max_prompt_tokens
+    if known <= sampling.max_new_tokens:
+        raise ConfigError(
+            f"sampling.max_new_tokens={sampling.max_new_tokens}: leaves no room for a prompt in the model's "
+            f"{known} positions; lower it"
+        )
+    return min(sampling.max_prompt_tokens, known - sampling.max_new_tokens)
 
 
 @register("model", "pretrained", PretrainedConfig)

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from rltrain import dist
 from rltrain.config import ConfigError, RunConfig, part_of
 from rltrain.data.sampler import problem_indices
-from rltrain.model import Policy, encode_all
+from rltrain.model import Policy, encode_all, prompt_limit
 from rltrain.types import Problem, Prompt
 
 log = logging.getLogger(__name__)
+
+LIMITS = "sampling.max_prompt_tokens, or the model's positions less sampling.max_new_tokens"
 
 
 class PromptSource:
@@ -20,6 +22,7 @@ class PromptSource:
     def __init__(self, config: RunConfig, policy: Policy) -> None:
         self._config = config
         self._policy = policy
+        self._limit = prompt_limit(policy, config.sampling)
         self._asked: tuple[int, int] | None = None
         self._answer: tuple[list[Prompt], list[Problem]] = [], []
         self._problems: Sequence[Problem] = part_of(config.data).function(config.data, "train")
@@ -39,13 +42,11 @@ class PromptSource:
         indices = problem_indices(len(self._problems), count, seed=self._config.seed, step=step, attempt=attempt)
         share = count // dist.world_size()
         mine = indices[dist.rank() * share : (dist.rank() + 1) * share]
-        limit = self._config.sampling.max_prompt_tokens
-        prompts, dropped = encode_all(
-            self._policy, [self._problems[index] for index in mine], self._config.model, max_prompt_tokens=limit
-        )
+        problems = [self._problems[index] for index in mine]
+        prompts, dropped = encode_all(self._policy, problems, self._config.model, max_prompt_tokens=self._limit)
         if dropped:
             log.warning(
-                "step %d: %d prompts are empty or over sampling.max_prompt_tokens=%d and left out, the first is %s",
-                step, len(dropped), limit, dropped[0].id,
+                "step %d: %d prompts are empty or over %d tokens (%s) and left out, the first is %s",
+                step, len(dropped), self._limit, LIMITS, dropped[0].id,
             )  # fmt: skip
         return prompts, dropped

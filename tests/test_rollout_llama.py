@@ -82,7 +82,7 @@ def test_a_step_by_blocks_is_the_model_itself(threads, kind):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-        decoders = [SharedDecoder(network, pad_id=0) for _ in range(2)]
+        decoders = [SharedDecoder(network, pad_id=0, max_new_tokens=64) for _ in range(2)]
         assert isinstance(decoders[0]._forward, LlamaStep)
         decoders[1]._forward = decoders[1]._transformers_forward
         for decoder in decoders:

@@ -247,7 +247,7 @@ def test_llama_step_is_the_model_itself():
     for name in ("llama", "qwen3"):
         network = copy.deepcopy(model(name)).double().eval()
         with torch.no_grad():
-            decoders = [SharedDecoder(network, pad_id=PAD) for _ in range(2)]
+            decoders = [SharedDecoder(network, pad_id=PAD, max_new_tokens=64) for _ in range(2)]
             decoders[1]._forward = decoders[1]._transformers_forward
             for decoder in decoders:
                 decoder.admit([prompt.token_ids for prompt in PROMPTS], 2)

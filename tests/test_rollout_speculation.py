@@ -1,10 +1,11 @@
 """Speculation changes no token, no log-prob beyond rounding, and not the distribution; it does save steps."""
 
+import copy
 import itertools
 
 import pytest
 import torch
-from test_rollout_local import EOS, PROMPTS, VOCABULARY, engine, ids, model, plain_logprobs
+from test_rollout_local import EOS, PAD, PROMPTS, VOCABULARY, engine, ids, model, plain_logprobs, prompts
 
 from rltrain.config import ConfigError, SamplingConfig
 from rltrain.rollout.local import LocalRolloutConfig
@@ -93,6 +94,62 @@ def test_pairs_of_tokens_follow_their_distribution():
     chi_square += ((observed[~common].sum() - rest) ** 2 / rest).sum()
     degrees = float(common.sum())
     assert degrees > 50 and abs(chi_square - degrees) < 4 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
+def test_logits_with_holes_are_those_of_a_plain_forward(name, monkeypatch):
+    """Rejected tokens in every row, rows that join and leave among holes, and holes that are closed."""
+    closed = []
+    close = SharedDecoder._close_holes
+    monkeypatch.setattr(SharedDecoder, "_close_holes", lambda self: (closed.append(self._columns), close(self)))
+    network = copy.deepcopy(model(name)).eval()
+    decoder = SharedDecoder(network, pad_id=PAD, max_new_tokens=100)
+    draw = torch.Generator().manual_seed(0)
+
+    def random(high, *shape):
+        return torch.randint(1, high, shape, generator=draw)
+
+    def admitted(prompts):
+        decoder.admit([prompt.token_ids for prompt in prompts], 2)
+        return [list(prompt.token_ids) for prompt in prompts for _ in range(2)]
+
+    with torch.no_grad():
+        texts = admitted(PROMPTS[:2])
+        for step in range(24):
+            fed = random(VOCABULARY["vocab_size"], len(texts), 6)
+            counts = random(4 if step % 3 else 2, len(texts))
+            logits = decoder.verify(fed)
+            decoder.accept(counts)
+            for text, own, tokens, count in zip(texts, logits, fed.tolist(), counts.tolist(), strict=True):
+                text += tokens[:count]
+                exact = network(input_ids=torch.tensor([text]), use_cache=False).logits[0, -count:]
+                torch.testing.assert_close(own[:count], exact, atol=5e-5, rtol=0)
+            if step == 6:
+                texts += admitted(PROMPTS[2:4])
+            if step == 12:
+                decoder.keep([1, 2, 4, 5, 6])
+                texts = [texts[row] for row in (1, 2, 4, 5, 6)]
+        fed = random(VOCABULARY["vocab_size"], len(texts))
+        for text, own, token in zip(texts, decoder.step(fed), fed.tolist(), strict=True):
+            exact = network(input_ids=torch.tensor([[*text, token]]), use_cache=False).logits[0, -1]
+            torch.testing.assert_close(own, exact, atol=5e-5, rtol=0)
+    assert closed and all(columns > 30 for columns in closed)
+
+
+def test_no_position_past_the_end_of_a_learned_table():
+    """Prompts and completions fill it; rows of other ages and guesses would run over."""
+    asked = prompts(*(f"what is {a} + {b} ? "[:16] * 6 for a in range(4) for b in range(4)))
+    sampling = SamplingConfig(max_new_tokens=128 - len(asked[0].token_ids))
+    assert model("gpt2").config.max_position_embeddings == 128 and sampling.max_new_tokens == 32
+    exact = engine("gpt2", check_steps=1, compact_share=0.01).generate(asked, step=0, group_size=3, sampling=sampling)
+    lengths = [len(found) for group in exact for found in group.completion_ids]
+    assert min(lengths) < 16 and max(lengths) == 32
+    for settings in (
+        {"speculate_tokens": 8, "speculate_rows": 64, "compact_share": 1.0},
+        {"max_rows": 6, "compact_share": 0.3, "check_steps": 16},
+    ):
+        groups = engine("gpt2", **settings).generate(asked, step=0, group_size=3, sampling=sampling)
+        assert ids(groups) == ids(exact)
 
 
 def test_bad_settings_are_refused():

@@ -275,7 +275,7 @@ class LocalRollout:
         ]
         rule = StopRule.of(self._policy, sampling)
         with inference(self._model):
-            _Batch(self._decoder(), rule, sampling, self._config).run(jobs)
+            _Batch(self._decoder(sampling.max_new_tokens), rule, sampling, self._config).run(jobs)
         return [
             Group(prompt=prompt, completions=tuple(rule.completion(row.token_ids, row.logprobs) for row in job.rows))
             for prompt, job in zip(prompts, jobs, strict=True)
@@ -286,6 +286,8 @@ class LocalRollout:
         # peft: the adapters live inside the base model's own layers.
         return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
 
-    def _decoder(self) -> Decoder:
-        decoder = SharedDecoder if SharedDecoder.supports(self._base) else PlainDecoder
-        return decoder(self._base, pad_id=self._policy.pad_token_id)
+    def _decoder(self, max_new_tokens: int) -> Decoder:
+        pad_id = self._policy.pad_token_id
+        if SharedDecoder.supports(self._base):
+            return SharedDecoder(self._base, pad_id=pad_id, max_new_tokens=max_new_tokens)
+        return PlainDecoder(self._base, pad_id=pad_id)

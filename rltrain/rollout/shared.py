@@ -82,6 +82,13 @@ class _Layer:
         self.own_values = _with_columns(self.own_values, count)
         self._look()
 
+    def take_columns(self, columns_BC: Tensor) -> None:
+        index = columns_BC[None, :, :, None]
+        self.own_keys, self.own_values = (
+            x.gather(2, index.expand(len(x), -1, -1, x.shape[-1])) for x in (self.own_keys, self.own_values)
+        )
+        self._look()
+
     def keep(self, rows_B: Tensor, prompts_P: Tensor | None, first_column: int) -> None:
         self.own_keys = self.own_keys[:, :, first_column:].index_select(1, rows_B)
         self.own_values = self.own_values[:, :, first_column:].index_select(1, rows_B)
@@ -146,8 +153,9 @@ class SharedDecoder:
 
     refills = True
 
-    def __init__(self, model: Any, *, pad_id: int) -> None:
+    def __init__(self, model: Any, *, pad_id: int, max_new_tokens: int) -> None:
         self._model, self._pad_id, self._device = model, pad_id, model.device
+        self._max_new_tokens = max_new_tokens
         fused = LlamaStep.supports(model)
         self._forward = LlamaStep(model, self._llama_attend) if fused else self._transformers_forward
         self.layers: list[_Layer] = []
@@ -162,6 +170,7 @@ class SharedDecoder:
         self._bias: dict[int | None, Tensor] = {}
         self._prompt_mask_PT: Tensor
         self._positions_B: Tensor
+        self._last_B: Tensor  # positions of the tokens at ``max_new_tokens``; what a row is fed beyond is thrown away
 
     @staticmethod
     def supports(model: Any) -> bool:
@@ -278,6 +287,7 @@ class SharedDecoder:
             logits_to_keep=1,
         ).logits[:, -1]
         next_positions_B = (positions_PT[:, -1] + 1).repeat_interleave(group_size)
+        last_B = next_positions_B + self._max_new_tokens - 1
         # Taken out one by one, so that no two copies of all layers exist.
         taken = (cache.layers.pop(0) for _ in range(len(cache.layers)))
         by_head = ((new.keys.transpose(0, 1).contiguous(), new.values.transpose(0, 1).contiguous()) for new in taken)
@@ -286,10 +296,11 @@ class SharedDecoder:
                 layer.admit_prompts(keys, values)
             self._prompt_mask_PT = _cat_left_padded(self._prompt_mask_PT, mask_PT, dim=1)
             self._positions_B = torch.cat([self._positions_B, next_positions_B])
+            self._last_B = torch.cat([self._last_B, last_B])
         else:
             self.layers = [_Layer(keys, values) for keys, values in by_head]
-            self._prompt_mask_PT, self._positions_B, self._columns = mask_PT, next_positions_B, 0
-            self._holes_BC = None
+            self._prompt_mask_PT, self._positions_B, self._last_B = mask_PT, next_positions_B, last_B
+            self._columns, self._holes_BC = 0, None
         first = self._prompt_of[-1] + 1 if self._prompt_of else 0
         self._prompt_of += [first + p for p in range(len(prompts)) for _ in range(group_size)]
         self._fed += [0] * (len(prompts) * group_size)
@@ -320,7 +331,7 @@ class SharedDecoder:
     def step(self, tokens_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token in every row."""
         self._open(1)
-        logits_BV = self._forward(tokens_B, self._positions_B)
+        logits_BV = self._forward(tokens_B, torch.minimum(self._positions_B, self._last_B))
         self._positions_B = self._positions_B + 1
         self._fed = [fed + 1 for fed in self._fed]
         return logits_BV
@@ -330,6 +341,7 @@ class SharedDecoder:
         self._set_width(tokens_BT.shape[1])
         self._open(self._width)
         positions_BT = self._positions_B[:, None] + torch.arange(self._width, device=self._device)
+        positions_BT = torch.minimum(positions_BT, self._last_B[:, None])
         logits_NV = self._forward(tokens_BT.flatten(), positions_BT.flatten())
         return logits_NV.unflatten(0, tokens_BT.shape)
 
@@ -342,6 +354,23 @@ class SharedDecoder:
         self._positions_B = self._positions_B + counts_B
         self._fed = [fed + self._width for fed in self._fed]
         self._set_width(1)
+        longest = int((self._positions_B - self._last_B).max()) + self._max_new_tokens - 1
+        if self._columns > 2 * longest + _BLOCK:
+            self._close_holes()
+
+    def _close_holes(self) -> None:
+        """Move the tokens of each row to its last columns; keys know their positions, so that only order counts."""
+        assert self._holes_BC is not None
+        column_C = torch.arange(self._columns, device=self._device)
+        fed_B1 = torch.tensor(self._fed, device=self._device)[:, None]
+        kept_BC = (column_C >= self._columns - fed_B1) & ~self._holes_BC[:, : self._columns]
+        self._fed = kept_BC.sum(1).tolist()
+        most = max(self._fed)
+        order_BC = kept_BC.byte().argsort(dim=1, stable=True)[:, self._columns - most :]
+        for layer in self.layers:
+            layer.take_columns(order_BC)
+        self._columns, self._holes_BC = most, None
+        self._lay_out()
 
     def _set_width(self, width: int) -> None:
         self._width = width
@@ -382,6 +411,6 @@ class SharedDecoder:
             self._prompt_mask_PT = self._prompt_mask_PT[prompts_P]
         renumbered = {prompt: index for index, prompt in enumerate(alive)}
         self._prompt_of = [renumbered[self._prompt_of[row]] for row in rows]
-        self._positions_B = self._positions_B[rows_B]
+        self._positions_B, self._last_B = self._positions_B[rows_B], self._last_B[rows_B]
         if rows:
             self._lay_out()

@@ -62,7 +62,8 @@ class StopRule:
 
     def end(self, token_ids: Sequence[int], start: int) -> int | None:
         """Number of tokens the completion keeps, or None if it goes on. Tokens before ``start`` were asked already."""
-        end = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in self.stop_ids), None)
+        inside = range(start, min(len(token_ids), self.max_new_tokens))
+        end = next((i + 1 for i in inside if token_ids[i] in self.stop_ids), None)
         if end is None and len(token_ids) >= self.max_new_tokens:
             end = self.max_new_tokens
         if self.stop_strings:
