@@ -82,7 +82,7 @@ def resume_point(run_dir: Path, config: RunConfig) -> Saved | None:
         )
     saved = newest_intact(run_dir)
     if saved is not None:
-        check_same_config(saved, runs.resolved(config))
+        check_same_config(saved, config)
     return saved
 
 
@@ -124,20 +124,22 @@ def find_damage(saved: Saved) -> str | None:
     return None
 
 
-def check_same_config(saved: Saved, config: Mapping[str, Any]) -> None:
+def check_same_config(saved: Saved, config: RunConfig) -> None:
     """Refuse to resume a run under a config that computes something else; the error names the keys.
 
-    Another ZeRO stage or number of ranks is taken, with a warning that sums are then in another order.
+    Another ZeRO stage or number of ranks is taken, with a warning that sums are then in another order. A key that came
+    into being since the checkpoint was made counts as its default.
     """
-    manifest = saved.manifest
+    manifest, now = saved.manifest, runs.resolved(config)
+    made_with = runs.with_new_keys(manifest["config"], config)
     # A schedule that ends at the last step makes every rate depend on how many steps there are.
-    free = [key for key in FREE_KEYS if key != "steps" or config["optimizer"]["schedule"] == "constant"]
-    if changes := runs.changes(manifest["config"], config, ignored=[*free, *LAYOUT_KEYS]):
+    free = [key for key in FREE_KEYS if key != "steps" or config.optimizer.schedule == "constant"]
+    if changes := runs.changes(made_with, now, ignored=[*free, *LAYOUT_KEYS]):
         raise ConfigError(
             f"{saved.path}: made with another config ({changes}); restore these keys or set another run_dir"
         )
-    before = {key: manifest["config"][key] for key in LAYOUT_KEYS} | {"ranks": manifest["world_size"]}
-    after = {key: config[key] for key in LAYOUT_KEYS} | {"ranks": dist.world_size()}
+    before = {key: made_with[key] for key in LAYOUT_KEYS} | {"ranks": manifest["world_size"]}
+    after = {key: now[key] for key in LAYOUT_KEYS} | {"ranks": dist.world_size()}
     if (moved := runs.changes(before, after)) and dist.is_main():
         log.warning("%s: resumed with another layout (%s); equal to rounding, not bit for bit", saved.path, moved)
 

@@ -164,11 +164,19 @@ def run(task: Callable[[RunConfig], None]) -> None:
                 _watched(task, config)
     except SystemExit as end:
         code = end.code
-    # Here the error's frames are gone, which hold the run and with it the process group.
-    if "rltrain.dist" in sys.modules:
-        sys.modules["rltrain.dist"].teardown()
+    finally:
+        # After a clause that is done an error's frames are gone, which hold the run and with it the process group.
+        _leave()
     if code is not None:
         raise SystemExit(code)
+
+
+def _leave() -> None:
+    if "rltrain.dist" in sys.modules:
+        try:
+            sys.modules["rltrain.dist"].teardown()
+        except Exception as error:  # what ended the run says more, by its exit code too
+            print(f"error: the process group did not end: {error}", file=sys.stderr)
 
 
 def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:
@@ -176,3 +184,4 @@ def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:
 
     with watchdog.armed(Path(config.run_dir), rank=dist.rank()):
         task(config)
+    dist.teardown()  # a sweep has another task

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from rltrain import cli, dist, runs
 from rltrain.config import ConfigError, RunConfig, part_of
 from rltrain.data.traces import Trace, TracePrompt
-from rltrain.model import Policy, encode_all, load_frozen, load_policy
+from rltrain.model import Policy, encode_all, load_frozen, load_policy, prompt_limit
 from rltrain.rewards.compression import compressed_ids
 from rltrain.rewards.scoring import score
 from rltrain.scorer import check_same_vocabulary
@@ -52,7 +52,7 @@ class Pipeline:
     def rows(self, traces: Sequence[Problem]) -> list[Row]:
         """What came of each trace, in order."""
         config = self.config
-        limit = config.sampling.max_prompt_tokens
+        limit = prompt_limit(self.compressor, config.sampling)
         prompts, dropped = encode_all(self.compressor, traces, config.model, max_prompt_tokens=limit)
         sampling = dataclasses.replace(config.sampling, temperature=config.compress.temperature)
         groups = self.writing.generate(prompts, step=COMPRESSION_STEP, group_size=1, sampling=sampling)
@@ -175,9 +175,12 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
+def refuse_other_config(path: Path, config: RunConfig) -> None:
     """Rows of two configs must not end up in one file."""
-    if path.exists() and (changed := runs.changes(json.loads(path.read_text())["config"], config, ignored=FREE_KEYS)):
+    if not path.exists():
+        return
+    before = runs.with_new_keys(json.loads(path.read_text())["config"], config)
+    if changed := runs.changes(before, runs.resolved(config), ignored=FREE_KEYS):
         raise ConfigError(f"{path}: made with another config ({changed}); restore these keys or set another run_dir")
 
 
@@ -185,7 +188,7 @@ def compress(config: RunConfig) -> dict[str, float]:
     """Compress what is not done yet; returns the counts."""
     folder, resolved = Path(config.run_dir), runs.resolved(config)
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_other_config(folder / "compress.json", resolved)
+    refuse_other_config(folder / "compress.json", config)
     write_whole(folder / "compress.json", json.dumps({"config": resolved}))
     traces: Sequence[Problem] = part_of(config.data).function(config.data, config.compress.split)
     total = min(config.compress.problems or len(traces), len(traces))

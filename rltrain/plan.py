@@ -30,6 +30,7 @@ LIVE_ELEMENTS = 1_000_000_000
 RESERVE_GIB = 2.0
 SMALL_LOGITS = 2**20  # up to so many the head takes the plain path (rltrain.kernels)
 BLOCK_LOGITS = 2**20
+BLOCK_COLUMNS = 1024  # at least
 CACHE_BLOCK = 16  # tokens by which the rollout's cache grows
 
 
@@ -132,7 +133,7 @@ def head_bytes(shape: ModelShape, loss_tokens: int) -> int:
     states = 2 * loss_tokens * shape.hidden_size * FP32_BYTES
     logits = loss_tokens * shape.vocabulary
     # The plain path holds logits, log-probs, probabilities, their product and gradients.
-    blocks = 6 * logits if logits <= SMALL_LOGITS else 2 * max(BLOCK_LOGITS, 512 * loss_tokens)
+    blocks = 6 * logits if logits <= SMALL_LOGITS else 2 * max(BLOCK_LOGITS, BLOCK_COLUMNS * loss_tokens)
     return states + blocks * FP32_BYTES + shape.vocabulary * shape.hidden_size * shape.dtype_bytes
 
 

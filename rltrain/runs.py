@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,28 @@ def resolved(config: RunConfig) -> dict[str, Any]:
         chosen = getattr(config, group)
         plain[group] = {key: {"kind": names[type(value)]} | asdict(value) for key, value in chosen.items()}
     return json.loads(json.dumps(plain))
+
+
+def with_new_keys(before: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """``before``, a resolved config, with the defaults of the keys that it lacks: those of a newer rltrain."""
+    filled = dict(before)
+    for entry in fields(config):
+        value, old = getattr(config, entry.name), before.get(entry.name)
+        if entry.name not in before and (default := _default(entry)) is not MISSING:
+            plain = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
+            filled[entry.name] = json.loads(json.dumps(plain))
+        elif is_dataclass(value) and isinstance(old, Mapping):
+            filled[entry.name] = with_new_keys(old, value)
+        elif isinstance(value, dict) and isinstance(old, Mapping):
+            known = {
+                key: with_new_keys(old[key], part) for key, part in value.items() if is_dataclass(part) and key in old
+            }
+            filled[entry.name] = dict(old) | known
+    return filled
+
+
+def _default(entry: Field[Any]) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:

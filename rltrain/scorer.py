@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from rltrain import dist
 from rltrain.collate import NO_WEIGHTING, Row, arrange, bins_of, empty_batch, token_batch, unit_segments
 from rltrain.config import ConfigError, RunConfig
+from rltrain.engine import shard_frozen, sharded_loading
 from rltrain.layouts import usable_layouts
 from rltrain.logprobs import LogprobModel, inference, loss_tokens, to_device
 from rltrain.model import Policy, load_frozen, load_policy
 from rltrain.packing import Layout
-from rltrain.types import Mean, Metrics, SpanRequest, TokenBatch
+from rltrain.types import Mean, Metrics, Need, SpanRequest, TokenBatch
 
 
 def span_row(request: SpanRequest) -> Row:
@@ -180,3 +181,13 @@ def check_same_vocabulary(policy: Policy, frozen: Policy, *, path: str | None) -
             f"scorer.path={path}: its vocabulary ({len(theirs)} tokens, {rows} embeddings) is not the policy's "
             f"({len(ours)} tokens); choose a model that shares the policy's tokenizer"
         )
+
+
+def load_reference(config: RunConfig, *, path: str | None) -> LogprobModel | None:
+    """The initial policy (or ``reference``), frozen, where the loss or a part needs it."""
+    if Need.REFERENCE_LOGPROBS not in config.needs():
+        return None
+    with sharded_loading(config.deepspeed, dtype=config.model.dtype):
+        model = load_frozen(config.model, path=path).model
+    reference = LogprobModel(model, temperature=config.sampling.temperature)
+    return shard_frozen(reference, config.deepspeed, dtype=config.model.dtype)

@@ -54,8 +54,8 @@ def made_with(config: RunConfig) -> dict[str, Any]:
 
 
 def _refuse_other_config(folder: Path, config: RunConfig) -> None:
-    before = json.loads((folder / "sft.json").read_text())["config"]
-    if changes := runs.changes(before, made_with(config)):
+    before = runs.with_new_keys(json.loads((folder / "sft.json").read_text())["config"], config)
+    if changes := runs.changes({key: before[key] for key in DEPENDS_ON}, made_with(config)):
         raise ConfigError(
             f"{folder}: made with another config ({changes}); restore these keys, set another run_dir, or delete it"
         )

@@ -18,31 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain import bundle, checkpoint, dist, runs, sft, watchdog
+from rltrain import bundle, checkpoint, dist, runs, sft, watchdog, zero_signal
 from rltrain.bundle import Record
 from rltrain.collate import Denominators, collate, padding_share
-from rltrain.config import ConfigError, RunConfig, RunError, part_of
-from rltrain.engine import Engine, NonFiniteError, learning_rate, shard_frozen, sharded_loading
+from rltrain.config import ConfigError, RunConfig, part_of
+from rltrain.engine import Engine, NonFiniteError, learning_rate, sharded_loading
 from rltrain.evaluate import evaluate, evaluation_rewards, held_out_prompts
 from rltrain.interrupts import EXIT_INTERRUPTED, Interrupted, SignalWatch
 from rltrain.layouts import usable_layouts
 from rltrain.logprobs import LogprobModel, loss_and_logprobs, to_device
 from rltrain.metrics import Accumulator
-from rltrain.model import Policy, load_frozen, load_policy
+from rltrain.model import Policy, load_policy
 from rltrain.packing import Layout
 from rltrain.prompts import PromptSource
 from rltrain.recorder import Recorder
 from rltrain.rewards.scoring import score
 from rltrain.rollout import RolloutLost, ahead
 from rltrain.rollout.ahead import Ahead
-from rltrain.scorer import Scorer, load_scorer
+from rltrain.scorer import Scorer, load_reference, load_scorer
 from rltrain.types import Context, Group, Max, Mean, Min, Need, Prompt, Sum, TokenBatch
 
 log = logging.getLogger(__name__)
-
-
-class NoSignalError(RunError):
-    """Too many steps in a row taught nothing."""
 
 
 @dataclass
@@ -53,6 +49,7 @@ class Progress:
     num_tokens: float = 0.0
     best_accuracy: float = -1.0
     best_step: int | None = None
+    unwritten: dict[str, float] = field(default_factory=dict)  # of the newest step, until its evaluation is done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +111,8 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
     """The loop. One step: prompts, completions, rewards, advantages, micro-batches, gradient, optimiser."""
     config, values, saving_s = run.config, {}, 0.0
     estimator = part_of(config.advantage).function
-    if run.first_step == 0:
-        recorder.write(0, held_out_metrics(run, 0))
+    if run.first_step == 0 or run.progress.unwritten:
+        values = write(run, recorder, run.first_step)
     with SignalWatch() as signals:
         for step in range(run.first_step, config.steps):
             metrics, context = Accumulator(), run.context(step)
@@ -140,11 +137,21 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
                     metrics.add(run.ahead.wait())
             with stage(run, context, metrics, "sync", "rollout"), sampling_weights(run):
                 run.rollout.sync(run.policy)
-            values = step_values(run, step, groups, metrics, denominators) | held_out_metrics(run, step + 1)
-            recorder.write(step + 1, values)
+            run.progress.unwritten = step_values(run, step, groups, metrics, denominators)
+            run.progress.zero_signal_steps = zero_signal.count(run.progress.zero_signal_steps, groups)
+            with saved_if_lost(run, step + 1):
+                values = write(run, recorder, step + 1)
             recorder.write_samples(step + 1, groups, advantages)
-            refuse_zero_signal(run, step, groups)
+            zero_signal.refuse(step + 1, run.progress.zero_signal_steps, limit=config.max_zero_signal_steps)
             saving_s = maybe_save(run, step + 1, signal_name=signals.received())
+    return values
+
+
+def write(run: Run, recorder: Recorder, step: int) -> dict[str, float]:
+    """The metrics of a step with those of its evaluation."""
+    values = run.progress.unwritten | held_out_metrics(run, step)
+    run.progress.unwritten = {}
+    recorder.write(step, values)
     return values
 
 
@@ -217,7 +224,7 @@ def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
         groups = draw(run, context, metrics, attempt)
         if not batch.dynamic_sampling:
             return groups
-        mixed = [group for group in groups if has_signal(group)]
+        mixed = [group for group in groups if zero_signal.has_signal(group)]
         counts = dist.gather_objects(len(mixed), name="groups with signal")
         room = batch.prompts_per_step - total - sum(counts[: dist.rank()])
         kept += mixed[: max(0, room)]
@@ -226,7 +233,7 @@ def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
         if total >= batch.prompts_per_step:
             sample_ahead(run, context, metrics)
             return kept
-    raise NoSignalError(
+    raise zero_signal.NoSignalError(
         f"step {context.step}: only {total} of {batch.prompts_per_step} groups had unequal rewards after "
         f"batch.max_sampling_attempts={batch.max_sampling_attempts}; raise it, or choose data of a fitting difficulty"
     )
@@ -254,13 +261,6 @@ def sample_ahead(run: Run, context: Context, metrics: Accumulator) -> None:
         with stage(run, context, metrics, "data", "rollout"):
             prompts, _ = run.source.next(context.step + 1)
         run.ahead.begin(prompts, step=context.step + 1, group_size=run.config.batch.group_size)
-
-
-def has_signal(group: Group) -> bool:
-    """Whether the rewards that count are not all equal."""
-    assert group.rewards_G is not None
-    valid = group.rewards_G[~group.rewards_G.isnan()]
-    return len(valid) > 1 and bool((valid != valid[0]).any())
 
 
 def micro_batches(
@@ -380,22 +380,6 @@ def held_out_metrics(run: Run, step: int) -> dict[str, float]:
     return values
 
 
-def refuse_zero_signal(run: Run, step: int, groups: Sequence[Group]) -> None:
-    """Count steps in a row in which no group could teach anything; warn, and at the limit stop."""
-    signal_here = torch.tensor(float(any(has_signal(group) for group in groups)))
-    run.progress.zero_signal_steps = (
-        0 if dist.all_max(signal_here, name="any signal") else run.progress.zero_signal_steps + 1
-    )
-    count, limit = run.progress.zero_signal_steps, run.config.max_zero_signal_steps
-    if count and dist.is_main():
-        log.warning("step %d: every group has equal rewards, nothing is learnt (%d in a row)", step + 1, count)
-    if count >= limit > 0:
-        raise NoSignalError(
-            f"{count} steps in a row had equal rewards in every group (max_zero_signal_steps={limit}); check the "
-            "reward, or choose problems of a fitting difficulty"
-        )
-
-
 def maybe_save(run: Run, step: int, *, signal_name: str | None) -> float:
     """Save where one is due, at a new best, at the end, and before an interrupted run leaves; returns the seconds."""
     config = run.config.checkpoint
@@ -487,13 +471,3 @@ def build(config: RunConfig) -> Run:
         layouts=usable_layouts(config.batch.packing, [engine, *([reference] if reference else [])]),
         progress=progress,
     )
-
-
-def load_reference(config: RunConfig, *, path: str | None) -> LogprobModel | None:
-    """The initial policy (or ``reference``), frozen, where the loss or a part needs it."""
-    if Need.REFERENCE_LOGPROBS not in config.needs():
-        return None
-    with sharded_loading(config.deepspeed, dtype=config.model.dtype):
-        model = load_frozen(config.model, path=path).model
-    reference = LogprobModel(model, temperature=config.sampling.temperature)
-    return shard_frozen(reference, config.deepspeed, dtype=config.model.dtype)

@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "errors", "watchdog", "config", "dist"},
     {"metrics", "console", "kernels", "data", "model", "cli"},
     {"rewards", "advantages", "loss", "collate", "logprobs", "attention", "packing", "layouts", "prompts"},
-    {"rollout", "engine", "interrupts", "shards", "runs", "summary", "recorder", "scorer", "bundle"},
+    {"rollout", "engine", "interrupts", "shards", "runs", "summary", "recorder", "scorer"} | {"bundle", "zero_signal"},
     {"checkpoint", "evaluate", "sft"},
     {"trainer"},
     {"train", "audit", "compress", "compare", "report", "panels", "plan", "plan_model", "compat"},

@@ -14,10 +14,11 @@ import yaml
 from safetensors.torch import load_file
 from tiny_run import OVERRIDES, config, metrics
 
-from rltrain import checkpoint, trainer
+from rltrain import checkpoint, runs, trainer
 from rltrain.config import ConfigError
 from rltrain.model import load_policy
 from rltrain.types import Need
+from rltrain.zero_signal import NoSignalError
 
 
 def final_weights(run_dir) -> dict[str, torch.Tensor]:
@@ -219,13 +220,13 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_teach(tmp_path):
 def test_dynamic_sampling_without_signal_is_an_error_that_says_so(tmp_path):
     overrides = ["batch.dynamic_sampling=true", "batch.max_sampling_attempts=2", "rewards.answer.probability=1.0"]
     message = "0 of 4 groups had unequal rewards after batch.max_sampling_attempts=2"
-    with pytest.raises(trainer.NoSignalError, match=message):
+    with pytest.raises(NoSignalError, match=message):
         trainer.fit(config(tmp_path / "run", *overrides))
 
 
 def test_zero_signal_steps_end_the_run_at_the_limit(tmp_path):
     overrides = ["rewards.answer.probability=1.0", "max_zero_signal_steps=2", "loss.kl_coef=0"]
-    with pytest.raises(trainer.NoSignalError, match="2 steps in a row had equal rewards in every group"):
+    with pytest.raises(NoSignalError, match="2 steps in a row had equal rewards in every group"):
         trainer.fit(config(tmp_path / "run", *overrides))
 
 
@@ -273,6 +274,21 @@ def wait_for(condition, process, seconds=120.0):
 def test_checkpoint_of_another_config_is_refused_by_key(unbroken):
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.001 -> 0.01"):
         trainer.fit(config(unbroken, "optimizer.learning_rate=0.01"))
+
+
+def test_a_key_that_a_checkpoint_is_older_than_counts_as_its_default(unbroken):
+    """As if rltrain had got three keys since: one of a part, one of a reward, a whole group."""
+    newest = checkpoint.list_checkpoints(unbroken)[-1]
+    made_with = newest.manifest["config"]
+    reward = next(iter(made_with["rewards"]))
+    older = {key: dict(value) if isinstance(value, dict) else value for key, value in made_with.items()}
+    older["rewards"] = {reward: {**made_with["rewards"][reward]}}
+    del older["rollout"]["speculate_tokens"], older["rewards"][reward]["weight"], older["watchdog"]
+    now = config(unbroken)
+    assert runs.with_new_keys(older, now) == made_with
+    other = config(unbroken, "rollout.speculate_tokens=2", f"rewards.{reward}.weight=0.5")
+    changed = runs.changes(runs.with_new_keys(older, other), runs.resolved(other), ignored=["run_dir"])
+    assert changed == f"rewards.{reward}.weight: 1.0 -> 0.5, rollout.speculate_tokens: 0 -> 2"
 
 
 def test_more_steps_are_free_under_a_constant_rate_alone(tmp_path):

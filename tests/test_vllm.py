@@ -293,6 +293,28 @@ def test_a_run_without_servers_saves_and_the_same_command_goes_on(serve, tmp_pat
         assert all(math.isclose(line[key], expected[key], rel_tol=1e-6, abs_tol=1e-9) for key in line), line["step"]
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_servers_lost_in_an_evaluation_cost_nothing(serve, tmp_path, steps):
+    """The step before it is kept, and the evaluation made when the run goes on; also if there is no step after it."""
+    mode = [
+        "rollout.mode=server",
+        "evaluation.every_steps=2",
+        "evaluation.problems=4",
+        "rollout.restart_s=0.1",
+        f"steps={steps}",
+    ]
+    steady = serve()
+    trainer.fit(config(tmp_path / "unbroken", "rollout=vllm", *mode, f"rollout.urls=[{steady.url}]"))
+    dying = serve(answers=1 + 4 + 2 * 16 + 2)
+    with pytest.raises(RolloutLost, match="saved to .*step_000002, the same command resumes it"):
+        trainer.fit(config(tmp_path / "run", "rollout=vllm", *mode, f"rollout.urls=[{dying.url}]"))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+    trainer.fit(config(tmp_path / "run", "rollout=vllm", *mode, f"rollout.urls=[{steady.url}]"))
+    for line, expected in zip(metrics(tmp_path / "run"), metrics(tmp_path / "unbroken"), strict=True):
+        assert line.keys() == expected.keys()
+        assert all(math.isclose(line[key], expected[key], rel_tol=1e-6, abs_tol=1e-9) for key in line), line["step"]
+
+
 def test_two_ranks_under_zero_3_push_what_one_rank_does(serve, tmp_path):
     """Every weight cut into two: what reaches the server is whole, and the run is that of one rank."""
     options = ["steps=2", "evaluation.every_steps=0", "rollout=vllm", "rollout.mode=server"]
