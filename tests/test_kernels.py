@@ -192,8 +192,8 @@ def test_two_shards_merged_equal_one():
 
 def test_blocks_of_many_rows_are_not_split():
     head = head_module.Head(weight_VD=torch.zeros(1024, 1), bias_V=None, temperature=1.0, softcap=None)
-    shapes = {rows: head.tile(rows, slice(0, 1024)) for rows in (0, 512, 1024, 2048, 4096)}
-    pieces = {0: 4, 512: 4, 1024: 2, 2048: 1, 4096: 1}
+    shapes = {rows: head.tile(rows, slice(0, 1024)) for rows in (0, 512, 520, 1024, 1030, 4096)}
+    pieces = {0: 4, 512: 4, 520: 2, 1024: 2, 1030: 1, 4096: 1}
     assert shapes == {rows: (k, rows, 1024 // k) for rows, k in pieces.items()}
 
 

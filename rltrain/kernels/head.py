@@ -17,12 +17,15 @@ from torch import Tensor
 from rltrain.kernels.online import Partial
 
 BLOCK_ELEMENTS = 2**20
-"""Logits worked on at a time: 4 MB in fp32, which stays in a last-level cache between the passes over it."""
+"""Logits worked on at a time, up to 1024 rows: 4 MB in fp32, which stays in a last-level cache between the passes."""
 
-MAX_PIECES = 4
-WHOLE_ROWS = 2048
-"""Of a block in fp32 on a CPU, and the rows from which it is not split: on two cores a product of 64 to 256 rows takes
-2/3 to 4/5 of the time in four pieces, one of 4096 rows 6/5."""
+PIECES = (4, 2, 1)
+MOST_SPLIT_ROWS = 2048
+"""Of a block in fp32 on a CPU, the most that leave pieces times rows at 2048: on two cores a product of 64 to 256 rows
+takes 2/3 to 4/5 of the time in four pieces, one of 4096 rows 6/5."""
+
+LEAST_COLUMNS = 1024
+"""Of a block: with fewer, products of many rows are slower."""
 
 LOG2_E = 1 / math.log(2)
 
@@ -32,7 +35,7 @@ MASKED = -1e30
 
 def block_columns(rows: int) -> int:
     """Vocabulary entries per block: wide enough for the GEMM at many rows, narrow enough for the cache at few."""
-    return min(8192, max(1024, BLOCK_ELEMENTS // max(rows, 1) // 64 * 64))
+    return min(8192, max(LEAST_COLUMNS, BLOCK_ELEMENTS // max(rows, 1) // 64 * 64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class Head:
     def tile(self, rows: int, block: slice) -> tuple[int, int, int]:
         """The shape [K, N, c] of a block."""
         columns = block.stop - block.start
-        pieces = max(1, min(MAX_PIECES, WHOLE_ROWS // max(rows, 1)))
+        pieces = next(count for count in PIECES if count * rows <= MOST_SPLIT_ROWS or count == 1)
         split = self.weight_VD.device.type == "cpu" and self.is_wide and columns % pieces == 0
         return (pieces, rows, columns // pieces) if split else (1, rows, columns)
 
