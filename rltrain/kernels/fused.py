@@ -1,8 +1,7 @@
 """A token-separable loss whose gradient is made in the forward: three products (6NDV) instead of four.
 
 Rows go in chunks. The exponentials [n, V] of a chunk's logits are kept from the sweep that finds its log-probs to the
-sweep that turns them into dlogits: nothing is computed twice. They are the extra memory: of at most
-512 rows, whatever N is.
+sweep that turns them into dlogits: nothing is computed twice. They are the extra memory, of at most 512 rows.
 """
 
 from __future__ import annotations
