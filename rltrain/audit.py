@@ -19,9 +19,9 @@ from typing import Any
 from rltrain import cli
 from rltrain.config import RewardConfig, RunConfig, part_of
 from rltrain.rewards.math import MathConfig, grade
-from rltrain.rewards.math_extract import gold_of
-from rltrain.rewards.math_number import parse_number
 from rltrain.rewards.scoring import score
+from rltrain.rewards.verifier.extract import gold_of
+from rltrain.rewards.verifier.number import parse_number
 from rltrain.types import Completion, Context, Group, Problem, Prompt
 
 NGRAM = 13
@@ -176,8 +176,8 @@ def greedy_completer(config: RunConfig) -> Callable[[Sequence[str]], list[str]]:
     """Greedy continuation of plain texts, without a template, by the configured model and rollout engine."""
     from dataclasses import replace
 
-    from rltrain import dist
-    from rltrain.model import load_policy
+    from rltrain.policy.load import load_policy
+    from rltrain.runtime import dist
 
     policy = load_policy(config.model)
     policy.model.to(dist.device())

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rltrain import watchdog
 from rltrain.config import ConfigError, RunConfig, RunError, discover, parts
+from rltrain.runtime import watchdog
 
 # Lines of Hydra's and OmegaConf's messages that tell a user nothing.
 UNSAID = ("full_key", "object_type", "reference_type", "Set the env", "Config search path", "provider=")
@@ -172,15 +172,15 @@ def run(task: Callable[[RunConfig], None]) -> None:
 
 
 def _leave() -> None:
-    if "rltrain.dist" in sys.modules:
+    if "rltrain.runtime.dist" in sys.modules:
         try:
-            sys.modules["rltrain.dist"].teardown()
+            sys.modules["rltrain.runtime.dist"].teardown()
         except Exception as error:  # what ended the run says more, by its exit code too
             print(f"error: the process group did not end: {error}", file=sys.stderr)
 
 
 def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:
-    from rltrain import dist  # imports torch, which --help and config errors do without
+    from rltrain.runtime import dist  # imports torch, which --help and config errors do without
 
     with watchdog.armed(Path(config.run_dir), rank=dist.rank()):
         task(config)

@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rltrain import cli, dist, runs
+from rltrain import cli
 from rltrain.config import ConfigError, RunConfig, part_of
 from rltrain.data.traces import Trace, TracePrompt
-from rltrain.model import Policy, encode_all, load_frozen, load_policy, prompt_limit
+from rltrain.policy.load import Policy, encode_all, load_frozen, load_policy, prompt_limit
+from rltrain.policy.scorer import check_same_vocabulary
 from rltrain.rewards.compression import compressed_ids
 from rltrain.rewards.scoring import score
-from rltrain.scorer import check_same_vocabulary
+from rltrain.runs import run_folder
+from rltrain.runtime import dist
 from rltrain.types import Completion, Context, Group, Problem, Prompt
 
 log = logging.getLogger(__name__)
@@ -179,14 +181,14 @@ def refuse_other_config(path: Path, config: RunConfig) -> None:
     """Rows of two configs must not end up in one file."""
     if not path.exists():
         return
-    before = runs.with_new_keys(json.loads(path.read_text())["config"], config)
-    if changed := runs.changes(before, runs.resolved(config), ignored=FREE_KEYS):
+    before = run_folder.with_new_keys(json.loads(path.read_text())["config"], config)
+    if changed := run_folder.changes(before, run_folder.resolved(config), ignored=FREE_KEYS):
         raise ConfigError(f"{path}: made with another config ({changed}); restore these keys or set another run_dir")
 
 
 def compress(config: RunConfig) -> dict[str, float]:
     """Compress what is not done yet; returns the counts."""
-    folder, resolved = Path(config.run_dir), runs.resolved(config)
+    folder, resolved = Path(config.run_dir), run_folder.resolved(config)
     folder.mkdir(parents=True, exist_ok=True)
     refuse_other_config(folder / "compress.json", config)
     write_whole(folder / "compress.json", json.dumps({"config": resolved}))

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 from rltrain.errors import ConfigError, require, require_one_of
 from rltrain.errors import RunError as RunError
+from rltrain.runtime.watchdog import WatchdogConfig
 from rltrain.types import Need
-from rltrain.watchdog import WatchdogConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 MISSING: Any = "???"
 SCHEDULES = ("constant", "linear", "cosine")
-PART_PACKAGES = ("rltrain.advantages", "rltrain.rewards", "rltrain.data", "rltrain.rollout", "rltrain.model")
+PART_PACKAGES = ("rltrain.advantages", "rltrain.rewards", "rltrain.data", "rltrain.rollout", "rltrain.policy.load")
 
 
 @dataclass(frozen=True)

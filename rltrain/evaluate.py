@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain import cli, dist
+from rltrain import cli
 from rltrain.config import ConfigError, EvaluationConfig, RewardConfig, RunConfig, SamplingConfig, part_of
-from rltrain.logprobs import LogprobModel
-from rltrain.metrics import Accumulator
-from rltrain.model import Policy, encode_all, load_policy, prompt_limit
-from rltrain.prompts import LIMITS
+from rltrain.data.prompts import LIMITS
+from rltrain.policy.load import Policy, encode_all, load_policy, prompt_limit
+from rltrain.policy.logprobs import LogprobModel
+from rltrain.policy.scorer import load_scorer
 from rltrain.rewards.scoring import score
-from rltrain.scorer import load_scorer
+from rltrain.runs.metrics import Accumulator
+from rltrain.runtime import dist
 from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt
 
 log = logging.getLogger(__name__)

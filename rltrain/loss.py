@@ -1,7 +1,7 @@
 """The policy loss: ratios, clips, KL estimators, importance correction. Pure functions of a micro-batch.
 
 Every per-token term is multiplied by ``batch.weights_N``, which was set over the whole optimiser batch (see
-:mod:`rltrain.collate`), so the losses of all micro-batches and ranks add up to the loss of the step.
+:mod:`rltrain.batching.collate`), so the losses of all micro-batches and ranks add up to the loss of the step.
 """
 
 from __future__ import annotations

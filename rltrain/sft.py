@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rltrain import cli, dist, runs, watchdog
+from rltrain import cli
 from rltrain.config import ColdStartConfig, ConfigError, RunConfig, RunError, part_of
-from rltrain.model import Policy, encode, load_policy
+from rltrain.policy.load import Policy, encode, load_policy
+from rltrain.runs import run_folder
+from rltrain.runtime import dist, watchdog
 from rltrain.types import Problem
 
 log = logging.getLogger(__name__)
@@ -50,12 +52,12 @@ def _make(config: RunConfig, folder: Path) -> None:
 
 def made_with(config: RunConfig) -> dict[str, Any]:
     """The part of the config that a cold start is a function of."""
-    return {key: value for key, value in runs.resolved(config).items() if key in DEPENDS_ON}
+    return {key: value for key, value in run_folder.resolved(config).items() if key in DEPENDS_ON}
 
 
 def _refuse_other_config(folder: Path, config: RunConfig) -> None:
-    before = runs.with_new_keys(json.loads((folder / "sft.json").read_text())["config"], config)
-    if changes := runs.changes({key: before[key] for key in DEPENDS_ON}, made_with(config)):
+    before = run_folder.with_new_keys(json.loads((folder / "sft.json").read_text())["config"], config)
+    if changes := run_folder.changes({key: before[key] for key in DEPENDS_ON}, made_with(config)):
         raise ConfigError(
             f"{folder}: made with another config ({changes}); restore these keys, set another run_dir, or delete it"
         )

@@ -18,24 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain import bundle, checkpoint, dist, runs, sft, watchdog, zero_signal
-from rltrain.bundle import Record
-from rltrain.collate import Denominators, collate, padding_share
+from rltrain import sft
+from rltrain.batching import zero_variance
+from rltrain.batching.bins import Layout
+from rltrain.batching.collate import Denominators, collate, padding_share
 from rltrain.config import ConfigError, RunConfig, part_of
-from rltrain.engine import Engine, NonFiniteError, learning_rate, sharded_loading
+from rltrain.data.prompts import PromptSource
+from rltrain.engine.deepspeed import Engine, NonFiniteError, learning_rate, sharded_loading
 from rltrain.evaluate import evaluate, evaluation_rewards, held_out_prompts
-from rltrain.interrupts import EXIT_INTERRUPTED, Interrupted, SignalWatch
-from rltrain.layouts import usable_layouts
-from rltrain.logprobs import LogprobModel, loss_and_logprobs, to_device
-from rltrain.metrics import Accumulator
-from rltrain.model import Policy, load_policy
-from rltrain.packing import Layout
-from rltrain.prompts import PromptSource
-from rltrain.recorder import Recorder
+from rltrain.policy.layout_check import usable_layouts
+from rltrain.policy.load import Policy, load_policy
+from rltrain.policy.logprobs import LogprobModel, loss_and_logprobs, to_device
+from rltrain.policy.scorer import Scorer, load_reference, load_scorer
 from rltrain.rewards.scoring import score
 from rltrain.rollout import RolloutLost, ahead
 from rltrain.rollout.ahead import Ahead
-from rltrain.scorer import Scorer, load_reference, load_scorer
+from rltrain.runs import checkpoint, run_folder, step_dump
+from rltrain.runs.metrics import Accumulator
+from rltrain.runs.recorder import Recorder
+from rltrain.runs.step_dump import Record
+from rltrain.runtime import dist, watchdog
+from rltrain.runtime.interrupts import EXIT_INTERRUPTED, Interrupted, SignalWatch
 from rltrain.types import Context, Group, Max, Mean, Min, Need, Prompt, Sum, TokenBatch
 
 log = logging.getLogger(__name__)
@@ -130,7 +133,7 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
             with metrics.timed("train"):
                 for epoch in range(config.batch.update_epochs):
                     record = Record(step + 1, epoch, groups, advantages.values, batches)
-                    with watchdog.rescues(partial(bundle.write_alone, config, record)):
+                    with watchdog.rescues(partial(step_dump.write_alone, config, record)):
                         update(run, record, metrics)
             if run.ahead:
                 with stage(run, context, metrics, "rollout_wait", "rollout"):
@@ -138,11 +141,11 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
             with stage(run, context, metrics, "sync", "rollout"), sampling_weights(run):
                 run.rollout.sync(run.policy)
             run.progress.unwritten = step_values(run, step, groups, metrics, denominators)
-            run.progress.zero_signal_steps = zero_signal.count(run.progress.zero_signal_steps, groups)
+            run.progress.zero_signal_steps = zero_variance.count(run.progress.zero_signal_steps, groups)
             with saved_if_lost(run, step + 1):
                 values = write(run, recorder, step + 1)
             recorder.write_samples(step + 1, groups, advantages)
-            zero_signal.refuse(step + 1, run.progress.zero_signal_steps, limit=config.max_zero_signal_steps)
+            zero_variance.refuse(step + 1, run.progress.zero_signal_steps, limit=config.max_zero_signal_steps)
             saving_s = maybe_save(run, step + 1, signal_name=signals.received())
     return values
 
@@ -203,7 +206,7 @@ def update(run: Run, record: Record, metrics: Accumulator) -> None:
             metrics.add(sampler_difference(logprobs_N.detach(), batch))
     rate = learning_rate(step - 1, run.config.optimizer, total_steps=run.config.steps)
     with (
-        bundle.kept(run.config, record, run.engine.full_parameters),
+        step_dump.kept(run.config, record, run.engine.full_parameters),
         dist.stage(f"optimiser of step {step}", deadline_s),
     ):
         refuse_non_finite(record)
@@ -224,7 +227,7 @@ def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
         groups = draw(run, context, metrics, attempt)
         if not batch.dynamic_sampling:
             return groups
-        mixed = [group for group in groups if zero_signal.has_signal(group)]
+        mixed = [group for group in groups if zero_variance.has_signal(group)]
         counts = dist.gather_objects(len(mixed), name="groups with signal")
         room = batch.prompts_per_step - total - sum(counts[: dist.rank()])
         kept += mixed[: max(0, room)]
@@ -233,7 +236,7 @@ def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
         if total >= batch.prompts_per_step:
             sample_ahead(run, context, metrics)
             return kept
-    raise zero_signal.NoSignalError(
+    raise zero_variance.NoSignalError(
         f"step {context.step}: only {total} of {batch.prompts_per_step} groups had unequal rewards after "
         f"batch.max_sampling_attempts={batch.max_sampling_attempts}; raise it, or choose data of a fitting difficulty"
     )
@@ -371,10 +374,10 @@ def held_out_metrics(run: Run, step: int) -> dict[str, float]:
             run.config.sampling,
             run.context(step),
         )
-    mine = runs.sample_rows(step, groups, None, run.policy.tokenizer)
+    mine = run_folder.sample_rows(step, groups, None, run.policy.tokenizer)
     rows = [row for rows in dist.gather_objects(mine, name="held-out samples") for row in rows]
     if dist.is_main():
-        runs.write_samples(run.folder, f"eval_step_{step:06d}", rows)
+        run_folder.write_samples(run.folder, f"eval_step_{step:06d}", rows)
     if values["eval_accuracy"] > run.progress.best_accuracy:
         run.progress.best_accuracy, run.progress.best_step = values["eval_accuracy"], step
     return values
@@ -413,7 +416,7 @@ def save(run: Run, step: int) -> checkpoint.Saved:
             policy=run.policy,
             parts=parts,
             tensors=tensors,
-            config=runs.resolved(run.config),
+            config=run_folder.resolved(run.config),
         )
         if dist.is_main():
             checkpoint.prune(run.folder, run.config.checkpoint, step=step, best_step=run.progress.best_step)
@@ -431,7 +434,7 @@ def build(config: RunConfig) -> Run:
     folder = Path(config.run_dir)
     saved = checkpoint.resume_point(folder, config)
     if saved is None and dist.is_main():
-        runs.write_provenance(folder, config)
+        run_folder.write_provenance(folder, config)
     initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
     with sharded_loading(config.deepspeed, dtype=config.model.dtype):
         policy = load_policy(config.model, path=initial)

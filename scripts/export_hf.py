@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from rltrain import checkpoint, cli
-from rltrain.checkpoint import Saved
+from rltrain import cli
 from rltrain.config import ConfigError, discover
-from rltrain.model import Policy, config_of, load_policy, save_policy
-from rltrain.shards import Archive
+from rltrain.engine.zero_shards import Archive
+from rltrain.policy.load import Policy, config_of, load_policy, save_policy
+from rltrain.runs import checkpoint
+from rltrain.runs.checkpoint import Saved
 
 
 def find(path: Path) -> Saved:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rltrain import bundle, cli
-from rltrain.bundle import Bundle, Record
+from rltrain import cli
 from rltrain.config import ConfigError, LossConfig, Part, parts
-from rltrain.logprobs import LogprobModel, loss_and_logprobs
-from rltrain.model import load_policy
+from rltrain.policy.load import load_policy
+from rltrain.policy.logprobs import LogprobModel, loss_and_logprobs
+from rltrain.runs import step_dump
+from rltrain.runs.step_dump import Bundle, Record
 from rltrain.types import Context
 
 # Relative, where the order of sums differs: another machine, number of ranks or ZeRO stage.
@@ -79,7 +80,7 @@ def part_config(group: str, plain: Mapping[str, Any]) -> tuple[Part, Any]:
 def rounding_of(made: Bundle) -> float:
     """0 where the replay must be equal bit for bit."""
     config = made.facts["config"]
-    alike = made.facts["machine"] == bundle.machine() and len(made.records) == 1
+    alike = made.facts["machine"] == step_dump.machine() and len(made.records) == 1
     exact = alike and config["deepspeed"]["zero_stage"] == 0 and config["model"]["dtype"] == "float32"
     return 0.0 if exact else ROUNDING[config["model"]["dtype"]]
 
@@ -212,7 +213,7 @@ def check_step(made: Bundle, policy: nn.Module, rounding: float) -> list[Check]:
 
 def replay(path: Path, folder: str | None) -> int:
     """Print what was found; returns the exit code."""
-    made = bundle.read(path)
+    made = step_dump.read(path)
     facts = made.facts
     torch.set_num_threads(facts["machine"]["threads"])
     rounding = rounding_of(made)
@@ -222,7 +223,7 @@ def replay(path: Path, folder: str | None) -> int:
         print(f"not finite: {line}")
     checks = [check_advantages(made, rounding), check_micro_batches(made)]
     policy, source = load_weights(made, folder)
-    digest = bundle.weights_of(trainable(policy), keep=False).sha256
+    digest = step_dump.weights_of(trainable(policy), keep=False).sha256
     if facts["weights_sha256"] and digest != facts["weights_sha256"]:
         where = f"{source}: sha256 {digest[:12]}, the bundle's is {facts['weights_sha256'][:12]}"
         checks.append(Check(name="weights", difference=math.inf, where=where, equal=False))

@@ -28,7 +28,7 @@ check_host() {
 }
 
 # The first of N + 1 ports in a row that nobody listens on, below 20000, where those of the jobs' ranks begin
-# (rltrain/dist.py). Labs that start at the same time begin their search apart.
+# (rltrain/runtime/dist.py). Labs that start at the same time begin their search apart.
 free_ports() {
     local base port
     for attempt in {0..99}; do

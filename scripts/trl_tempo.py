@@ -14,7 +14,7 @@ import trl
 
 from rltrain.compat.trl import GRPOTrainer
 from rltrain.data.random_calculation import generate
-from rltrain.model import TinyConfig, load_policy
+from rltrain.policy.load import TinyConfig, load_policy
 from rltrain.rewards.random_calculation import boxed_number, parse_number
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rltrain import dist
 from rltrain.advantages.group import as_rewards, has_signal
-from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 from rltrain.advantages.spae_steps import Steps, check_delimiter, split_steps
 from rltrain.config import AdvantageConfig, register, require
+from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
+from rltrain.runtime import dist
 from rltrain.types import Advantages, Context, Group, Mean, Need, Notes
 
 Floats = Sequence[float] | Tensor

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from rltrain.advantages.probing import vocabulary
 from rltrain.config import ConfigError
+from rltrain.rollout.probe_types import vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rltrain import dist
+from rltrain.runtime import dist
 
 
 def whiten(rows: Sequence[Tensor], *, eps: float, name: str) -> list[Tensor]:

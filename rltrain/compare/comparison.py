@@ -17,7 +17,7 @@ from rltrain.compare.statistics import (
     interquartile_mean,
     paired,
 )
-from rltrain.runs import differences
+from rltrain.runs.run_folder import differences
 
 LEVEL = 0.95
 # They do not bear on what training computes.

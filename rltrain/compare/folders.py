@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from rltrain.config import ConfigError
-from rltrain.metrics import read_jsonl
-from rltrain.summary import series
+from rltrain.runs.metrics import read_jsonl
+from rltrain.runs.summary import series
 
 
 @dataclass(frozen=True, kw_only=True)

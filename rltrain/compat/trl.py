@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rltrain import config
 from rltrain.config import AdvantageConfig, part_of, parts, require
-from rltrain.model import Policy, stop_token_ids
+from rltrain.policy.load import Policy, stop_token_ids
 from rltrain.rollout.probes import PolicyProber
 from rltrain.types import Completion, Context, Group, Mean, Need, Problem, Prompt
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
 
-from rltrain.summary import Rows, series, smoothed
+from rltrain.runs.summary import Rows, series, smoothed
 
 T = TypeVar("T")
 WIDTH, HEIGHT = 340, 190

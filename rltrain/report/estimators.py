@@ -118,9 +118,9 @@ class SampledStep:
         """Step, prober and tokenizer of the checkpoint nearest to the samples; no rollout engine is started."""
         from safetensors import SafetensorError
 
-        from rltrain import checkpoint
-        from rltrain.model import load_frozen
+        from rltrain.policy.load import load_frozen
         from rltrain.rollout.probes import PolicyProber
+        from rltrain.runs import checkpoint
 
         saved = checkpoint.list_checkpoints(self._run.path)
         if not saved:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rltrain.report.folder import HELD_OUT, RunFolder
 from rltrain.report.samples import Row
-from rltrain.summary import Rows, series
+from rltrain.runs.summary import Rows, series
 
 TAIL_CHARACTERS = 600
 

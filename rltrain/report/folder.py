@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rltrain.config import RunConfig
-from rltrain.metrics import read_jsonl
-from rltrain.summary import Rows, series
+from rltrain.runs.metrics import read_jsonl
+from rltrain.runs.summary import Rows, series
 
 T = TypeVar("T")
 TRAINING, HELD_OUT = "step_", "eval_step_"

@@ -16,7 +16,7 @@ from rltrain.report.evaluation import Evaluation, evaluation
 from rltrain.report.folder import RunFolder, read_run
 from rltrain.report.provenance import Origin, origin
 from rltrain.report.warnings import all_warnings
-from rltrain.summary import Rows
+from rltrain.runs.summary import Rows
 
 # What keeps the page below 5 MB.
 CREDIT_BYTES, CURVE_POINTS, POINTS_OF_A_LINE = 2_500_000, 30_000, 240

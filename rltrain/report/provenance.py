@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from rltrain import cli, runs
+from rltrain import cli
 from rltrain.config import ConfigError
 from rltrain.report.folder import RunFolder
+from rltrain.runs import run_folder
 
 ABSENT = "—"
 
@@ -55,14 +56,14 @@ def _resolved(*overrides: str) -> Mapping[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return runs.resolved(cli.compose(list(overrides)))
+        return run_folder.resolved(cli.compose(list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(overrides)} cannot be composed here ({cli.one_line(error)})") from error
 
 
 def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[Difference]:
     """Key by key; what one side lacks is a dash. Of a part that was exchanged, the run's settings alone."""
-    found = runs.differences(expected, actual)
+    found = run_folder.differences(expected, actual)
     exchanged = tuple(f"{key.removesuffix('.kind')}." for key in found if key.endswith(".kind"))
     return [
         Difference(key=key, preset=_text(old), run=_text(new))

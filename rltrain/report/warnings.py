@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rltrain.summary import Rows, series
+from rltrain.runs.summary import Rows, series
 
 FEWEST_STEPS = 10
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from rltrain.config import RewardConfig, register
 from rltrain.rewards.format import opens_thinking
 from rltrain.rewards.math import Verdict
-from rltrain.rewards.math_extract import OPEN_THINK, TAIL_CHARACTERS, after_thinking, answer_line, boxed, boxes
-from rltrain.rewards.math_text import clean_latex, normalise
+from rltrain.rewards.verifier.extract import OPEN_THINK, TAIL_CHARACTERS, after_thinking, answer_line, boxed, boxes
+from rltrain.rewards.verifier.text import clean_latex, normalise
 from rltrain.types import Context, Group, Mean, Scores
 
 MAX_CHARACTERS = 1024

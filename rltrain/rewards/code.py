@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from rltrain.config import RewardConfig, register, require
 from rltrain.rewards.code_tests import Assertion, Unsupported, holds, parse_assertions, undo_plain
-from rltrain.rewards.math_extract import after_thinking
-from rltrain.rewards.sandbox import Limits, Run, run_program
+from rltrain.rewards.sandbox.pool import Limits, Run, run_program
+from rltrain.rewards.verifier.extract import after_thinking
 from rltrain.types import Context, Group, Mean, Metric, Scores
 
 CodeStatus = Literal[

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rltrain.config import RewardConfig, register, require
-from rltrain.rewards.math_extract import OPEN_THINK, boxes
+from rltrain.rewards.verifier.extract import OPEN_THINK, boxes
 from rltrain.types import Context, Group, Mean, Prompt, Scores
 
 

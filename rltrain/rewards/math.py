@@ -15,14 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from rltrain import dist
 from rltrain.config import RewardConfig, register, require
-from rltrain.rewards import math_cas
 from rltrain.rewards.format import opens_thinking
-from rltrain.rewards.math_compare import Outcome, compare, compare_joined
-from rltrain.rewards.math_extract import EXTRACTORS, OPEN_THINK, extract, gold_of
-from rltrain.rewards.math_number import parse_number
-from rltrain.rewards.math_text import clean_latex, normalise
+from rltrain.rewards.verifier import cas
+from rltrain.rewards.verifier.compare import Outcome, compare, compare_joined
+from rltrain.rewards.verifier.extract import EXTRACTORS, OPEN_THINK, extract, gold_of
+from rltrain.rewards.verifier.number import parse_number
+from rltrain.rewards.verifier.text import clean_latex, normalise
+from rltrain.runtime import dist
 from rltrain.types import Context, Group, Max, Mean, Metric, Scores
 
 Status = Literal["ok", "no_answer", "parse_error", "timeout", "gold_error", "infra"]
@@ -97,7 +97,7 @@ def _read_gold(gold: str) -> tuple[str, str]:
         return "", "gold too long"
     cleaned = clean_latex(normalise(text))
     if "\\" in cleaned and not parse_number(cleaned):
-        math_cas.warm()
+        cas.warm()
     plain = _TEXT.sub(r"\1", cleaned)
     if not _SOMETHING.search(plain):
         return "", "gold holds no answer"
@@ -150,11 +150,11 @@ def _decide(gold: str, answers: tuple[str, ...], inequalities: bool, wait_s: flo
         return float(outcome is Outcome.RIGHT), "ok", outcome.value
     if len(answers) != 1 or (outcome is Outcome.UNPARSED_ANSWER and parse_number(gold)):
         return 0.0, "parse_error", outcome.value  # what the parser cannot read is not a number
-    fault = math_cas.gate(gold, answers[0])
+    fault = cas.gate(gold, answers[0])
     if fault:
         gold_fault = outcome is Outcome.UNPARSED_GOLD and fault.startswith("gold")
         return (None, "gold_error", outcome.value) if gold_fault else (0.0, "parse_error", fault)
-    reply = math_cas.ask(gold, answers[0], wait_s=wait_s)
+    reply = cas.ask(gold, answers[0], wait_s=wait_s)
     if reply.status == "ok":
         if reply.value is None:
             return None, "gold_error", Outcome.UNPARSED_GOLD.value

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain import dist, watchdog
 from rltrain.config import ConfigError, RewardConfig, part_of
 from rltrain.rewards.custom import UserRewardConfig
+from rltrain.runtime import dist, watchdog
 from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rltrain.config import RunError, SamplingConfig
-from rltrain.interrupts import EXIT_INTERRUPTED
+from rltrain.runtime.interrupts import EXIT_INTERRUPTED
 from rltrain.types import Group, Prompt
 
 

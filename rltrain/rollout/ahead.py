@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain import dist
-from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.config import ConfigError, RunConfig, RunError, SamplingConfig, part_of
-from rltrain.model import Policy, load_policy
+from rltrain.policy.load import Policy, load_policy
 from rltrain.rollout import Rollout, RolloutLost, probes
+from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
+from rltrain.runtime import dist
 from rltrain.types import Completion, Group, Mean, Metric, Metrics, Prompt
 
 log = logging.getLogger(__name__)

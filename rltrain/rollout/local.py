@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.config import RolloutConfig, SamplingConfig, register, require
-from rltrain.logprobs import inference
+from rltrain.policy.logprobs import inference
 from rltrain.rollout import probes
-from rltrain.rollout.plain import PlainDecoder
+from rltrain.rollout.hf_decoder import PlainDecoder
+from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.rollout.sampling import row_key, sample, uniforms
-from rltrain.rollout.shared import SharedDecoder
+from rltrain.rollout.shared_prompt_decoder import SharedDecoder
 from rltrain.rollout.speculation import GroupDrafts, accepted
 from rltrain.rollout.stopping import StopRule
 from rltrain.types import Group, Prompt

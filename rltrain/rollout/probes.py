@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 from rltrain.config import require
-from rltrain.logprobs import inference
-from rltrain.model import Policy
+from rltrain.policy.load import Policy
+from rltrain.policy.logprobs import inference
 from rltrain.rollout import sampling
+from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 
 _NOBODY = -1
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.config import RolloutConfig, SamplingConfig, register, require
 from rltrain.rollout import probes
+from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.rollout.stopping import StopRule
 from rltrain.rollout.vllm_requests import Request, Sampled, SamplingEngine, request_seed, sampling_fields
 from rltrain.types import Completion, Group, Prompt

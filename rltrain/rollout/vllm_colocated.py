@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from rltrain import dist
 from rltrain.config import ConfigError
 from rltrain.rollout import vllm_worker
 from rltrain.rollout.vllm_requests import Request, Sampled
 from rltrain.rollout.vllm_weights import checkpoint_weights, describe
+from rltrain.runtime import dist
 
 # Read by vLLM when it is imported: the engine in this very process, and threads as the trainer has them.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rltrain import dist
 from rltrain.config import RunError
 from rltrain.rollout import RolloutLost
 from rltrain.rollout.vllm_requests import Request, Sampled
 from rltrain.rollout.vllm_weights import WeightFolder
+from rltrain.runtime import dist
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rltrain import dist
 from rltrain.config import ConfigError
+from rltrain.runtime import dist
 
 FILE_BYTES = 4 * 2**30
 

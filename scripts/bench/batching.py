@@ -39,12 +39,12 @@ from timing import paired, peak_extra_mb
 from torch import Tensor
 
 from rltrain import kernels
-from rltrain.collate import collate, padding_share
+from rltrain.batching.bins import LAYOUTS, Layout
+from rltrain.batching.collate import collate, padding_share
 from rltrain.config import LossConfig
-from rltrain.logprobs import LogprobModel, inference, loss_and_logprobs, loss_states
 from rltrain.loss import policy_loss
-from rltrain.model import Policy, PretrainedConfig, TinyConfig, load_policy
-from rltrain.packing import LAYOUTS, Layout
+from rltrain.policy.load import Policy, PretrainedConfig, TinyConfig, load_policy
+from rltrain.policy.logprobs import LogprobModel, inference, loss_and_logprobs, loss_states
 from rltrain.types import Completion, Group, Problem, Prompt, TokenBatch
 
 MODELS = {

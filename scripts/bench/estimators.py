@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.config import Part, discover, parts
+from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.types import Completion, Context, Group, Need, Problem, Prompt
 
 EOS = 0

@@ -56,10 +56,11 @@ def resident_bytes(field: str) -> int:
 
 def run(overrides: list[str], folder: str) -> None:
     """Two steps without saving, of completions that never end early, since a plan is for the longest."""
-    from rltrain import cli, model, trainer
+    from rltrain import cli, trainer
+    from rltrain.policy import load
 
-    def load_policy(*arguments: Any, **options: Any) -> model.Policy:
-        return dataclasses.replace(model.load_policy(*arguments, **options), stop_token_ids=())
+    def load_policy(*arguments: Any, **options: Any) -> load.Policy:
+        return dataclasses.replace(load.load_policy(*arguments, **options), stop_token_ids=())
 
     trainer.maybe_save = lambda *_, **__: 0.0
     trainer.load_policy = load_policy
@@ -68,10 +69,11 @@ def run(overrides: list[str], folder: str) -> None:
 
 def measure(overrides: list[str]) -> dict[str, float]:
     """In this process: predicted and measured peak."""
-    from rltrain import cli, plan
+    from rltrain import cli
+    from rltrain.plan import memory
 
     config = cli.compose([*COMMON, *overrides])
-    made = plan.plan(config, plan.Cluster(), on_gpu=False)
+    made = memory.plan(config, memory.Cluster(), on_gpu=False)
     with tempfile.TemporaryDirectory() as folder:
         run(SMALL, f"{folder}/small")
         gc.collect()

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rltrain.advantages.probing import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
-from rltrain.model import Policy, TinyConfig, load_policy
+from rltrain.policy.load import Policy, TinyConfig, load_policy
 from rltrain.rollout import probes, sampling
+from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 
 Probe = Callable[[Policy, Sequence[ProbeRequest], ProbeSettings], list[ProbeResult]]
 

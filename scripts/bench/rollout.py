@@ -31,8 +31,8 @@ import torch
 from timing import paired
 
 from rltrain.config import SamplingConfig
-from rltrain.model import Policy, PretrainedConfig, TinyConfig, load_policy
-from rltrain.rollout.llama import linear_map
+from rltrain.policy.load import Policy, PretrainedConfig, TinyConfig, load_policy
+from rltrain.rollout.llama_step import linear_map
 from rltrain.rollout.local import LocalRollout, LocalRolloutConfig
 from rltrain.types import Problem, Prompt
 

@@ -22,10 +22,10 @@ from timing import paired
 
 from rltrain import cli
 from rltrain.config import RunConfig
-from rltrain.model import Policy, load_policy
-from rltrain.prompts import PromptSource
+from rltrain.data.prompts import PromptSource
+from rltrain.policy.load import Policy, load_policy
 from rltrain.rollout.local import LocalRollout
-from rltrain.rollout.shared import SharedDecoder
+from rltrain.rollout.shared_prompt_decoder import SharedDecoder
 
 
 class Side:

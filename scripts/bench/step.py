@@ -52,7 +52,7 @@ def overrides(arguments: argparse.Namespace, limit: int, folder: str) -> list[st
 
 def rltrain_steps(config: Any) -> list[dict[str, float]]:
     """One record a step from the run's own metrics."""
-    from rltrain.metrics import read_jsonl
+    from rltrain.runs.metrics import read_jsonl
     from rltrain.trainer import fit
 
     fit(config)
@@ -80,7 +80,7 @@ def trl_steps(side: str, config: Any) -> list[dict[str, float]]:
     import trl
 
     from rltrain.data.random_calculation import RandomCalculation
-    from rltrain.model import load_policy
+    from rltrain.policy.load import load_policy
 
     policy = load_policy(config.model)
     problems = RandomCalculation(config.data, "train")[: 4 * config.batch.prompts_per_step * config.steps]

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from rltrain.rewards import math as verifier
-from rltrain.rewards import math_cas
+from rltrain.rewards.verifier import cas
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
 import verifier_hostile
 
 LATEX = [
@@ -63,7 +63,7 @@ def _number(draw: random.Random) -> tuple[str, list[str]]:
 
 def ours(pairs: list[tuple[str, str]]) -> list[float]:
     """Seconds of each verdict, caches cold at the start."""
-    for cache in (verifier._compared, verifier._read_gold, verifier._read_answers, math_cas._known):
+    for cache in (verifier._compared, verifier._read_gold, verifier._read_answers, cas._known):
         cache.cache_clear()
     return [_timed(lambda c=completion, g=gold: verifier.verify(c, g)) for completion, gold in pairs]
 

@@ -6,8 +6,8 @@ python scripts/reproduce/plot.py PICTURE RUN [RUN…] [--metric eval_reward]
 import argparse
 from pathlib import Path
 
-from rltrain.metrics import read_jsonl
-from rltrain.summary import plot_curves, series
+from rltrain.runs.metrics import read_jsonl
+from rltrain.runs.summary import plot_curves, series
 
 
 def main() -> None:

@@ -30,9 +30,10 @@ from typing import Any
 
 import ranks
 
-from rltrain import checkpoint, trainer
-from rltrain.engine import Engine
+from rltrain import trainer
+from rltrain.engine.deepspeed import Engine
 from rltrain.rollout.local import LocalRollout
+from rltrain.runs import checkpoint
 from rltrain.types import Context, Group
 
 WORLD_SIZE = 2

@@ -24,7 +24,7 @@ import transformers.models.qwen3.modeling_qwen3
 
 from rltrain import cli
 from rltrain.config import RunConfig
-from rltrain.model import load_policy, save_policy
+from rltrain.policy.load import load_policy, save_policy
 
 PRELOADED = (deepspeed, matplotlib.pyplot, transformers.models.qwen3.modeling_qwen3)
 

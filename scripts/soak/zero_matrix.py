@@ -22,9 +22,11 @@ from typing import Any
 import ranks
 import torch
 
-from rltrain import checkpoint, dist, trainer
-from rltrain.engine import Engine
-from rltrain.shards import Archive
+from rltrain import trainer
+from rltrain.engine.deepspeed import Engine
+from rltrain.engine.zero_shards import Archive
+from rltrain.runs import checkpoint
+from rltrain.runtime import dist
 
 STEPS, HALFWAY = 5, 3
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}

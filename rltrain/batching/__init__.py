@@ -1,0 +1,1 @@
+"""Groups and advantages to packed micro-batches."""

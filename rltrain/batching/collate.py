@@ -1,0 +1,291 @@
+"""Groups and advantages to packed micro-batches. Weights are set over the whole optimiser batch BEFORE packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rltrain.batching.bins import (
+    Layout,
+    Segment,
+    equal_shares,
+    first_fit_decreasing,
+    fitting,
+    packed_work,
+    padded_bins,
+    padded_work,
+)
+from rltrain.runtime import dist
+from rltrain.types import Group, Mean, TokenBatch
+
+Shape = tuple[int, tuple[int, ...]]  # tokens of a prompt, and fed tokens of each of its completions
+Unit = tuple["Row", ...]  # what is forwarded together: completions of one prompt, which they share if there are several
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One completion that carries loss, with its prompt."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...]
+    advantages_T: Tensor
+
+    @property
+    def fed_ids(self) -> tuple[int, ...]:
+        """The completion as an input: its last token predicts nothing that is asked for."""
+        return self.completion_ids[:-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denominators:
+    """Rows and completion tokens of the optimiser batch, over all ranks."""
+
+    rows: float
+    tokens: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighting:
+    """How the tokens of a completion weigh, in terms of the denominators (``LossConfig.aggregation``)."""
+
+    aggregation: str
+    denominators: Denominators
+    max_new_tokens: int
+
+    def of(self, row: Row) -> float:
+        return token_weight(
+            len(row.completion_ids),
+            self.denominators,
+            aggregation=self.aggregation,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+NO_WEIGHTING = Weighting(aggregation="token", denominators=Denominators(rows=1, tokens=1), max_new_tokens=1)
+"""For micro-batches of which log-probs alone are wanted: every token weighs 1."""
+
+
+def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> list[Row]:
+    """The completions that count: not empty, and their reward did not abstain."""
+    rows = []
+    for group, values in zip(groups, advantages, strict=True):
+        abstains = [False] * len(values) if group.rewards_G is None else group.rewards_G.isnan().tolist()
+        for completion, advantages_T, abstain in zip(group.completions, values, abstains, strict=True):
+            if abstain or not completion.token_ids:
+                continue
+            if len(advantages_T) != len(completion.token_ids):
+                raise ValueError(
+                    f"advantages of {group.prompt.problem.id}: {len(advantages_T)} values for "
+                    f"{len(completion.token_ids)} tokens; an estimator returns one value per completion token"
+                )
+            rows.append(
+                Row(
+                    prompt_ids=group.prompt.token_ids,
+                    completion_ids=completion.token_ids,
+                    sampler_logprobs=completion.logprobs,
+                    advantages_T=advantages_T,
+                )
+            )
+    return rows
+
+
+def denominators_of(rows: Sequence[Row]) -> Denominators:
+    """Count rows and tokens over all ranks, in one reduction."""
+    local = torch.tensor([len(rows), sum(len(row.completion_ids) for row in rows)], dtype=torch.float64)
+    count, tokens = dist.all_sum(local, name="loss denominators").tolist()
+    return Denominators(rows=max(count, 1.0), tokens=max(tokens, 1.0))
+
+
+def token_weight(length: int, denominators: Denominators, *, aggregation: str, max_new_tokens: int) -> float:
+    """The weight of each token of a completion of ``length`` tokens.
+
+    token (DAPO): 1/N. sequence (GRPO): 1/(rows·length). constant (Dr.GRPO): 1/(rows·L_max).
+    sequence_sum (RLOO): 1/rows.
+    """
+    return {
+        "token": 1 / denominators.tokens,
+        "sequence": 1 / (denominators.rows * length),
+        "constant": 1 / (denominators.rows * max_new_tokens),
+        "sequence_sum": 1 / denominators.rows,
+    }[aggregation]
+
+
+def padding_share(batches: Sequence[TokenBatch]) -> Mean:
+    """Share of the forwarded tokens that are padding, as (sum, count); packed tokens have none."""
+    padding, forwarded = 0, 0
+    for batch in batches:
+        lengths_S = batch.boundaries_S1.diff()
+        real = int(lengths_S.sum())
+        rows = real if batch.prefix_S is not None else int(lengths_S.max()) * len(lengths_S)
+        padding, forwarded = padding + rows - real, forwarded + rows
+    return Mean(total=float(padding), count=float(forwarded))
+
+
+def collate(
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[Tensor]],
+    *,
+    aggregation: str,
+    token_budget: int,
+    max_new_tokens: int,
+    keep_zero_advantages: bool = True,
+    layouts: Sequence[Layout] = ("padded",),
+    hidden_size: int = 1024,
+) -> tuple[list[TokenBatch], Denominators]:
+    """Packed micro-batches, the same number on every rank, and the denominators their weights were made with.
+
+    Of the ``layouts`` the one of the least work is taken, over the rows of all ranks, for a model of ``hidden_size``;
+    then the ranks are given equal work. No micro-batch feeds more than ``token_budget`` tokens, padding included.
+    ``keep_zero_advantages=False`` leaves out rows whose advantages are all zero: exact when the loss has no KL and no
+    entropy term. They count in the denominators all the same.
+    """
+    rows = rows_of(groups, advantages)
+    weighting = Weighting(aggregation=aggregation, denominators=denominators_of(rows), max_new_tokens=max_new_tokens)
+    if not keep_zero_advantages:
+        rows = [row for row in rows if bool((row.advantages_T != 0).any())]
+    layout, arranged = arrange(rows, layouts, token_budget=token_budget, hidden_size=hidden_size)
+    units = _in_equal_shares([tuple(rows[i] for i in unit) for unit in arranged], hidden_size)
+    bins = bins_of([unit_segments(unit) for unit in units], layout, token_budget)
+    batches = [token_batch([units[i] for i in one], weighting, layout) for one in bins]
+    # At least one, so that a step without any signal is still an optimiser step, with a gradient of zero.
+    most = max(1, int(dist.all_max(torch.tensor(len(batches)), name="number of micro-batches")))
+    return batches + [empty_batch() for _ in range(most - len(batches))], weighting.denominators
+
+
+def arrange(
+    rows: Sequence[Row], layouts: Sequence[Layout], *, token_budget: int, hidden_size: int
+) -> tuple[Layout, list[list[int]]]:
+    """The layout of the least work over the rows of all ranks, and indices of this rank's that make a unit in it."""
+    families: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        families.setdefault(row.prompt_ids, []).append(index)
+    shapes = [(len(prompt_ids), tuple(len(rows[i].fed_ids) for i in own)) for prompt_ids, own in families.items()]
+    everywhere = [shape for one in dist.gather_objects(shapes, name="lengths of the rows") for shape in one]
+    layout = min(layouts, key=lambda layout: work_of(everywhere, layout, token_budget, hidden_size))
+    return layout, [
+        [own[i] for i in indices]
+        for own, shape in zip(families.values(), shapes, strict=True)
+        for indices in units_of(shape, layout, token_budget)
+    ]
+
+
+def units_of(shape: Shape, layout: Layout, budget: int) -> list[list[int]]:
+    """Which completions of a prompt are forwarded together: those that share it, as many as the budget allows."""
+    prompt, fed = shape
+    if layout != "shared":
+        return [[i] for i in range(len(fed))]
+    fitting(prompt + max(fed), budget)
+    return first_fit_decreasing(fed, budget - prompt)
+
+
+def segments_of(shape: Shape) -> list[Segment]:
+    """A prompt that several completions share is a segment of its own."""
+    prompt, fed = shape
+    return [(prompt + fed[0], 0)] if len(fed) == 1 else [(prompt, 0), *((tokens, prompt) for tokens in fed)]
+
+
+def unit_segments(unit: Unit) -> list[Segment]:
+    """What a unit feeds."""
+    return segments_of((len(unit[0].prompt_ids), tuple(len(row.fed_ids) for row in unit)))
+
+
+def bins_of(units: Sequence[Sequence[Segment]], layout: Layout, budget: int) -> list[list[int]]:
+    """Indices of the units of each micro-batch."""
+    tokens = [sum(own for own, _ in unit) for unit in units]
+    return padded_bins(tokens, budget) if layout == "padded" else first_fit_decreasing(tokens, budget)
+
+
+def work_of(shapes: Sequence[Shape], layout: Layout, budget: int, hidden_size: int) -> float:
+    """Work of the micro-batches that these prompts and completions would become (:mod:`rltrain.batching.bins`)."""
+    units = [
+        segments_of((shape[0], tuple(shape[1][i] for i in indices)))
+        for shape in shapes
+        for indices in units_of(shape, layout, budget)
+    ]
+    bins = [[segment for i in one for segment in units[i]] for one in bins_of(units, layout, budget)]
+    if layout == "padded":
+        return sum(padded_work([own for own, _ in one], hidden_size) for one in bins)
+    return sum(packed_work(one, hidden_size) for one in bins)
+
+
+def _in_equal_shares(units: Sequence[Unit], hidden_size: int) -> Sequence[Unit]:
+    """This rank's units after they were exchanged so that all ranks have about the same work."""
+    work = [packed_work(unit_segments(unit), hidden_size) for unit in units]
+    work_of_ranks = dist.gather_objects(work, name="work of the ranks")
+    if len(work_of_ranks) == 1:
+        return units
+    owner = [rank for rank, one in enumerate(work_of_ranks) for _ in one]
+    target = equal_shares([value for one in work_of_ranks for value in one], owner, len(work_of_ranks))
+    here = [part for part, rank in zip(target, owner, strict=True) if rank == dist.rank()]
+    outgoing: list[list[Unit]] = [[] for _ in work_of_ranks]
+    for unit, part in zip(units, here, strict=True):
+        outgoing[part].append(unit)
+    return dist.exchange_objects(outgoing, name="rows for ranks of equal work")
+
+
+def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> TokenBatch:
+    """A micro-batch; loss tokens are in the order of the units' rows."""
+    ids: list[int] = []
+    positions: list[int] = []
+    boundaries, prefix, source, sequence = [0], [], [], []
+
+    def add(tokens: Sequence[int], first_position: int, after: int) -> None:
+        ids.extend(tokens)
+        positions.extend(range(first_position, first_position + len(tokens)))
+        boundaries.append(len(ids))
+        prefix.append(after)
+
+    for unit in units:
+        prompt_ids = unit[0].prompt_ids
+        shared = len(unit) > 1
+        if shared:
+            add(prompt_ids, 0, -1)
+        prompt_segment, prompt_end = len(prefix) - 1, len(ids)
+        for row in unit:
+            # The token at position t is predicted by the hidden state at t - 1.
+            if shared:
+                source += [prompt_end - 1, *range(len(ids), len(ids) + len(row.fed_ids))]
+                add(row.fed_ids, len(prompt_ids), prompt_segment)
+            else:
+                first = len(ids) + len(prompt_ids) - 1
+                source += range(first, first + len(row.completion_ids))
+                add(prompt_ids + row.fed_ids, 0, -1)
+            sequence += [len(prefix) - 1] * len(row.completion_ids)
+    rows = [row for unit in units for row in unit]
+    completion_S = torch.tensor([len(row.completion_ids) for row in rows])
+    weights_S = torch.tensor([weighting.of(row) for row in rows], dtype=torch.float32)
+    sampler_logprobs_N = torch.tensor([value for row in rows for value in row.sampler_logprobs], dtype=torch.float32)
+    return TokenBatch(
+        input_ids_L=torch.tensor(ids),
+        positions_L=torch.tensor(positions),
+        boundaries_S1=torch.tensor(boundaries),
+        prefix_S=None if layout == "padded" else torch.tensor(prefix),
+        source_N=torch.tensor(source),
+        sequence_N=torch.tensor(sequence),
+        targets_N=torch.tensor([token for row in rows for token in row.completion_ids]),
+        weights_N=torch.repeat_interleave(weights_S, completion_S),
+        advantages_N=torch.cat([row.advantages_T for row in rows]).float(),
+        old_logprobs_N=sampler_logprobs_N,
+        sampler_logprobs_N=sampler_logprobs_N,
+    )
+
+
+def empty_batch() -> TokenBatch:
+    """One token of weight 0: this rank takes part in the collectives of a micro-batch it has no rows for."""
+    zero_N = torch.zeros(1)
+    return TokenBatch(
+        input_ids_L=torch.zeros(2, dtype=torch.long),
+        positions_L=torch.arange(2),
+        boundaries_S1=torch.tensor([0, 2]),
+        source_N=torch.zeros(1, dtype=torch.long),
+        sequence_N=torch.zeros(1, dtype=torch.long),
+        targets_N=torch.zeros(1, dtype=torch.long),
+        weights_N=zero_N,
+        advantages_N=zero_N,
+        old_logprobs_N=zero_N,
+        sampler_logprobs_N=zero_N,
+    )

@@ -1,0 +1,52 @@
+"""The prompts of a step: sampled problems, encoded, this rank's share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from rltrain.config import ConfigError, RunConfig, part_of
+from rltrain.data.sampler import problem_indices
+from rltrain.policy.load import Policy, encode_all, prompt_limit
+from rltrain.runtime import dist
+from rltrain.types import Problem, Prompt
+
+log = logging.getLogger(__name__)
+
+LIMITS = "sampling.max_prompt_tokens, or the model's positions less sampling.max_new_tokens"
+
+
+class PromptSource:
+    """``next(step)`` is a pure function of (seed, step): the same on any number of ranks, and after a resume."""
+
+    def __init__(self, config: RunConfig, policy: Policy) -> None:
+        self._config = config
+        self._policy = policy
+        self._limit = prompt_limit(policy, config.sampling)
+        self._asked: tuple[int, int] | None = None
+        self._answer: tuple[list[Prompt], list[Problem]] = [], []
+        self._problems: Sequence[Problem] = part_of(config.data).function(config.data, "train")
+        if len(self._problems) == 0:
+            raise ConfigError(
+                "data: the training split holds no problem; check the path, the split and the field mapping"
+            )
+
+    def next(self, step: int, *, attempt: int = 0) -> tuple[list[Prompt], list[Problem]]:
+        """This rank's prompts, and its problems that were left out because they exceed the prompt limit."""
+        if self._asked != (step, attempt):  # twice in a row, where a step is sampled ahead
+            self._asked, self._answer = (step, attempt), self._make(step, attempt)
+        return self._answer
+
+    def _make(self, step: int, attempt: int) -> tuple[list[Prompt], list[Problem]]:
+        count = self._config.batch.prompts_per_step
+        indices = problem_indices(len(self._problems), count, seed=self._config.seed, step=step, attempt=attempt)
+        share = count // dist.world_size()
+        mine = indices[dist.rank() * share : (dist.rank() + 1) * share]
+        problems = [self._problems[index] for index in mine]
+        prompts, dropped = encode_all(self._policy, problems, self._config.model, max_prompt_tokens=self._limit)
+        if dropped:
+            log.warning(
+                "step %d: %d prompts are empty or over %d tokens (%s) and left out, the first is %s",
+                step, len(dropped), self._limit, LIMITS, dropped[0].id,
+            )  # fmt: skip
+        return prompts, dropped

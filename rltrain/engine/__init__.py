@@ -1,0 +1,1 @@
+"""DeepSpeed, and the shards that a checkpoint is made of."""

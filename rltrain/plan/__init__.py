@@ -1,0 +1,1 @@
+"""Memory per rank, from the config alone."""

@@ -1,0 +1,364 @@
+"""Memory per rank, per ZeRO stage, and what fits, from the config alone: no weights are read, no GPU is needed.
+
+python -m rltrain.plan +experiment=NAME [key=value …] [nodes=1] [gpus_per_node=1] [gpu_gib=80] [--json]
+
+The assumptions, and predicted against measured peaks, are in docs/planner.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rltrain import cli
+from rltrain.config import ConfigError, Need, RunConfig, require
+from rltrain.plan.model_shape import ModelShape, activation_bytes, architecture, measure
+
+GIB = 2**30
+STATE_BYTES = 12  # of AdamW, a parameter: an fp32 copy of the weight and two moments
+FP32_BYTES = 4
+# Of DeepSpeed: elements of a gradient bucket, and of weights that ZeRO 3 keeps gathered at most.
+BUCKET_ELEMENTS = 500_000_000
+LIVE_ELEMENTS = 1_000_000_000
+# CUDA's context, NCCL's buffers and what the allocator cannot use.
+RESERVE_GIB = 2.0
+SMALL_LOGITS = 2**20  # up to so many the head takes the plain path (rltrain.kernels)
+BLOCK_LOGITS = 2**20
+BLOCK_COLUMNS = 1024  # at least
+CACHE_BLOCK = 16  # tokens by which the rollout's cache grows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines; ``gpu_gib`` is the memory of one rank."""
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    gpu_gib: float = 80.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value > 0, f"{name}={value}: must be > 0")
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The largest amounts that a rank handles at once: a micro-batch, and the completions in flight."""
+
+    rows: int
+    tokens: int
+    loss_tokens: int
+    micro_batches: int
+    prompts: int
+    prompt_tokens: int
+    completions: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to lay a run out over the ranks."""
+
+    zero_stage: int
+    offload_optimizer: bool
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes per rank of one layout; ``host`` is what offloading puts into the memory of a node, per rank.
+
+    ``weights``, ``optimizer`` and ``frozen`` (reference, scorer) are always there. On top come, one after the other:
+    training (gradients, activations, head, buffers), the optimiser's step, and sampling (cache, logits, and under
+    ZeRO 3 or with ``rollout.dtype`` another copy of the weights).
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    frozen: int
+    activations: int
+    head: int
+    buffers: int
+    step: int
+    sampling: int
+    kv_cache: int
+    host: int
+    accumulates: bool
+
+    @property
+    def peak(self) -> int:
+        backward = self.activations + self.head
+        # The only micro-batch of a step makes gradients as its activations go.
+        training = self.gradients + backward if self.accumulates else max(self.gradients, backward)
+        busiest = max(training + self.buffers, self.gradients + self.step, self.sampling)
+        return self.weights + self.optimizer + self.frozen + busiest
+
+
+def work_of(config: RunConfig, ranks: int) -> Work:
+    """Full-length prompts and completions: the worst that the limits allow."""
+    sampling, batch = config.sampling, config.batch
+    longest = sampling.max_prompt_tokens + sampling.max_new_tokens
+    prompts = -(-batch.prompts_per_step // ranks)
+    completions = prompts * batch.group_size
+    rows = min(completions, batch.token_budget // longest)
+    evaluation = config.evaluation
+    held_out = -(-evaluation.problems // ranks) * evaluation.samples if evaluation.every_steps else 0
+    in_flight = min(max(completions, held_out), getattr(config.rollout, "max_rows", completions))
+    share = batch.group_size if completions >= held_out else evaluation.samples
+    return Work(
+        rows=rows,
+        tokens=longest,
+        loss_tokens=rows * sampling.max_new_tokens,
+        micro_batches=-(-completions // rows),
+        prompts=-(-in_flight // share),
+        prompt_tokens=sampling.max_prompt_tokens,
+        completions=in_flight,
+        new_tokens=sampling.max_new_tokens,
+    )
+
+
+def head_bytes(shape: ModelShape, loss_tokens: int) -> int:
+    """The fused head: hidden states and their gradient, blocks of logits, and dW before it joins the gradient."""
+    states = 2 * loss_tokens * shape.hidden_size * FP32_BYTES
+    logits = loss_tokens * shape.vocabulary
+    # The plain path holds logits, log-probs, probabilities, their product and gradients.
+    blocks = 6 * logits if logits <= SMALL_LOGITS else 2 * max(BLOCK_LOGITS, BLOCK_COLUMNS * loss_tokens)
+    return states + blocks * FP32_BYTES + shape.vocabulary * shape.hidden_size * shape.dtype_bytes
+
+
+def naive_logits_bytes(shape: ModelShape, loss_tokens: int) -> int:
+    """What the head would hold without fusing: three fp32 copies of [N, V]."""
+    return 3 * loss_tokens * shape.vocabulary * FP32_BYTES
+
+
+def kv_cache_bytes(shape: ModelShape, work: Work) -> int:
+    """Each prompt once, each completion to its end, and one layer's copy while the cache grows."""
+    columns = math.ceil(work.new_tokens / CACHE_BLOCK) * CACHE_BLOCK
+    held = shape.kv_bytes(work.prompts * work.prompt_tokens + work.completions * columns)
+    return held + held // shape.layers
+
+
+def sampling_bytes(shape: ModelShape, work: Work) -> int:
+    """Beside the cache, the larger of the prompts' prefill and a step's logits, fp32 probabilities and their sums."""
+    prefill = work.prompts * work.prompt_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+    step = work.completions * shape.vocabulary * (shape.dtype_bytes + 2 * FP32_BYTES)
+    return max(prefill * shape.dtype_bytes, step)
+
+
+def frozen_bytes(config: RunConfig, shape: ModelShape, *, weight_share: int = 1) -> int:
+    """The reference in the weights' precision, and phi of the scorer; an EMA is whole and fp32 on every rank."""
+    needs, whole = config.needs(), shape.parameters * shape.dtype_bytes
+    reference = whole // weight_share if Need.REFERENCE_LOGPROBS in needs else 0
+    if Need.SCORER not in needs or config.scorer.kind == "policy":
+        return reference
+    if config.scorer.kind == "ema":
+        return reference + shape.parameters * FP32_BYTES
+    shared = reference and config.scorer.path == config.reference
+    return reference + (0 if shared else whole)
+
+
+def optimizer_bytes(shape: ModelShape, stage: int, share: int) -> int:
+    """AdamW's two fp32 moments, and its fp32 copy of the weights: not at stage 0 where they are fp32 themselves."""
+    own_copy = stage > 0 or shape.dtype_bytes != FP32_BYTES
+    return (STATE_BYTES if own_copy else STATE_BYTES - FP32_BYTES) * shape.trainable // share
+
+
+def buffer_bytes(config: RunConfig, shape: ModelShape, stage: int, *, on_gpu: bool) -> int:
+    """DeepSpeed's gradient bucket above stage 0, and the weights that stage 3 keeps gathered while it trains."""
+    if stage == 0:
+        return 0
+    options = config.deepspeed.extra.get("zero_optimization", {})
+    bucket = options.get("reduce_bucket_size", BUCKET_ELEMENTS)
+    live = min(shape.parameters, options.get("stage3_max_live_parameters", LIVE_ELEMENTS)) if stage == 3 else 0
+    return ((bucket if on_gpu else min(bucket, shape.trainable)) + live) * shape.dtype_bytes
+
+
+def step_bytes(shape: ModelShape, stage: int, share: int, *, on_gpu: bool) -> int:
+    """What is held for a moment between backward and the next step.
+
+    AdamW's arithmetic: on a CPU at stage 0 for one parameter, else for the whole shard; where it moves a copy of the
+    weights, their gradient is copied, too. At stage 0 DeepSpeed flattens the gradients before, on a single rank, too.
+    """
+    shard = shape.trainable // share
+    own_copy = stage > 0 or shape.dtype_bytes != FP32_BYTES
+    temporaries = shard if on_gpu else 2 * (shard if own_copy else shape.largest)
+    arithmetic = (temporaries + (shard if own_copy else 0)) * FP32_BYTES
+    return arithmetic if stage else max(arithmetic, min(shard, BUCKET_ELEMENTS) * shape.dtype_bytes)
+
+
+def footprint(
+    config: RunConfig,
+    shape: ModelShape,
+    work: Work,
+    layout: Layout,
+    *,
+    ranks: int,
+    activations: int,
+    on_gpu: bool = True,
+) -> Footprint:
+    """The bytes of one layout, after DeepSpeed's ZeRO (1910.02054): 16 per parameter with bf16 weights and AdamW."""
+    stage, offload = layout.zero_stage, layout.offload_optimizer
+    share = ranks if stage else 1
+    whole = shape.parameters * shape.dtype_bytes
+    states, kv_cache = optimizer_bytes(shape, stage, share), kv_cache_bytes(shape, work)
+    decodes_in_bf16 = getattr(config.rollout, "dtype", "policy") == "bfloat16" and shape.dtype_bytes != 2
+    return Footprint(
+        weights=(whole // ranks if stage == 3 else whole) + (2 * shape.parameters if decodes_in_bf16 else 0),
+        gradients=shape.trainable * shape.dtype_bytes // (share if stage >= 2 else 1),
+        optimizer=0 if offload else states,
+        frozen=frozen_bytes(config, shape, weight_share=ranks if stage == 3 else 1),
+        activations=activations,
+        head=head_bytes(shape, work.loss_tokens),
+        buffers=buffer_bytes(config, shape, stage, on_gpu=on_gpu),
+        step=0 if offload else step_bytes(shape, stage, share, on_gpu=on_gpu),
+        sampling=kv_cache + sampling_bytes(shape, work) + (whole if stage == 3 else 0),
+        kv_cache=kv_cache,
+        accumulates=work.micro_batches > 1,
+        host=states + shape.trainable // share * FP32_BYTES if offload else 0,
+    )
+
+
+def layouts(stages: Sequence[int] = (0, 1, 2, 3)) -> list[Layout]:
+    """Every stage, with and without offload (which needs shards) and gradient checkpointing."""
+    return [
+        Layout(zero_stage=stage, offload_optimizer=offload, gradient_checkpointing=checkpointing)
+        for stage in stages
+        for offload in ((False, True) if stage else (False,))
+        for checkpointing in (False, True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was found for a config on a cluster."""
+
+    cluster: Cluster
+    shape: ModelShape
+    work: Work
+    chosen: Layout
+    footprints: dict[Layout, Footprint]
+
+    def fits(self, layout: Layout) -> bool:
+        """With room for what is not counted."""
+        return self.footprints[layout].peak <= (self.cluster.gpu_gib - RESERVE_GIB) * GIB
+
+
+def plan(config: RunConfig, cluster: Cluster, *, on_gpu: bool = True) -> Plan:
+    """The footprint of every layout; on a CPU buffers that are not written take no memory."""
+    ranks = cluster.ranks
+    require(
+        config.batch.prompts_per_step % ranks == 0,
+        f"batch.prompts_per_step={config.batch.prompts_per_step}: not divisible by {ranks} ranks; set a multiple",
+    )
+    source = architecture(config.model)
+    shape, work = measure(config.model, source), work_of(config, ranks)
+    activations = {
+        checkpointing: activation_bytes(
+            config.model, source, rows=work.rows, tokens=work.tokens, checkpointing=checkpointing
+        )
+        for checkpointing in (False, True)
+    }
+    footprints = {
+        layout: footprint(
+            config,
+            shape,
+            work,
+            layout,
+            ranks=ranks,
+            activations=activations[layout.gradient_checkpointing],
+            on_gpu=on_gpu,
+        )
+        for layout in layouts()
+    }
+    chosen = Layout(
+        zero_stage=config.deepspeed.zero_stage,
+        offload_optimizer=config.deepspeed.offload_optimizer,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+    return Plan(cluster=cluster, shape=shape, work=work, chosen=chosen, footprints=footprints)
+
+
+def as_json(made: Plan) -> str:
+    """Everything in bytes."""
+    rows = [
+        {**vars(layout), **vars(found), "peak": found.peak, "fits": made.fits(layout), "chosen": layout == made.chosen}
+        for layout, found in made.footprints.items()
+    ]
+    facts = {name: dataclasses.asdict(getattr(made, name)) for name in ("cluster", "shape", "work")}
+    avoided = naive_logits_bytes(made.shape, made.work.loss_tokens)
+    return json.dumps({**facts, "logits_avoided": avoided, "layouts": rows}, indent=1)
+
+
+def show(made: Plan) -> None:
+    """The table, in GiB per rank."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shape, work, cluster = made.shape, made.work, made.cluster
+    avoided = naive_logits_bytes(shape, work.loss_tokens) / GIB
+    print(
+        f"{shape.parameters / 1e6:,.1f} M parameters, {shape.trainable / 1e6:,.1f} M trained; {cluster.ranks} ranks of "
+        f"{cluster.gpu_gib:g} GiB\nmicro-batch: {work.rows} rows x {work.tokens} tokens; sampling: {work.completions} "
+        f"completions of {work.prompts} prompts; logits avoided: {avoided:.2f} GiB"
+    )
+    table = Table(title="GiB per rank")
+    for name in ("ZeRO", "offload", "checkpointing", "weights", "gradients", "optimiser", "frozen", "activations",
+                 "head", "buffers", "KV cache", "peak", "fits"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for layout, found in made.footprints.items():
+        sizes = [found.weights, found.gradients, found.optimizer, found.frozen, found.activations, found.head,
+                 found.buffers, found.kv_cache, found.peak]  # fmt: skip
+        switches = ["yes" if flag else "" for flag in (layout.offload_optimizer, layout.gradient_checkpointing)]
+        mark = "*" if layout == made.chosen else ""
+        table.add_row(
+            f"{layout.zero_stage}{mark}", *switches, *(f"{size / GIB:.2f}" for size in sizes),
+            "yes" if made.fits(layout) else "no", style="bold" if mark else None,
+        )  # fmt: skip
+    Console(width=max(Console().width, 150)).print(table)
+    host = max(found.host for found in made.footprints.values()) * cluster.gpus_per_node / GIB
+    print(f"* as configured. Offloading takes up to {host:.1f} GiB of a node's own memory.")
+
+
+def cluster_of(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
+    """The cluster that the command line names, and the arguments that are left for the config."""
+    types = {field.name: type(field.default) for field in dataclasses.fields(Cluster)}
+    values, rest = {}, []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in types:
+            rest.append(argument)
+            continue
+        try:
+            values[key] = types[key](value)
+        except ValueError:
+            raise ConfigError(f"{argument}: not a number; set for example {key}=8") from None
+    return Cluster(**values), rest
+
+
+def report(config: RunConfig, *, cluster: Cluster, as_text: bool) -> None:
+    """Print the plan of a config."""
+    made = plan(config, cluster)
+    if as_text:
+        show(made)
+    else:
+        print(as_json(made))
+
+
+def main() -> None:
+    """The command line: what is not of the cluster goes to the config."""
+    with cli.errors_in_one_line():
+        cluster, rest = cluster_of([argument for argument in sys.argv[1:] if argument != "--json"])
+    task: Any = partial(report, cluster=cluster, as_text="--json" not in sys.argv)
+    sys.argv[1:] = rest
+    cli.run(task)

@@ -1,0 +1,182 @@
+"""What a model weighs and what its forward and backward hold, without its weights: shapes from the config alone.
+
+Activations are not modelled but counted: the decoder runs under torch's fake tensors, which have sizes and lifetimes
+but no memory, and every storage is added when it is made and taken off when it is freed. That holds for any
+architecture of transformers, with adapters and gradient checkpointing as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rltrain.config import ConfigError, ModelConfig
+from rltrain.policy.load import PretrainedConfig, add_lora, located, tiny_architecture
+
+# Layers that are run to find what one more costs; models with fewer are run whole.
+PROBED_LAYERS = (2, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Counts of a model: elements unless the name says otherwise. ``dtype_bytes`` is of a weight."""
+
+    trainable: int
+    frozen: int
+    largest: int
+    vocabulary: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return self.trainable + self.frozen
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Keys and values of so many tokens: ``2 · L · H_kv · d · bytes`` each."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes * tokens
+
+
+def architecture(config: ModelConfig) -> Any:
+    """The transformers config of a model source; weights are not read."""
+    from transformers import AutoConfig
+
+    if not isinstance(config, PretrainedConfig):
+        path = getattr(config, "path", None)
+        return tiny_architecture(config) if path is None else AutoConfig.from_pretrained(path)  # type: ignore[arg-type]
+    source = located(config)
+    gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    try:
+        return AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, revision=config.revision or "main", **gguf
+        )
+    except OSError as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path={config.path}: no config.json can be read ({cause}); give a folder that holds one, or a hub "
+            "name this machine can reach"
+        ) from error
+
+
+def build(config: ModelConfig, shape: Any, *, device: str) -> Any:
+    """The model on ``device`` ("meta", or any under fake tensors), with adapters and checkpointing as configured."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
+        if config.lora.rank > 0:
+            model = add_lora(model, config.lora)
+    return model.train()
+
+
+def measure(config: ModelConfig, shape: Any) -> ModelShape:
+    """Count the parameters of the model on the meta device."""
+    model = build(config, shape, device="meta")
+    text = shape.get_text_config()
+    parameters = list(model.parameters())
+    heads = text.num_attention_heads
+    return ModelShape(
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+        largest=max(p.numel() for p in parameters if p.requires_grad),
+        vocabulary=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        layers=text.num_hidden_layers,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        dtype_bytes=getattr(torch, config.dtype).itemsize,
+    )
+
+
+class PeakBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and nothing has freed yet: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # A view, and a result written in place, share the storage of an argument.
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in given and storage not in self._known:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage: Any) -> None:
+        size = storage.nbytes()
+        self._known.add(storage)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def activation_bytes(config: ModelConfig, shape: Any, *, rows: int, tokens: int, checkpointing: bool) -> int:
+    """The most that forward and backward of ``rows x tokens`` through the decoder hold beside weights and gradients."""
+    layers = shape.get_text_config().num_hidden_layers
+    if layers <= PROBED_LAYERS[-1]:
+        return _probe(config, shape, rows=rows, tokens=tokens, checkpointing=checkpointing)
+    few, more = (
+        _probe(config, _with_layers(shape, count), rows=rows, tokens=tokens, checkpointing=checkpointing)
+        for count in PROBED_LAYERS
+    )
+    per_layer = (more - few) / (PROBED_LAYERS[1] - PROBED_LAYERS[0])
+    return round(more + per_layer * (layers - PROBED_LAYERS[1]))
+
+
+def _with_layers(shape: Any, count: int) -> Any:
+    cut = copy.deepcopy(shape)
+    text = cut.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    return cut
+
+
+def _probe(config: ModelConfig, shape: Any, *, rows: int, tokens: int, checkpointing: bool) -> int:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), _quiet():
+        model = build(config, shape, device="cpu")
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        ids_BT = torch.zeros(rows, tokens, dtype=torch.long)
+        with PeakBytes() as counted:
+            hidden_BTD = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
+            hidden_BTD.backward(torch.ones_like(hidden_BTD))
+    return counted.peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

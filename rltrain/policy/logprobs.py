@@ -1,0 +1,145 @@
+"""The policy's log-probs of a packed micro-batch. Only hidden states that predict a loss token reach the head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rltrain.config import LossConfig
+from rltrain.kernels import TokenLoss, fused_token_loss, prefers_fused, token_logprobs
+from rltrain.loss import is_separable, policy_loss, policy_metrics, token_losses
+from rltrain.policy import packed_attention
+from rltrain.policy.packed_attention import gather
+from rltrain.types import LossOutput, TokenBatch
+
+
+def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    """The same micro-batch on ``device``."""
+    moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return TokenBatch(**(vars(batch) | moved))
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's training flag is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class LogprobModel(nn.Module):
+    """Wraps a causal language model so that ``forward(batch)`` gives fp32 log-probs and entropies of its loss tokens.
+
+    Log-probs are those of softmax(logits / temperature), the distribution that the sampler drew from, unless a call
+    asks for another temperature.
+    """
+
+    def __init__(self, model: Any, *, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.cannot_pack = packed_attention.unsupported(model)
+        if self.cannot_pack is None:
+            packed_attention.enable(model)
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        *,
+        entropy: bool = True,
+        temperature: float | None = None,
+        token_loss: TokenLoss | None = None,
+    ) -> tuple[Any, ...]:
+        """``(logprobs_N, entropy_N)`` of ``batch.targets_N``, differentiable; no entropy is None.
+
+        With a ``token_loss`` (:func:`rltrain.kernels.fused_token_loss`) it is ``(loss, logprobs_N, entropy_N)``, of
+        which the loss alone is differentiable: the head may then have made its gradient in the forward.
+        """
+        hidden_ND = loss_states(self.model, batch)
+        head = self.model.get_output_embeddings()
+        config = self.model.config.get_text_config()
+        arguments = (hidden_ND, head.weight, batch.targets_N)
+        options = {
+            "temperature": (temperature or self.temperature) / logit_scale(config),
+            "entropy": entropy,
+            "bias_V": getattr(head, "bias", None),
+            "softcap": getattr(config, "final_logit_softcapping", None),
+        }
+        if token_loss is not None and prefers_fused(hidden_ND, head.weight):
+            return tuple(fused_token_loss(*arguments, token_loss, **options))
+        logprobs_N, entropy_N = token_logprobs(*arguments, **options)
+        if token_loss is None:
+            return logprobs_N, entropy_N
+        loss = token_loss(logprobs_N, entropy_N, slice(None)).sum()
+        return loss, logprobs_N.detach(), None if entropy_N is None else entropy_N.detach()
+
+
+def loss_and_logprobs(model: Any, batch: TokenBatch, config: LossConfig) -> tuple[LossOutput, Tensor]:
+    """The policy loss of a micro-batch and the log-probs, without gradient, that it was computed from.
+
+    ``model`` is the :class:`LogprobModel` or the engine that holds it. Where tokens share a ratio the log-probs are
+    wanted all at once, else the head is given the loss as well.
+    """
+    if not is_separable(config):
+        logprobs_N, entropy_N = model(batch)
+        return policy_loss(logprobs_N, batch, config, entropy_N=entropy_N), logprobs_N.detach()
+
+    def token_loss(logprobs_n: Tensor, entropy_n: Tensor | None, rows: slice) -> Tensor:
+        return token_losses(logprobs_n, loss_tokens(batch, rows), config, entropy_N=entropy_n)
+
+    loss, logprobs_N, entropy_N = model(batch, token_loss=token_loss)
+    return LossOutput(
+        loss=loss, metrics=policy_metrics(loss, logprobs_N, batch, config, entropy_N=entropy_N)
+    ), logprobs_N
+
+
+def loss_tokens(batch: TokenBatch, rows: slice | Tensor) -> TokenBatch:
+    """The same sequences with some of their loss tokens."""
+    per_token = {name: value[rows] for name, value in vars(batch).items() if name.endswith("_N") and value is not None}
+    return dataclasses.replace(batch, **per_token)
+
+
+def logit_scale(config: Any) -> float:
+    """What an architecture multiplies its logits by (Cohere) or, inverted, divides them by (Granite)."""
+    return float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
+
+
+def loss_states(model: Any, batch: TokenBatch) -> Tensor:
+    """The last hidden states that predict the loss tokens, [N, D]."""
+    if batch.prefix_S is None:
+        return padded_states(model, batch)
+    return packed_states(model, batch)
+
+
+def padded_states(model: Any, batch: TokenBatch) -> Tensor:
+    """Sequences become right-padded rows.
+
+    Under a causal mask nothing attends to padding on its right, so no mask is needed and the result is that of each
+    sequence alone.
+    """
+    lengths_S = batch.boundaries_S1.diff()
+    longest = int(lengths_S.max())
+    column_BT = torch.arange(longest, device=lengths_S.device).expand(len(lengths_S), longest)
+    real_BT = column_BT < lengths_S[:, None]
+    input_ids_BT = torch.zeros_like(column_BT).masked_scatter(real_BT, batch.input_ids_L)
+    hidden_BTD = model.get_decoder()(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    place_L = real_BT.flatten().nonzero().squeeze(1)
+    return gather(hidden_BTD.flatten(0, 1), place_L[batch.source_N])
+
+
+def packed_states(model: Any, batch: TokenBatch) -> Tensor:
+    """Sequences stay end to end in one row without padding; attention respects their boundaries and prefixes."""
+    ids_1L, positions_1L = batch.input_ids_L[None], batch.positions_L[None]
+    decoder, how = model.get_decoder(), packed_attention.arguments(model, batch)
+    hidden_1LD = decoder(input_ids=ids_1L, position_ids=positions_1L, use_cache=False, **how).last_hidden_state
+    return gather(hidden_1LD[0], batch.source_N)

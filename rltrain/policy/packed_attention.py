@@ -1,0 +1,230 @@
+"""Attention over packed tokens: segments lie end to end, and each sees its own past and, if it has one, its prefix's.
+
+Everything else in a decoder acts on tokens one by one, so it runs on [1, L] without padding. Attention gathers queries
+and keys into rows, those of similar length in one call (:func:`rltrain.batching.bins.attention_calls`):
+
+    out_s = softmax(q_s · [K_prefix(s) ; K_s] · scale, token i over keys j <= |prefix| + i) · [V_prefix(s) ; V_s]
+
+A row's padding lies to the right of its tokens, where the causal mask hides it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rltrain.batching.bins import attention_calls
+from rltrain.types import TokenBatch
+
+_NAME = "rltrain_segments"
+
+
+def gather(values_LX: Tensor, index: Tensor) -> Tensor:
+    """``values_LX[index]``, as an embedding: on a CPU its backward is far faster than that of indexing."""
+    return functional.embedding(index, values_LX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The segments of one call as padded rows: where in L the B rows' queries and keys are."""
+
+    query_BQ: Tensor
+    key_BK: Tensor
+
+    @property
+    def prefix(self) -> int:
+        return self.key_BK.shape[1] - self.query_BQ.shape[1]
+
+    def is_plain(self, window: int | None) -> bool:
+        """Whether the mask is the usual causal one, which needs no tensor."""
+        return not self.prefix and (window is None or self.query_BQ.shape[1] <= window)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Bool [Q, K]: query i sits at ``prefix + i`` among the keys, and sees the last ``window`` of them."""
+        keys = self.key_BK.shape[1]
+        place_Q1 = torch.arange(self.prefix, keys, device=self.key_BK.device)[:, None]
+        key_K = torch.arange(keys, device=self.key_BK.device)
+        seen_QK = key_K <= place_Q1
+        return seen_QK if window is None else seen_QK & (key_K > place_Q1 - window)
+
+
+class Segments:
+    """The calls that attend a packed micro-batch; the same for every layer."""
+
+    def __init__(self, batch: TokenBatch, hidden_size: int) -> None:
+        assert batch.prefix_S is not None
+        boundaries, prefix_of = batch.boundaries_S1.tolist(), batch.prefix_S.tolist()
+        own = [stop - start for start, stop in itertools.pairwise(boundaries)]
+        segments = [(tokens, own[prefix] if prefix >= 0 else 0) for tokens, prefix in zip(own, prefix_of, strict=True)]
+        device = batch.input_ids_L.device
+        self.calls: list[Call] = []
+        slot_L = torch.empty(len(batch.input_ids_L), dtype=torch.long)
+        first_slot = 0
+        for indices in attention_calls(segments, hidden_size):
+            column_Q = torch.arange(segments[indices[0]][0])
+            start_B1 = torch.tensor([[boundaries[i]] for i in indices])
+            own_B1 = torch.tensor([[own[i]] for i in indices])
+            query_BQ = start_B1 + torch.minimum(column_Q, own_B1 - 1)
+            prefix_B1 = torch.tensor([[boundaries[max(prefix_of[i], 0)]] for i in indices])
+            key_BK = torch.cat([prefix_B1 + torch.arange(segments[indices[0]][1]), query_BQ], dim=1)
+            slots_BQ = first_slot + torch.arange(query_BQ.numel()).view_as(query_BQ)
+            real_BQ = column_Q < own_B1
+            slot_L[query_BQ[real_BQ]] = slots_BQ[real_BQ]
+            first_slot += query_BQ.numel()
+            self.calls.append(Call(query_BQ=query_BQ.to(device), key_BK=key_BK.to(device)))
+        self._slot_L = slot_L.to(device)
+        self._query_S = torch.cat([call.query_BQ.flatten() for call in self.calls])
+        self._key_S = torch.cat([call.key_BK.flatten() for call in self.calls])
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def attend(
+        self,
+        query_HLD: Tensor,
+        key_HLD: Tensor,
+        value_HLD: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+        dropout: float,
+    ) -> Tensor:
+        """[L, H, D]. Key and value may have fewer heads, each of which serves several queries'."""
+        # One gather for all calls: the backward of each is a sum over all L.
+        (queries,) = self._gathered(self._query_S, [call.query_BQ for call in self.calls], query_HLD)
+        keys, values = self._gathered(self._key_S, [call.key_BK for call in self.calls], key_HLD, value_HLD)
+        rows = []
+        for index, (call, query, key, value) in enumerate(zip(self.calls, queries, keys, values, strict=True)):
+            if softcap is not None:
+                out = _capped_attention(query, key, value, self._mask(index, window), scale, softcap, dropout)
+            else:
+                plain = call.is_plain(window)
+                out = functional.scaled_dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    attn_mask=None if plain else self._mask(index, window),
+                    is_causal=plain,
+                    dropout_p=dropout,
+                    scale=scale,
+                    enable_gqa=len(key_HLD) != len(query_HLD),
+                )
+            rows.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+        return gather(torch.cat(rows), self._slot_L).unflatten(-1, (len(query_HLD), -1))
+
+    def _gathered(self, index_S: Tensor, places: Sequence[Tensor], *values_HLD: Tensor) -> list[list[Tensor]]:
+        """For each of the values its part [B, H, Q, D] in every call."""
+        values_LX = torch.cat([x.transpose(0, 1).flatten(1) for x in values_HLD], dim=1)
+        parts = gather(values_LX, index_S).split([place.numel() for place in places])
+        widths = [len(x) * x.shape[2] for x in values_HLD]
+        by_value = zip(*(part.split(widths, dim=1) for part in parts), strict=True)
+        return [
+            [part.view(*place.shape, len(x), -1).transpose(1, 2) for part, place in zip(each, places, strict=True)]
+            for x, each in zip(values_HLD, by_value, strict=True)
+        ]
+
+    def _mask(self, index: int, window: int | None) -> Tensor:
+        if (index, window) not in self._masks:
+            self._masks[index, window] = self.calls[index].mask(window)
+        return self._masks[index, window]
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask_QK: Tensor, scale: float | None, softcap: float, dropout: float
+) -> Tensor:
+    """Scores pass through ``c·tanh(u/c)`` before the mask (Gemma 2), which no fused kernel of torch does."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask_QK, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return functional.dropout(weights, dropout) @ value
+
+
+def segment_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface for the one packed row; ``attention_mask`` says nothing."""
+    out_LHD = segments.attend(
+        query[0], key[0], value[0], scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout
+    )
+    return out_LHD[None], None
+
+
+def arguments(model: Any, batch: TokenBatch) -> dict[str, Any]:
+    """What a decoder's forward needs, beside ids and positions, to attend a packed micro-batch.
+
+    FlashAttention takes boundaries as they are; where a prompt is shared, and elsewhere, segments do.
+    """
+    assert batch.prefix_S is not None
+    config, device = model.config.get_text_config(), batch.input_ids_L.device
+    if config._attn_implementation.startswith("flash_attention") and not bool((batch.prefix_S >= 0).any()):
+        boundaries_S1 = batch.boundaries_S1.to(torch.int32)
+        longest = int(boundaries_S1.diff().max())
+        return {
+            "cu_seq_lens_q": boundaries_S1,
+            "cu_seq_lens_k": boundaries_S1,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    # Four axes tell the model that the mask is made already; segments are used instead.
+    no_mask = torch.zeros(1, 1, 1, 1, device=device)
+    return {"attention_mask": no_mask, "segments": Segments(batch, config.hidden_size)}
+
+
+def unsupported(model: Any) -> str | None:
+    """Why packed tokens cannot be attended in this model; None if they can."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    reasons = {
+        "its attention is not dispatched by transformers": not getattr(model, "_supports_attention_backend", False),
+        "it takes no positions": "position_ids" not in inspect.signature(model.get_decoder().forward).parameters,
+        f"it has layers of kinds {sorted(kinds)}": not kinds <= {"full_attention", "sliding_attention"},
+        "its layers share keys and values": bool(getattr(config, "num_kv_shared_layers", 0)),
+        "it attends through latent keys": hasattr(config, "kv_lora_rank"),
+        "it has attention sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
+        "it is not causal": bool(getattr(config, "use_bidirectional_attention", False)),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def enable(model: Any) -> None:
+    """Let the model's attention take ``segments``; without them it stays what it was.
+
+    Each attention module switches its implementation for the time of its own call, so that gradient checkpointing,
+    which calls it again in the backward, attends the same way.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, segment_attention)
+    usual = model.config.get_text_config()._attn_implementation
+
+    def switch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if "segments" in kwargs:
+            module.config._attn_implementation = _NAME
+
+    def switch_back(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if "segments" in kwargs:
+            module.config._attn_implementation = usual
+
+    for module in model.get_decoder().modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "config"):
+            module.register_forward_pre_hook(switch, with_kwargs=True)
+            module.register_forward_hook(switch_back, with_kwargs=True, always_call=True)

@@ -1,0 +1,193 @@
+"""The scorer: log-probs of given spans under the policy, and under phi (``ScorerConfig``), for rewards that need them.
+
+Always at temperature 1 and without gradient: a likelihood is a property of the model, not of the sampler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rltrain.batching.bins import Layout
+from rltrain.batching.collate import NO_WEIGHTING, Row, arrange, bins_of, empty_batch, token_batch, unit_segments
+from rltrain.config import ConfigError, RunConfig
+from rltrain.engine.deepspeed import shard_frozen, sharded_loading
+from rltrain.policy.layout_check import usable_layouts
+from rltrain.policy.load import Policy, load_frozen, load_policy
+from rltrain.policy.logprobs import LogprobModel, inference, loss_tokens, to_device
+from rltrain.runtime import dist
+from rltrain.types import Mean, Metrics, Need, SpanRequest, TokenBatch
+
+
+def span_row(request: SpanRequest) -> Row:
+    """The request as a completion of its prompt, nothing of which is trained on."""
+    completion_ids = request.token_ids[request.prompt_tokens :]
+    return Row(
+        prompt_ids=request.token_ids[: request.prompt_tokens],
+        completion_ids=completion_ids,
+        sampler_logprobs=(0.0,) * len(completion_ids),
+        advantages_T=torch.zeros(len(completion_ids)),
+    )
+
+
+def wanted_tokens(requests: Sequence[SpanRequest]) -> Tensor:
+    """Where the spans' tokens are among the loss tokens of all the completions, span by span."""
+    wanted, first = [], 0
+    for one in requests:
+        before = first - one.prompt_tokens
+        for start, stop in one.spans:
+            wanted += range(before + start, before + stop)
+        first = before + len(one.token_ids)
+    return torch.tensor(wanted, dtype=torch.long)
+
+
+def span_batches(
+    requests: Sequence[SpanRequest], layouts: Sequence[Layout], *, token_budget: int, hidden_size: int
+) -> list[tuple[list[int], TokenBatch]]:
+    """Micro-batches whose loss tokens are those of the spans, and the requests in each; as many on every rank."""
+    longest = dist.all_max(torch.tensor(max([0, *(len(one.token_ids) for one in requests)])), name="longest to score")
+    budget, rows = max(token_budget, int(longest)), [span_row(one) for one in requests]
+    layout, arranged = arrange(rows, layouts, token_budget=budget, hidden_size=hidden_size)
+    units = [tuple(rows[i] for i in indices) for indices in arranged]
+    batches = []
+    for unit_indices in bins_of([unit_segments(unit) for unit in units], layout, budget):
+        order = [i for unit in unit_indices for i in arranged[unit]]
+        whole = token_batch([units[unit] for unit in unit_indices], NO_WEIGHTING, layout)
+        batches.append((order, loss_tokens(whole, wanted_tokens([requests[i] for i in order]))))
+    most = int(dist.all_max(torch.tensor(len(batches)), name="number of scoring batches"))
+    return batches + [([], empty_batch()) for _ in range(most - len(batches))]
+
+
+def span_logprobs(
+    model: Any, requests: Sequence[SpanRequest], *, token_budget: int, layouts: Sequence[Layout] = ("padded",)
+) -> list[list[Tensor]]:
+    """Per request and span, the fp32 log-probs of its tokens, on the CPU; one forward pass per sequence, or less.
+
+    ``model`` is called as :class:`LogprobModel` is. Of the ``layouts`` the one of the least work is taken; the budget
+    is raised to the longest sequence. All ranks call this together, and make as many passes as the one with the most,
+    so that a sharded model can gather its weights.
+    """
+    hidden_size = getattr(model, "module", model).model.config.get_text_config().hidden_size
+    results: list[list[Tensor]] = [[] for _ in requests]
+    for order, batch in span_batches(requests, layouts, token_budget=token_budget, hidden_size=hidden_size):
+        logprobs_N = model(to_device(batch, dist.device()), entropy=False, temperature=1.0)[0].cpu()
+        sizes = [stop - start for i in order for start, stop in requests[i].spans]
+        pieces = iter(logprobs_N.split(sizes) if order else ())
+        for i in order:
+            results[i] = [next(pieces) for _ in requests[i].spans]
+    return results
+
+
+class Scorer:
+    """What ``Context.scorer`` is: ``policy(requests)`` and ``phi(requests)``, each a list of log-probs per span.
+
+    ``policy`` is the module or engine that is trained. An EMA follows it by :meth:`follow`; its shadow is whole and
+    fp32 on every rank, and its state is :meth:`tensors`.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        phi: Any,
+        *,
+        token_budget: int,
+        decay: float | None = None,
+        layouts: Sequence[Layout] = ("padded",),
+    ) -> None:
+        self._policy, self._phi = policy, phi
+        self._token_budget, self._decay, self._layouts = token_budget, decay, layouts
+
+    def policy(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        """Log-probs under the policy as it is now."""
+        return self._score(self._policy, requests)
+
+    def phi(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        """Log-probs under phi."""
+        return self._score(self._phi, requests)
+
+    def _score(self, model: Any, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        with inference(getattr(model, "module", model)):
+            return span_logprobs(model, requests, token_budget=self._token_budget, layouts=self._layouts)
+
+    @torch.no_grad()
+    def start(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """``phi <- theta``, or a saved phi, if phi is an EMA."""
+        if self._decay is not None:
+            shadow = self.tensors()
+            for name, theta in parameters:
+                shadow[name].copy_(theta)
+
+    @torch.no_grad()
+    def follow(self, parameters: Iterable[tuple[str, Tensor]]) -> Metrics:
+        """``phi <- decay·phi + (1 - decay)·theta`` if phi is an EMA; the metric is ||theta - phi|| / ||theta||."""
+        if self._decay is None:
+            return {}
+        shadow, gap, size = self.tensors(), 0.0, 0.0
+        for name, theta in parameters:
+            shadow[name].lerp_(theta.float(), 1 - self._decay)
+            gap += float((theta.float() - shadow[name]).square().sum())
+            size += float(theta.float().square().sum())
+        return {"scorer/ema_distance": Mean.of((gap / size) ** 0.5)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The EMA's trainable parameters by name, as they are, not copies; empty if phi is no EMA."""
+        if self._decay is None:
+            return {}
+        return {name: parameter.detach() for name, parameter in self._phi.named_parameters() if parameter.requires_grad}
+
+
+def load_scorer(
+    config: RunConfig, policy: Policy, module: Any, *, initial: str | None = None, reference: Any = None
+) -> Scorer:
+    """The scorer of a run, an EMA not yet started.
+
+    ``module`` is the engine, or the :class:`LogprobModel`, that holds the policy; ``initial`` is where the policy's
+    first weights are. Phi shares the ``reference`` model where it may.
+    """
+    phi, decay = module, None
+    if config.scorer.kind == "ema":
+        phi, decay = load_shadow(config, initial), config.scorer.decay
+    elif config.scorer.kind == "frozen":
+        shared = reference is not None and config.scorer.path == config.reference
+        phi = reference if shared else load_phi(config, policy, path=config.scorer.path or initial)
+    layouts = usable_layouts(config.batch.packing, [module] if phi is module else [module, phi])
+    return Scorer(module, phi, token_budget=config.batch.token_budget, decay=decay, layouts=layouts)
+
+
+def load_phi(config: RunConfig, policy: Policy, *, path: str | None) -> LogprobModel:
+    """A frozen model that shares the policy's vocabulary."""
+    frozen = load_frozen(config.model, path=path)
+    check_same_vocabulary(policy, frozen, path=config.scorer.path)
+    return LogprobModel(frozen.model, temperature=1.0).to(dist.device())
+
+
+def load_shadow(config: RunConfig, initial: str | None) -> nn.Module:
+    """A second policy in fp32, adapters included."""
+    plain = dataclasses.replace(config.model, gradient_checkpointing=False)
+    shadow = LogprobModel(load_policy(plain, path=initial).model.float(), temperature=1.0)
+    return shadow.to(dist.device()).eval()
+
+
+def check_same_vocabulary(policy: Policy, frozen: Policy, *, path: str | None) -> None:
+    """Refuse a scorer to which the policy's token ids mean something else."""
+    ours, theirs = policy.tokenizer.get_vocab(), frozen.tokenizer.get_vocab()
+    rows = frozen.model.get_input_embeddings().num_embeddings
+    if ours != theirs or rows < len(ours):
+        raise ConfigError(
+            f"scorer.path={path}: its vocabulary ({len(theirs)} tokens, {rows} embeddings) is not the policy's "
+            f"({len(ours)} tokens); choose a model that shares the policy's tokenizer"
+        )
+
+
+def load_reference(config: RunConfig, *, path: str | None) -> LogprobModel | None:
+    """The initial policy (or ``reference``), frozen, where the loss or a part needs it."""
+    if Need.REFERENCE_LOGPROBS not in config.needs():
+        return None
+    with sharded_loading(config.deepspeed, dtype=config.model.dtype):
+        model = load_frozen(config.model, path=path).model
+    reference = LogprobModel(model, temperature=config.sampling.temperature)
+    return shard_frozen(reference, config.deepspeed, dtype=config.model.dtype)

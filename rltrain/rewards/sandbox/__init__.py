@@ -1,0 +1,1 @@
+"""Untrusted work in killable processes."""

@@ -1,0 +1,392 @@
+"""Untrusted work in killable child processes: a pool for one trusted function, and a runner for programs.
+
+The parent keeps every deadline and ends a child with SIGKILL: a thread cannot be stopped, and SIGALRM neither works off
+the main thread nor interrupts C. Children are started by one long-lived thread (the kernel's parent-death signal is
+tied to the thread that forked), never share a session or an environment with the run, and end when it ends, kill -9
+included. Usable from any thread and after a fork; nothing is started before it is needed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import queue
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+_CHILD = str(Path(__file__).resolve().with_name("child.py"))
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/tmp",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+_START_DEADLINE_S = 60.0
+_REPLY_BYTES = 2**20
+_log = logging.getLogger("rltrain.sandbox")
+
+ReplyStatus = Literal["ok", "error", "memory", "cpu", "timeout", "died", "skipped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Resource limits of one child (``setrlimit``)."""
+
+    memory_mib: int = 1024
+    cpu_s: int = 10
+    processes: int = 32
+    file_mib: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """``ok`` and ``error`` come from the function. ``memory`` and ``cpu``: the item used up its share. ``timeout``: the
+    deadline passed although the item had processor time left (a stopped or starved child); ``died``: the child was
+    killed from outside or could not start; ``skipped``: the batch deadline passed before the item's turn."""
+
+    status: ReplyStatus
+    value: Any = None
+
+
+# --- starting children -------------------------------------------------------------------------------------------
+
+
+class _Spawner:
+    """The one thread that forks, so that a parent-death signal means the death of the process."""
+
+    def __init__(self) -> None:
+        self.requests: queue.SimpleQueue[tuple[list[str], Future[subprocess.Popen[bytes]]]] = queue.SimpleQueue()
+        threading.Thread(target=self._loop, name="rltrain-sandbox-spawner", daemon=True).start()
+
+    def _loop(self) -> None:
+        # Children inherit this: Slurm signals every process of a job, and the step that is to be finished needs them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        while True:
+            command, future = self.requests.get()
+            try:
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=_ENVIRONMENT,
+                    start_new_session=True,
+                    bufsize=0,
+                )
+                future.set_result(child)
+            except Exception as error:
+                future.set_exception(error)
+
+    def start(self, mode: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-I", _CHILD, mode, json.dumps(config | {"parent": os.getpid()})]
+        future: Future[subprocess.Popen[bytes]] = Future()
+        self.requests.put((command, future))
+        return future.result(_START_DEADLINE_S)
+
+
+class _State:
+    """What this process owns. A forked child starts from nothing: pipes and threads of its parent are not its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.spawner: _Spawner | None = None
+        self.children: set[subprocess.Popen[bytes]] = set()
+        self.pools: dict[str, Pool] = {}
+        self.described: set[str] = set()
+
+
+_state = _State()
+
+
+def _forget() -> None:
+    global _state
+    _state = _State()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _start(mode: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
+    with _state.lock:
+        if _state.spawner is None:
+            _state.spawner = _Spawner()
+        child = _state.spawner.start(mode, config)
+        _state.children.add(child)
+    os.set_blocking(child.stdin.fileno(), False)  # pyright: ignore[reportOptionalMemberAccess]
+    return child
+
+
+def _end(child: subprocess.Popen[bytes]) -> int:
+    """SIGKILL the child's process group, reap it, and return its exit code."""
+    finished = child.poll()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    code = child.wait() if finished is None else finished
+    for stream in (child.stdin, child.stdout):
+        with contextlib.suppress(OSError):
+            stream.close()  # pyright: ignore[reportOptionalMemberAccess]
+    with _state.lock:
+        _state.children.discard(child)
+    return code
+
+
+def close_all() -> None:
+    """End every child of this process."""
+    for child in list(_state.children):
+        _end(child)
+    _state.pools.clear()
+
+
+atexit.register(close_all)
+
+
+def _describe(what: str, active: Sequence[str]) -> None:
+    """Say once per process what protects it."""
+    if what not in _state.described:
+        _state.described.add(what)
+        wanted = ["memory", "cpu", "file size", "process count", "no network"]
+        wanted += ["not root", "own process tree", "own file system"] if what == "programs" else []
+        missing = [name for name in wanted if name not in active] or ["nothing"]
+        _log.info("sandbox for %s: active: %s; not available here: %s", what, ", ".join(active), ", ".join(missing))
+
+
+# --- talking to children -----------------------------------------------------------------------------------------
+
+
+def _exchange(
+    child: subprocess.Popen[bytes], request: bytes, deadline: float, *, limit: int, one_line: bool
+) -> tuple[bytes, str]:
+    """Send ``request``, read until a line (or the end); returns the bytes and ``ok | end | timeout | output``."""
+    assert child.stdin and child.stdout
+    source, sink = child.stdout.fileno(), child.stdin.fileno()
+    poll = select.poll()
+    poll.register(source, select.POLLIN | select.POLLHUP)
+    received, pending = bytearray(), memoryview(request)
+    if pending:
+        poll.register(sink, select.POLLOUT)
+    while True:
+        left_ms = int(1000 * (deadline - time.monotonic()))
+        events = poll.poll(left_ms) if left_ms > 0 else []
+        if not events:
+            return bytes(received), "timeout"
+        for descriptor, event in events:
+            if descriptor == sink:
+                pending = _send(sink, pending, poll, event)
+                continue
+            chunk = os.read(source, 65536)
+            received += chunk
+            if not chunk:
+                return bytes(received), "end"
+            if one_line and chunk.endswith(b"\n"):
+                return bytes(received), "ok"
+            if len(received) > limit:
+                return bytes(received[:limit]), "output"
+
+
+def _send(sink: int, pending: memoryview, poll: select.poll, event: int) -> memoryview:
+    try:
+        pending = memoryview(b"") if event & (select.POLLERR | select.POLLHUP) else pending[os.write(sink, pending) :]
+    except BrokenPipeError:
+        pending = memoryview(b"")
+    if not pending:
+        poll.unregister(sink)
+    return pending
+
+
+# --- a pool for one function -------------------------------------------------------------------------------------
+
+
+class Pool:
+    """``workers`` persistent children that apply ``target`` ("module:function") to JSON arguments.
+
+    An item may use ``item_cpu_s`` of processor time (enforced by the kernel) and ``deadline_s`` of wall clock
+    (enforced here). Callers wait for a free worker: there is no queue that grows. A child that misbehaves costs its
+    item; the next item gets a new one. After ``max_items`` a child is replaced, so that caches do not grow.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        workers: int = 1,
+        deadline_s: float = 2.0,
+        item_cpu_s: float = 0.7,
+        max_items: int = 2000,
+        limits: Limits | None = None,
+    ) -> None:
+        self.deadline_s, self.max_items, self.workers = deadline_s, max_items, workers
+        limits = limits or Limits(cpu_s=max_items, processes=1)
+        self.config = asdict(limits) | {"target": target, "item_cpu_s": item_cpu_s, "path": sys.path}
+        self.free: queue.LifoQueue[tuple[subprocess.Popen[bytes], int] | None] = queue.LifoQueue()
+        for _ in range(workers):
+            self.free.put(None)
+
+    def warm(self) -> None:
+        """Start a child in the background, if none has been started yet."""
+
+        def start() -> None:
+            with contextlib.suppress(queue.Empty):
+                slot = self.free.get_nowait()
+                try:
+                    slot = slot or (self._new(), 0)
+                except Exception as error:
+                    _log.warning("sandbox: %s", error)
+                finally:
+                    self.free.put(slot)
+
+        threading.Thread(target=start, name="rltrain-sandbox-warm", daemon=True).start()
+
+    def call(self, *arguments: Any, wait_s: float = 60.0) -> Reply:
+        """Apply the function in a child; never raises, never takes longer than waiting + start + ``deadline_s``."""
+        try:
+            slot = self.free.get(timeout=max(wait_s, 0.0))
+        except queue.Empty:
+            return Reply(status="skipped")
+        kept = None
+        try:
+            child, used = slot or (self._new(), 0)
+            reply = self._ask(child, arguments)
+            if reply.status in ("ok", "error") and used + 1 < self.max_items:
+                kept = (child, used + 1)
+            elif reply.status != "died":
+                _end(child)
+            return reply
+        except Exception as error:
+            return Reply(status="died", value=f"{type(error).__name__}: {error}")
+        finally:
+            self.free.put(kept)
+
+    def _new(self) -> subprocess.Popen[bytes]:
+        child = _start("serve", self.config)
+        line, state = _exchange(child, b"", time.monotonic() + _START_DEADLINE_S, limit=_REPLY_BYTES, one_line=True)
+        if state != "ok":
+            code = _end(child)
+            raise RuntimeError(f"sandbox child for {self.config['target']} did not start ({state}, exit code {code})")
+        _describe("the CAS", json.loads(line)["value"])
+        return child
+
+    def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any]) -> Reply:
+        request = json.dumps(arguments).encode() + b"\n"
+        line, state = _exchange(child, request, time.monotonic() + self.deadline_s, limit=_REPLY_BYTES, one_line=True)
+        if state == "ok":
+            reply = json.loads(line)
+            return Reply(status=reply["status"], value=reply["value"])
+        if state == "end":
+            # The pipe closes a moment before the process can be reaped with its own exit code.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1.0)
+            code = _end(child)
+            if code in (-signal.SIGPROF, -signal.SIGXCPU):
+                return Reply(status="cpu")
+            return Reply(
+                status="memory" if code in (-signal.SIGSEGV, -signal.SIGABRT) else "died", value=f"exit code {code}"
+            )
+        return Reply(status="timeout")
+
+    def map(self, items: Sequence[tuple[Any, ...]], *, deadline_s: float = 60.0) -> list[Reply]:
+        """``call`` on each distinct item, ``workers`` at a time; items whose turn does not come are ``skipped``."""
+        end = time.monotonic() + deadline_s
+        keys: list[Hashable] = [json.dumps(item) for item in items]
+        distinct = dict(zip(keys, items, strict=True))
+
+        def one(item: tuple[Any, ...]) -> Reply:
+            left_s = end - time.monotonic()
+            return self.call(*item, wait_s=left_s) if left_s > 0 else Reply(status="skipped")
+
+        with ThreadPoolExecutor(self.workers) as threads:
+            replies = dict(zip(distinct, threads.map(one, distinct.values()), strict=True))
+        return [replies[key] for key in keys]
+
+
+def shared_pool(target: str, make: Callable[[], Pool]) -> Pool:
+    """This process's pool for ``target``, made on first use and again after a fork."""
+    with _state.lock:
+        if target not in _state.pools:
+            _state.pools[target] = make()
+        return _state.pools[target]
+
+
+# --- programs ----------------------------------------------------------------------------------------------------
+
+RunStatus = Literal["ok", "exception", "timeout", "memory", "output", "infra"]
+_EXIT_MEMORY = 86
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a program ended, and what it wrote (at most the cap). ``ok`` means exit code 0, which proves nothing."""
+
+    status: RunStatus
+    output: bytes
+    exit_code: int | None
+    protections: tuple[str, ...] = ()
+
+
+def run_program(
+    source: str,
+    *,
+    stdin: str = "",
+    calls: Sequence[dict[str, Any]] | None = None,
+    deadline_s: float = 5.0,
+    output_bytes: int = 2**20,
+    limits: Limits | None = None,
+) -> Run:
+    """Run Python ``source`` in a fresh process tree that is gone when this returns. Never raises.
+
+    ``stdin`` is what it may read; with ``calls`` its own output is discarded and ``output`` holds one JSON line for
+    each evaluated call instead. ``deadline_s`` counts from the start of the program.
+    """
+    request = json.dumps({"source": source, "stdin": stdin, "calls": calls}).encode() + b"\n"
+    root = tempfile.mkdtemp(prefix="rltrain-")
+    try:
+        Path(root).chmod(0o777)
+        child = _start("program", asdict(limits or Limits()) | {"root": root})
+        return _watch(child, request, deadline_s, output_bytes)
+    except Exception as error:
+        _log.warning("sandbox: a program could not be run: %s: %s", type(error).__name__, error)
+        return Run(status="infra", output=b"", exit_code=None)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _watch(child: subprocess.Popen[bytes], request: bytes, deadline_s: float, output_bytes: int) -> Run:
+    start_deadline = time.monotonic() + _START_DEADLINE_S
+    head, state = _exchange(child, request, start_deadline, limit=output_bytes, one_line=True)
+    if state in ("end", "timeout"):
+        return Run(status="infra", output=b"", exit_code=_end(child))
+    header, _, output = head.partition(b"\n")
+    active = tuple(json.loads(header)["active"])
+    _describe("programs", active)
+    if state == "ok":
+        rest, state = _exchange(child, b"", time.monotonic() + deadline_s, limit=output_bytes, one_line=False)
+        output += rest
+    if state == "end":
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(1.0)
+    code = _end(child)
+    return Run(status=_run_status(state, code), output=output, exit_code=code, protections=active)
+
+
+def _run_status(state: str, code: int) -> RunStatus:
+    if state in ("timeout", "output"):
+        return state
+    if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL, -signal.SIGXCPU):
+        return "timeout"
+    if code in (_EXIT_MEMORY, 128 + signal.SIGSEGV, 128 + signal.SIGABRT):
+        return "memory"
+    return "ok" if code == 0 else "exception"

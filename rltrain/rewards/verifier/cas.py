@@ -1,0 +1,84 @@
+r"""The last rung: math-verify on two short, gated strings, in a killable child process.
+
+Only what ``math_compare`` cannot tell comes here, and only if it looks like bounded mathematics.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from functools import lru_cache
+from typing import Any
+
+from rltrain.rewards.sandbox.pool import Pool, Reply, shared_pool
+
+ITEM_DEADLINE_S, ITEM_CPU_S = 2.0, 0.7
+_TARGET = "rltrain.rewards.verifier.cas:equivalent"
+_WORDS = re.compile(r"\\text|(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_KNOWN_WORDS = re.compile(r"(?<![\\a-zA-Z])(?:sqrt|sin|cos|tan|log|ln|exp|pi|d[xyztu])(?![a-zA-Z])")
+_BOMBS = re.compile(
+    r"\d{31}|\^\s*\{?\s*[-+(]?\s*\d{4}|\d{3}\s*\)?\s*!|!\s*\)?\s*!|\^[^-+*/=,]{0,16}\^|\\(?:pow|uparrow|Gamma)|_\s*_"
+)
+_ITERATED = re.compile(r"\\(?:sum|prod|i*int|oint|lim|bigcup|bigcap)(?![a-zA-Z])")
+_ALLOWED = re.compile(r"[\x20-\x7e]{1,200}")
+NO_ALARM: Any = None  # math-verify's own time-out needs the main thread; ours needs nothing of it
+MAX_COMMANDS, MAX_NESTING = 40, 8
+
+
+def gate(gold: str, answer: str) -> str:
+    """Why the pair must not reach the CAS; empty if it may."""
+    for name, text in (("gold", gold), ("answer", answer)):
+        if not _ALLOWED.fullmatch(text):
+            return f"{name}: characters or length"
+        if _WORDS.search(_KNOWN_WORDS.sub("", re.sub(r"\\[a-z]*matrix|\\(?:begin|end)\s*\{[a-z]*\}", "", text))):
+            return f"{name}: words"
+        if text.count("\\") > MAX_COMMANDS or _nesting(text) > MAX_NESTING:
+            return f"{name}: too complex"
+        if _BOMBS.search(text):
+            return f"{name}: numbers too large"
+    return "answer: leaves a sum, product, integral or limit to do" if _ITERATED.search(answer) else ""
+
+
+def _nesting(text: str) -> int:
+    depths = itertools.accumulate((c in "{([") - (c in "})]") for c in text)
+    return max(depths, default=0)
+
+
+def equivalent(gold: str, answer: str) -> bool | None:
+    """In the child: does math-verify find the two equal? None if it cannot parse the gold."""
+    import math_verify
+
+    config = [math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()]
+    expected, found = (
+        math_verify.parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=NO_ALARM)
+        for text in (gold, answer)
+    )
+    if not expected:
+        return None
+    return bool(found) and bool(math_verify.verify(expected, found, timeout_seconds=NO_ALARM))
+
+
+def _pool() -> Pool:
+    return shared_pool(_TARGET, lambda: Pool(_TARGET, deadline_s=ITEM_DEADLINE_S, item_cpu_s=ITEM_CPU_S))
+
+
+def warm() -> None:
+    """Start the child in the background, because its imports take longer than most verdicts."""
+    _pool().warm()
+
+
+@lru_cache(maxsize=65536)
+def _known(gold: str, answer: str) -> list[Reply]:
+    """A cell that remembers a final reply; an empty one is filled by ``ask``."""
+    return []
+
+
+def ask(gold: str, answer: str, *, wait_s: float) -> Reply:
+    """The child's verdict, remembered unless the machine and not the item was at fault."""
+    cell = _known(gold, answer)
+    if cell:
+        return cell[0]
+    reply = _pool().call(gold, answer, wait_s=wait_s)
+    if reply.status in ("ok", "error", "memory", "cpu"):
+        cell.append(reply)
+    return reply

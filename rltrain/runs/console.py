@@ -1,0 +1,53 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere; rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rltrain.runtime import dist
+
+SHOWN = ("reward", "eval_accuracy", "completions/mean_length", "entropy", "grad_norm")
+
+
+class Console:
+    """``update`` once a step; ``close`` at the end."""
+
+    def __init__(self, *, first_step: int, steps: int) -> None:
+        self._steps = steps
+        self._first_step = first_step
+        self._start = time.monotonic()
+        self._bar, self._task = (
+            _progress_bar(first_step, steps) if dist.is_main() and sys.stderr.isatty() else (None, None)
+        )
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the metrics after ``step`` steps are done."""
+        if not dist.is_main():
+            return
+        text = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
+        text += f"  {values.get('perf/throughput', 0):.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, metrics=text)
+        else:
+            done = max(1, step - self._first_step)
+            remaining_s = (time.monotonic() - self._start) / done * (self._steps - step)
+            print(f"step {step}/{self._steps}  {text}  ETA {remaining_s:.0f} s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _progress_bar(first_step: int, steps: int) -> tuple[Any, Any]:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("ETA"), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=RichConsole(stderr=True))
+    task = bar.add_task("train", total=steps, completed=first_step, metrics="")
+    bar.start()
+    return bar, task

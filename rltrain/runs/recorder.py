@@ -1,0 +1,61 @@
+"""Everything a run writes about itself as it goes: console, ``metrics.jsonl``, samples, wandb. Rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rltrain.config import RunConfig
+from rltrain.runs import run_folder, summary
+from rltrain.runs.console import Console
+from rltrain.runs.metrics import JsonlWriter, WandbWriter, read_jsonl
+from rltrain.runtime import dist
+from rltrain.types import Advantages, Group
+
+
+class Recorder:
+    """One writer in front of the others."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, *, first_step: int, tokenizer: Any) -> None:
+        self._run_dir = run_dir
+        self._every_steps = config.tracking.samples_every_steps
+        self._tokenizer = tokenizer
+        self._console = Console(first_step=first_step, steps=config.steps)
+        if dist.is_main():
+            # A run that starts over also writes step 0 again.
+            self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", resume_step=first_step if first_step else -1)
+            self._wandb = WandbWriter(
+                config.tracking, run_dir=run_dir, name=config.name, run_config=run_folder.resolved(config)
+            )
+            self._wandb.catch_up(read_jsonl(self._jsonl.path))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics of a step, everywhere."""
+        if dist.is_main():
+            self._jsonl.write(step, values)
+            self._wandb.write(step, values)
+            self._console.update(step, values)
+
+    def write_samples(self, step: int, groups: Sequence[Group], advantages: Advantages) -> None:
+        """The completions of a step with their rewards and token advantages, of all ranks, every so many steps."""
+        if self._every_steps == 0 or step % self._every_steps:
+            return
+        mine = run_folder.sample_rows(step, groups, advantages, self._tokenizer)
+        rows = [row for rows in dist.gather_objects(mine, name="samples") for row in rows]
+        if dist.is_main():
+            run_folder.write_samples(self._run_dir, f"step_{step:06d}", rows)
+            # A wandb table keeps its columns; which notes there are may change from step to step.
+            self._wandb.write_samples(step, [{k: v for k, v in row.items() if "note/" not in k} for row in rows])
+
+    def summarise(self) -> None:
+        """At the end: the learning curve as a picture, and the table of held-out metrics on standard output."""
+        self._console.close()
+        if dist.is_main():
+            print(f"\n{summary.summarise(self._run_dir)}\n\nrun folder: {self._run_dir}", flush=True)
+
+    def close(self) -> None:
+        """Finish what needs finishing."""
+        self._console.close()
+        if dist.is_main():
+            self._wandb.close()

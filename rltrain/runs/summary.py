@@ -1,0 +1,73 @@
+"""What a run did, at its end: a table of held-out metrics before and after, and its learning curve as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rltrain.runs.metrics import read_jsonl
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def summarise(run_dir: Path) -> str:
+    """Write ``learning_curve.png`` and return the table."""
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    plot_curves({run_dir.name: rows}, run_dir / "learning_curve.png")
+    return table(rows)
+
+
+def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was recorded."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def table(rows: Rows) -> str:
+    """Held-out metrics at the first and last evaluation, and their difference."""
+    evaluations = [row for row in rows if row.get("eval_accuracy") is not None]
+    if not evaluations:
+        return "no evaluation was run (evaluation.every_steps=0)"
+    first, last = evaluations[0], evaluations[-1]
+    head = f"{'held-out':34s}{'step ' + str(first['step']):>12s}{'step ' + str(last['step']):>12s}{'change':>12s}"
+    names = [name for name in last if name.startswith("eval_") and first.get(name) is not None]
+    lines = [f"{name:34s}{first[name]:12.4f}{last[name]:12.4f}{last[name] - first[name]:+12.4f}" for name in names]
+    return "\n".join([head, *lines])
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Trailing mean."""
+    trailing = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [sum(one) / len(one) for one in trailing]
+
+
+def held_out_metric(runs: Mapping[str, Rows]) -> str:
+    """``eval_accuracy`` where anything was right; ``eval_reward`` for rewards by which nothing is right or wrong."""
+    right = any(value > 0 for rows in runs.values() for value in series(rows, "eval_accuracy")[1])
+    return "eval_accuracy" if right else "eval_reward"
+
+
+def plot_curves(runs: Mapping[str, Rows], path: Path, *, metric: str | None = None, window: int = 10) -> None:
+    """Training reward and a held-out metric (None: :func:`held_out_metric`) against steps, one colour per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metric = metric or held_out_metric(runs)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for label, rows in runs.items():
+        steps, rewards = series(rows, "reward")
+        (line,) = left.plot(steps, smoothed(rewards, window), label=label)
+        left.plot(steps, rewards, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        right.plot(*series(rows, metric), marker="o", color=line.get_color(), label=label)
+    left.set(title=f"training reward (mean of {window} steps)", xlabel="step")
+    right.set(title=metric.replace("eval_", "held-out "), xlabel="step")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.dataLim.ymin >= 0:
+            axes.set_ylim(bottom=0)
+    right.legend(loc="best")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

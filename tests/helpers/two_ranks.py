@@ -1,0 +1,33 @@
+"""A whole run on two ranks, and what must equal the run of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import OVERRIDES, metrics
+
+from rltrain.runs import checkpoint
+
+PERSISTENCE = ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold")
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(run_dir, ranks: int, *overrides: str) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "rltrain.train", *OVERRIDES, f"run_dir={run_dir}", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def assert_same_run(left: Path, right: Path):
+    for line, expected in zip(metrics(left), metrics(right), strict=True):
+        assert line == pytest.approx(expected, rel=2e-4, abs=2e-6), line["step"]
+    one, two = (load_file(checkpoint.list_checkpoints(d)[-1].policy / "model.safetensors") for d in (left, right))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=5e-5)

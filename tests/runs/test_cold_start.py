@@ -1,0 +1,68 @@
+"""How a cold start is waited for: by its steps, and by the other ranks."""
+
+import multiprocessing
+import os
+import socket
+import time
+
+import pytest
+import torch
+
+from rltrain import sft
+from rltrain.runtime import dist
+from rltrain.runtime.watchdog import DeadlineError
+
+
+def _count(steps, pause_s, last):
+    for step in range(1, last + 1):
+        time.sleep(pause_s)
+        steps.value = step
+    if not last:
+        time.sleep(1000)
+
+
+@pytest.fixture
+def counting():
+    """Starts a process that makes steps, and ends it."""
+    context = multiprocessing.get_context("fork")
+    started = []
+
+    def start(pause_s, last):
+        steps = context.Value("q", 0)
+        started.append(context.Process(target=_count, args=(steps, pause_s, last)))
+        started[-1].start()
+        return started[-1], steps
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_a_cold_start_may_take_any_time_as_long_as_it_makes_steps(counting):
+    process, steps = counting(1.0, 5)
+    sft._wait_for(process, steps, deadline_s=3.0)
+    assert (process.exitcode, steps.value) == (0, 5)
+
+
+def test_a_cold_start_without_steps_ends(counting):
+    process, steps = counting(0.0, 0)
+    with pytest.raises(DeadlineError, match="cold start: nothing for 1 s after step 0; see watchdog.train_s"):
+        sft._wait_for(process, steps, deadline_s=1.0)
+
+
+def _rank(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.setup(deadline_s=2.0, join_s=200.0)
+    dist.main_alone("cold start", lambda: (time.sleep(6), (folder / "made").touch())[0])
+    assert (folder / "made").exists()
+    (folder / f"seen_{rank}").touch()
+    dist.teardown()
+
+
+def test_the_other_ranks_wait_longer_than_a_collective_may_take(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, tmp_path), nprocs=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "seen_0", "seen_1"]

@@ -1,0 +1,317 @@
+"""TRL's GRPOTrainer with our estimators, and its loss as an oracle for ours on one fixed batch."""
+
+import os
+import socket
+
+import datasets
+import pytest
+import torch
+import trl
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rltrain.advantages.group import GroupConfig, group_advantages
+from rltrain.advantages.spae import SpaeConfig
+from rltrain.advantages.tempo import TempoConfig, tempo_advantages
+from rltrain.batching.collate import collate
+from rltrain.compat.trl import GRPOTrainer, check_hooks, resolve
+from rltrain.config import ConfigError, LossConfig
+from rltrain.loss import policy_loss
+from rltrain.policy.load import character_tokenizer
+from rltrain.policy.logprobs import LogprobModel
+from rltrain.types import Completion, Group, Problem, Prompt
+
+TOKENIZER = character_tokenizer("0123456789+-*={}\\boxed?.\n ")
+MAX_TOKENS = 12
+
+
+def tiny_model():
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        eos_token_id=TOKENIZER.eos_token_id,
+        pad_token_id=TOKENIZER.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def arguments(folder, **options):
+    """Every default that matters, set: they drift between TRL's releases."""
+    settings = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
+        "num_iterations": 1,
+        "num_generations": 4,
+        "max_completion_length": MAX_TOKENS,
+        "max_steps": 2,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "loss_type": "dapo",
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "importance_sampling_level": "token",
+        "scale_rewards": "group",
+        "mask_truncated_completions": False,
+        "top_entropy_quantile": 1.0,
+        "use_vllm": False,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 1.0,
+        "seed": 5,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return trl.GRPOConfig(output_dir=str(folder), **settings | options)
+
+
+def reward(completion_ids, **columns):
+    """A function of the ids; the third row abstains."""
+    return [None if i == 2 else float(sum(ids) % 7) for i, ids in enumerate(completion_ids)]
+
+
+def dataset():
+    return datasets.Dataset.from_dict(
+        {"prompt": ["1+1=", "12*2=", "9-4=?", "7="] * 4, "answer": ["2", "24", "5", "7"] * 4}
+    )
+
+
+class Recording(GRPOTrainer):
+    """Keeps what every generation batch came out as."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.outputs = [*getattr(self, "outputs", []), (output, self._scored, list(self._logs["advantages"]))]
+        return output
+
+
+def trained(folder, advantage, trainer=Recording, **options):
+    one = trainer(
+        model=tiny_model(),
+        reward_funcs=reward,
+        args=arguments(folder, **options),
+        train_dataset=dataset(),
+        processing_class=TOKENIZER,
+        **({} if advantage is None else {"advantage": advantage}),
+    )
+    one.train()
+    return one
+
+
+def test_tempo_in_trl(tmp_path):
+    trainer = trained(tmp_path, TempoConfig())
+    assert trainer.state.global_step == 2
+    for output, scored, logged in trainer.outputs:
+        ids, rewards = scored.completion_ids, scored.rewards_per_function[:, 0].double()
+        assert rewards.isnan().tolist() == [i == 2 for i in range(8)]
+        assert output["advantages"].shape == output["completion_ids"].shape
+        expected = [*tempo_advantages(ids[:4], rewards[:4]), *tempo_advantages(ids[4:], rewards[4:])]
+        for row_T, values_T in zip(output["advantages"], expected, strict=True):
+            torch.testing.assert_close(row_T[: len(values_T)].double(), values_T, atol=1e-6, rtol=0)
+            assert not row_T[len(values_T) :].any()
+        assert logged[-8:] == pytest.approx([float(values_T.mean()) for values_T in expected])
+    assert "tempo/nonzero_td_share" in {key for row in trainer.state.log_history for key in row}
+
+
+def test_the_group_estimator_trains_as_trl_itself(tmp_path):
+    """TRL's own advantage is ours with eps 1e-4: the same losses and weights after two steps."""
+    ours = trained(tmp_path, GroupConfig(eps=1e-4))
+    theirs = trained(tmp_path, None, trainer=trl.GRPOTrainer)
+    losses = [[row["loss"] for row in one.state.log_history if "loss" in row] for one in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_an_estimator_that_probes_uses_the_trainers_model(tmp_path):
+    trainer = trained(tmp_path, SpaeConfig(delimiter="1", probe="\\boxed{", continuations=2, probe_max_tokens=3))
+    steps = [row["spae/steps"] for row in trainer.state.log_history if "spae/steps" in row]
+    assert len(steps) == 2 and max(steps) > 0
+    output, scored, _ = trainer.outputs[0]
+    values = torch.cat(
+        [
+            row_T[: len(ids)]
+            for i, (row_T, ids) in enumerate(zip(output["advantages"], scored.completion_ids, strict=True))
+            if i != 2
+        ]
+    )
+    assert abs(float(values.mean())) < 1e-5
+    assert float(values.std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+
+def _train_on_a_rank(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    trainer = trained(folder / str(rank), TempoConfig(), per_device_train_batch_size=2, max_steps=1)
+    output, scored, _ = trainer.outputs[0]
+    torch.save((output["advantages"], scored.completion_ids, scored.rewards_per_function[:, 0]), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_group_spread_over_two_processes_is_one_group(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_train_on_a_rank, (port, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ids = [row for _, completion_ids, _ in ranks for row in completion_ids]
+    expected = tempo_advantages(ids, ranks[0][2].double())
+    assert len(ids) == 4 and any(values_T.any() for values_T in expected)
+    found = [row_T for advantages_BT, _, _ in ranks for row_T in advantages_BT]
+    for row_T, values_T in zip(found, expected, strict=True):
+        torch.testing.assert_close(row_T[: len(values_T)].double(), values_T, atol=1e-6, rtol=0)
+
+
+def test_estimators_are_found_by_name_or_refused():
+    assert resolve("tempo") == TempoConfig()
+    with pytest.raises(ConfigError, match="advantage=nonsense: unknown; set one of"):
+        resolve("nonsense")
+
+
+def test_another_trl_is_refused_with_the_remedy():
+    class Changed(trl.GRPOTrainer):
+        def _calculate_rewards(self, rows):
+            return rows
+
+    with pytest.raises(ImportError, match=r"trl 9.9: GRPOTrainer._calculate_rewards takes .* pip install 'trl>=1.16"):
+        check_hooks(Changed, "9.9")
+
+
+PROMPTS = ["1+1=", "12*2="]
+TEXTS = [["2", "1+1=2\n3", "4.", "\\boxed{2}"], ["24", "2*12=24\n", "9", "12+12=24"]]
+REWARDS = [[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]]
+
+
+def ids_of(text):
+    return tuple(TOKENIZER(text)["input_ids"])
+
+
+def fixed_groups():
+    """Old log-probs near those of the model, so that some ratios are clipped and some are not."""
+    model, noise, groups = tiny_model(), torch.Generator().manual_seed(1), []
+    for prompt, texts, rewards in zip(PROMPTS, TEXTS, REWARDS, strict=True):
+        completions = []
+        for text in texts:
+            ids, start = [*ids_of(prompt), *ids_of(text), TOKENIZER.eos_token_id], len(ids_of(prompt))
+            with torch.no_grad():
+                logprobs_TV = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+            own_T = logprobs_TV.gather(-1, torch.tensor(ids[start:])[:, None])[:, 0]
+            old_T = own_T + 0.3 * torch.randn(len(own_T), generator=noise)
+            completions.append(Completion(token_ids=tuple(ids[start:]), logprobs=tuple(old_T.tolist()), finish="stop"))
+        groups.append(
+            Group(
+                prompt=Prompt(problem=Problem(id=prompt, prompt=prompt, answer=""), token_ids=ids_of(prompt)),
+                completions=tuple(completions),
+                rewards_G=torch.tensor(rewards),
+            )
+        )
+    return groups
+
+
+def padded(rows, *, left, fill=0):
+    width = max(map(len, rows))
+    return torch.tensor(
+        [[fill] * (width - len(r)) * left + list(r) + [fill] * (width - len(r)) * (not left) for r in rows]
+    )
+
+
+def trl_batch(groups, advantages):
+    completions = [completion for group in groups for completion in group.completions]
+    prompts = [group.prompt.token_ids for group in groups for _ in group.completions]
+    mask = padded([[1] * len(completion.token_ids) for completion in completions], left=False)
+    return {
+        "prompt_ids": padded(prompts, left=True),
+        "prompt_mask": padded([[1] * len(ids) for ids in prompts], left=True),
+        "completion_ids": padded([completion.token_ids for completion in completions], left=False),
+        "completion_mask": mask,
+        "advantages": torch.cat(advantages).float(),
+        "old_per_token_logps": padded([completion.logprobs for completion in completions], left=False, fill=0.0),
+        "num_items_in_batch": mask.sum(),
+    }
+
+
+def gradient(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize(
+    ("trl_options", "loss", "scale"),
+    [
+        ({"loss_type": "grpo", "epsilon_high": 0.2}, {"aggregation": "sequence"}, "std"),
+        ({"loss_type": "dr_grpo", "epsilon_high": 0.2}, {"aggregation": "constant"}, "none"),
+        ({"loss_type": "dapo", "epsilon_high": 0.28}, {"aggregation": "token", "clip_high": 0.28}, "std"),
+        # TRL clips CISPO's ratio at epsilon_high itself, the paper and we at 1 + eps_high.
+        (
+            {"loss_type": "cispo", "epsilon_high": 1.28},
+            {"aggregation": "token", "surrogate": "cispo", "clip_high": 0.28},
+            "std",
+        ),
+        (
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+            {"aggregation": "sequence", "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+            "std",
+        ),
+    ],
+    ids=["grpo", "dr_grpo", "dapo", "cispo", "gspo"],
+)
+def test_loss_and_gradient_equal_trls(tmp_path, trl_options, loss, scale, micro_batches):
+    groups = fixed_groups()
+    advantages = [group_advantages(group.rewards_G, scale=scale) for group in groups]
+    rows = 8 // micro_batches
+    trainer = trl.GRPOTrainer(
+        model=tiny_model(),
+        reward_funcs=reward,
+        args=arguments(
+            tmp_path,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=micro_batches,
+            steps_per_generation=micro_batches,
+            **trl_options,
+        ),
+        train_dataset=dataset(),
+        processing_class=TOKENIZER,
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = micro_batches
+    whole, theirs = trl_batch(groups, advantages), 0.0
+    for start in range(0, 8, rows):
+        part = {name: value[start : start + rows] if value.ndim else value for name, value in whole.items()}
+        value = trainer._compute_loss(trainer.model, part)
+        value.backward()
+        theirs += float(value.detach())
+
+    model, config, ours = LogprobModel(tiny_model(), temperature=1.0), LossConfig(**loss), 0.0
+    clipped = 0.0
+    values = [
+        [one.expand(len(ids)) for one, ids in zip(advantages_G, group.completion_ids, strict=True)]
+        for advantages_G, group in zip(advantages, groups, strict=True)
+    ]
+    budget = 1000 if micro_batches == 1 else 32
+    batches, _ = collate(groups, values, aggregation=config.aggregation, token_budget=budget, max_new_tokens=MAX_TOKENS)
+    assert (len(batches) == 1) == (micro_batches == 1)
+    for batch in batches:
+        logprobs_N, entropy_N = model(batch)
+        output = policy_loss(logprobs_N, batch, config, entropy_N=entropy_N)
+        output.loss.backward()
+        ours += float(output.loss.detach())
+        clipped += output.metrics["clip_ratio/region_mean"].total
+    assert 0 < clipped < sum(len(ids) for group in groups for ids in group.completion_ids)
+    wanted, found = gradient(trainer.model), gradient(model.model)
+    difference = float((found - wanted).norm() / wanted.norm())
+    print(f"parity: loss {ours:.7f} and {theirs:.7f}, gradients differ by {difference:.1e} of their norm")
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    assert difference < 1e-5

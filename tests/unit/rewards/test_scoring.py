@@ -1,0 +1,191 @@
+"""Scoring: sums, abstention, and users' functions that raise, hang, or return nonsense."""
+
+import math
+import threading
+
+import pytest
+import torch
+
+from rltrain.config import ConfigError
+from rltrain.rewards.custom import CustomConfig
+from rltrain.rewards.format import FormatConfig
+from rltrain.rewards.math import MathConfig
+from rltrain.rewards.scoring import score
+from rltrain.rewards.trl_function import TrlFunctionConfig, trl_arguments
+from rltrain.types import Completion, Context, Group, Problem, Prompt, Scores
+
+release = threading.Event()
+
+
+def lengths(groups, options, context):
+    return [[float(len(one.text)) for one in group.completions] for group in groups]
+
+
+def as_scores(groups, options, context):
+    return Scores(scores=[[options["value"]] * len(group.completions) for group in groups])
+
+
+def with_notes(groups, options, context):
+    rows = [float(len(one.text)) for one in groups[0].completions]
+    return Scores(scores=[rows], notes=[{"halves": [[row / 2] for row in rows][: options.get("kept")]}])
+
+
+def raises(groups, options, context):
+    raise KeyError("no such column")
+
+
+def leaves(groups, options, context):
+    raise SystemExit(1)
+
+
+def hangs(groups, options, context):
+    release.wait(60)
+    return lengths(groups, options, context)
+
+
+def too_few(groups, options, context):
+    return [[1.0] for _ in groups]
+
+
+def one_number(groups, options, context):
+    return 1.0
+
+
+def nonsense(groups, options, context):
+    return [[math.nan, math.inf, None, "x", 2.0] for _ in groups]
+
+
+def trl_first_digit(prompts, completions, completion_ids, *, answer, level, **columns):
+    assert isinstance(completions[0], str) and len(prompts) == len(completion_ids) == len(level)
+    return [float(a in text) if b == "easy" else None for text, a, b in zip(completions, answer, level, strict=True)]
+
+
+def trl_too_few(prompts, completions, completion_ids, **columns):
+    return [1.0]
+
+
+def group(texts, answer="5", **meta):
+    completions = tuple(Completion(token_ids=(7, 8), logprobs=(0.0, 0.0), finish="stop", text=text) for text in texts)
+    problem = Problem(id="p", prompt="q", answer=answer, meta=meta)
+    return Group(prompt=Prompt(problem=problem, token_ids=(1,)), completions=completions)
+
+
+def user(name, **fields):
+    return CustomConfig(import_path=f"{__name__}:{name}", **fields)
+
+
+def value(metric):
+    return metric.total / metric.count
+
+
+RIGHT, WRONG = r"\boxed{5}", r"\boxed{6}"
+
+
+def test_weighted_sum_with_named_unweighted_parts():
+    groups = [group([RIGHT, WRONG, "no"]), group([RIGHT, RIGHT, RIGHT]), group([WRONG, WRONG, WRONG])]
+    rewards = {"answer": MathConfig(weight=2.0), "length": user("lengths", weight=0.1)}
+    scored, metrics = score(groups, rewards, Context())
+    assert scored[0].rewards_G.tolist() == pytest.approx([2.9, 0.9, 0.2])
+    assert scored[0].reward_parts["answer"].tolist() == [1, 0, 0]
+    assert scored[0].reward_parts["length"].tolist() == [9, 9, 2]
+    assert scored[0].rewards_G.dtype == torch.float64
+    assert value(metrics["rewards/answer/mean"]) == pytest.approx(4 / 9)
+    assert metrics["rewards/answer/std"].value == pytest.approx(math.sqrt(9 / 8 * 4 / 9 * 5 / 9))
+    assert value(metrics["reward"]) == pytest.approx((2.9 + 0.9 + 0.2 + 3 * 2.9 + 3 * 0.9) / 9)
+    assert [value(metrics[f"groups/{name}"]) for name in ("all_right", "all_wrong", "mixed")] == pytest.approx(
+        [1 / 3] * 3
+    )
+    assert value(metrics["frac_reward_zero_std"]) == pytest.approx(2 / 3)
+    assert value(metrics["reward_std"]) == pytest.approx(float(scored[0].rewards_G.std()) / 3)
+    assert metrics["rewards/length/errors"].total == 0
+
+
+def test_a_reward_that_abstains_on_a_whole_group_does_not_apply_to_it():
+    rewards = {"answer": MathConfig(), "format": FormatConfig(tags=["think"], weight=0.5)}
+    texts = [rf"<think>a</think>{RIGHT}", RIGHT]
+    scored, metrics = score([group(texts), group(texts, answer="see figure")], rewards, Context())
+    assert scored[0].rewards_G.tolist() == [1.5, 1.0]
+    assert scored[1].rewards_G.tolist() == [0.5, 0.0]
+    assert scored[1].reward_parts["answer"].isnan().all()
+    assert value(metrics["rewards/answer/abstained"]) == 0.5
+    alone, metrics = score([group(texts, answer="see figure")], {"answer": MathConfig()}, Context())
+    assert alone[0].rewards_G.isnan().all() and metrics["reward"].count == 0 == metrics["reward_std"].count
+
+
+@pytest.mark.parametrize("name", ["raises", "leaves", "too_few", "one_number"])
+def test_a_failing_function_is_counted_and_its_batch_abstains(name, caplog):
+    rewards = {"answer": MathConfig(), "mine": user(name)}
+    scored, metrics = score([group([RIGHT, WRONG])], rewards, Context())
+    assert scored[0].rewards_G.isnan().all()
+    assert scored[0].reward_parts["answer"].tolist() == [1.0, 0.0]
+    assert metrics["rewards/mine/errors"].total == 2 and metrics["rewards/mine/timeouts"].total == 0
+    assert "reward mine failed" in caplog.text
+
+
+def test_notes_of_rewards_stay_with_their_group():
+    scored, _ = score([group(["a", "bcd"])], {"answer": MathConfig(), "mine": user("with_notes")}, Context())
+    assert scored[0].notes == {"halves": [[0.5], [1.5]]}
+    short, metrics = score([group(["a", "bcd"])], {"mine": user("with_notes", options={"kept": 1})}, Context())
+    assert short[0].notes == {} and metrics["rewards/mine/errors"].total == 2
+
+
+def test_values_that_are_no_finite_numbers_abstain_one_by_one():
+    scored, metrics = score([group(["a"] * 5)], {"mine": user("nonsense")}, Context())
+    assert [math.isnan(one) for one in scored[0].rewards_G.tolist()] == [True, True, True, True, False]
+    assert metrics["rewards/mine/errors"].total == 3
+    assert metrics["rewards/mine/abstained"].total == 4
+
+
+def test_a_hanging_function_abstains_and_never_runs_twice():
+    release.clear()
+    rewards = {"slow": user("hangs", deadline_s=0.2)}
+    before = threading.active_count()
+    for _ in range(3):
+        scored, metrics = score([group(["ab", "abc"])], rewards, Context())
+        assert scored[0].rewards_G.isnan().all()
+        assert metrics["rewards/slow/timeouts"].total == 2 and metrics["rewards/slow/errors"].total == 0
+    assert threading.active_count() == before + 1
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "reward-slow":
+            thread.join(10)
+    assert score([group(["ab", "abc"])], rewards, Context())[0][0].rewards_G.tolist() == [2.0, 3.0]
+
+
+def test_scores_record_and_options():
+    scored, _ = score([group(["a", "b"])], {"mine": user("as_scores", options={"value": 0.25})}, Context())
+    assert scored[0].rewards_G.tolist() == [0.25, 0.25]
+
+
+def test_trl_functions_run_unchanged():
+    groups = [group(["5", "6"], level="easy"), group(["5", "6"], level="hard")]
+    config = TrlFunctionConfig(import_path=f"{__name__}:trl_first_digit")
+    scored, metrics = score(groups, {"mine": config}, Context())
+    assert scored[0].rewards_G.tolist() == [1.0, 0.0]
+    assert scored[1].rewards_G.isnan().all()
+    assert metrics["rewards/mine/errors"].total == 0
+    _, metrics = score(groups, {"mine": TrlFunctionConfig(import_path=f"{__name__}:trl_too_few")}, Context())
+    assert metrics["rewards/mine/errors"].total == 4
+
+
+def test_trl_gets_chat_completions_for_chat_prompts():
+    chat = Problem(id="p", prompt=[{"role": "user", "content": "q"}], answer="5")
+    one = Group(prompt=Prompt(problem=chat, token_ids=(1,)), completions=group(["x"]).completions)
+    arguments = trl_arguments([one], Context())
+    assert arguments["completions"] == [[{"role": "assistant", "content": "x"}]]
+    assert arguments["completion_ids"] == [[7, 8]] and arguments["solution"] == ["5"]
+
+
+def test_trls_own_reward_runs_here():
+    config = TrlFunctionConfig(import_path="trl.rewards:think_format_reward")
+    problem = Problem(id="p", prompt=[{"role": "user", "content": "q"}], answer="5")
+    texts = ["<think>a</think>b", "b"]
+    one = Group(prompt=Prompt(problem=problem, token_ids=(1,)), completions=group(texts).completions)
+    scored, _ = score([one], {"format": config}, Context())
+    assert scored[0].rewards_G.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("path", ["nocolon", "no_such_module:f", "math:no_such", "math:pi"])
+def test_wrong_import_paths_are_refused_at_once(path):
+    with pytest.raises(ConfigError, match="reward.import_path="):
+        CustomConfig(import_path=path)

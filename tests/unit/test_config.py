@@ -1,0 +1,162 @@
+"""Every YAML composes; every mistake is one line with its remedy, before a model is loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rltrain import cli
+from rltrain.config import ConfigError, part_of, parts
+from rltrain.types import Need
+
+CONFIGS = cli.config_folder()
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+PRESETS = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml"))
+
+
+def overrides_for(group: str, name: str) -> list[str]:
+    if group == "experiment":
+        return [f"+experiment={name}"]
+    return [f"reward@rewards.answer={name}" if group == "reward" else f"{group}={name}"]
+
+
+@pytest.mark.parametrize(("group", "name"), PRESETS, ids=[f"{group}-{name}" for group, name in PRESETS])
+def test_every_yaml_composes_to_a_valid_run(group, name):
+    config = cli.compose(overrides_for(group, name))
+    assert part_of(config.model).group == "model"
+    assert part_of(config.advantage).group == "advantage"
+
+
+def test_no_preset_is_named_like_a_node():
+    """Hydra would take the node as the preset's schema."""
+    cli.discover()
+    assert {(part.group, part.name) for part in parts()}.isdisjoint(PRESETS)
+
+
+@pytest.mark.parametrize("experiment", [path.stem for path in (CONFIGS / "experiment").glob("*.yaml")])
+@pytest.mark.parametrize("algorithm", [path.stem for path in (CONFIGS / "algorithm").glob("*.yaml")])
+def test_every_experiment_takes_every_algorithm(experiment, algorithm):
+    cli.compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
+
+
+ALGORITHMS = {
+    "grpo": {"ratio": "token", "surrogate": "clip", "clip_high": 0.2, "aggregation": "sequence", "dual_clip": None},
+    "dr_grpo": {"surrogate": "clip", "clip_high": 0.2, "aggregation": "constant"},
+    "rloo": {"surrogate": "reinforce", "aggregation": "sequence_sum"},
+    "reinforce_pp_baseline": {"surrogate": "clip", "aggregation": "token", "kl_estimator": "k2"},
+    "dapo": {"surrogate": "clip", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token", "kl_coef": 0.0},
+    "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence"},
+    "cispo": {"surrogate": "cispo", "aggregation": "token"},
+    "tempo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "aggregation": "token", "kl_coef": 0.0},
+    "spae": {"clip_low": 0.2, "clip_high": 0.28, "aggregation": "token"},
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithm_presets_are_those_of_the_papers(name):
+    loss = cli.compose([f"algorithm={name}"]).loss
+    assert {key: getattr(loss, key) for key in ALGORITHMS[name]} == ALGORITHMS[name]
+
+
+def test_algorithms_choose_their_estimator():
+    assert cli.compose(["algorithm=tempo"]).advantage.normalize_std is True
+    dr_grpo, rloo = cli.compose(["algorithm=dr_grpo"]).advantage, cli.compose(["algorithm=rloo"]).advantage
+    assert (dr_grpo.baseline, dr_grpo.scale) == ("mean", "none")
+    assert (rloo.baseline, rloo.scale) == ("leave_one_out", "none")
+    assert cli.compose(["algorithm=dapo"]).batch.dynamic_sampling is True
+
+
+def test_an_estimator_can_be_changed_under_an_algorithm():
+    config = cli.compose(["+experiment=quickstart", "algorithm=dapo", "advantage=tempo"])
+    assert part_of(config.advantage).name == "tempo"
+    assert config.loss.clip_high == 0.28
+
+
+def test_needs_follow_from_the_parts():
+    assert cli.compose([]).needs() == frozenset()
+    assert cli.compose(["loss.kl_coef=0.1"]).needs() == {Need.REFERENCE_LOGPROBS}
+    assert Need.PROBES in cli.compose(["advantage=spae"]).needs()
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["batch.group_size=1"], "group_size=1: a group baseline needs at least 2 samples; set batch.group_size>=2"),
+    (["batch.token_budget=100"], "batch.token_budget=100: below one sequence"),
+    (["model.dtype=float16"], "model.dtype=float16: not supported; set float32 or bfloat16"),
+    (["sampling.temperature=0"], "set sampling.temperature>0"),
+    (["loss.importance_correction=truncate", "sampling.top_p=0.9"], "set sampling.top_k=0 sampling.top_p=1"),
+    (["deepspeed.offload_optimizer=true"], "set deepspeed.zero_stage>=1"),
+    (["evaluation.samples=4"], "set evaluation.temperature=1.0 or evaluation.samples=1"),
+    (["model=pretrained"], "model.path: has no value"),
+    (["sampling.max_new_tokens=0"], "sampling.max_new_tokens=0: set at least 1"),
+    (["evaluation.every_steps=-1"], "evaluation.every_steps=-1: must be >= 0; 0 means never"),
+    (["checkpoint.every_steps=-1"], "checkpoint.every_steps=-1: must be >= 0"),
+    (["loss.entropy_coef=-0.1"], "loss.entropy_coef=-0.1: must be >= 0"),
+    (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: set two numbers"),
+    (["deadline_s=0"], "deadline_s=0.0: must be > 0"),
+    (["cold_start.batch_size=0"], "cold_start.batch_size=0: set at least 1"),
+    (
+        ["reward@rewards.answer=custom", "rewards.answer.import_path=json:dumps", "rewards.answer.deadline_s=1000"],
+        "set it to half of that or less",
+    ),
+    (["optimizer.schedule=step"], "set one of constant, linear, cosine"),
+])  # fmt: skip
+def test_impossible_combinations_name_key_cause_and_remedy(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        cli.compose(overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_parts_under_one_name_are_refused():
+    from rltrain.config import AdvantageConfig, register
+
+    with pytest.raises(ValueError, match="registered twice"):
+        register("advantage", "group", AdvantageConfig)(lambda: None)
+
+
+def command(*arguments: str, module: str = "rltrain.train") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["batch.groupsize=4"], ["batch.groupsize", "did you mean group_size?"]),
+    (["batch.group_size=four"], ["batch.group_size", "four", "Integer"]),
+    (["advantage=tempoo"], ["advantage/tempoo", "tempo"]),
+    (["+experiment=nothing"], ["experiment/nothing"]),
+    (["batch.group_size=1"], ["set batch.group_size>=2"]),
+])  # fmt: skip
+def test_mistakes_on_the_command_line_are_one_line(arguments, expected):
+    result = command(*arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("config error: ")
+    for text in expected:
+        assert text in line
+
+
+def test_help_lists_the_groups():
+    result = command("--help")
+    assert result.returncode == 0
+    for group in ("advantage", "algorithm", "data", "experiment", "model", "reward", "rollout"):
+        assert f"\n{group}: " in result.stdout
+    assert "quickstart" in result.stdout
+
+
+def test_help_imports_torch_at_most():
+    """What makes --help slow is what it imports."""
+    code = "import sys; from rltrain import train, cli; cli.store_nodes(); print(*sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    heavy = {"transformers", "deepspeed", "datasets", "trl", "wandb", "vllm", "peft", "matplotlib", "sympy.core"}
+    loaded = set(result.stdout.split())
+    assert heavy & loaded <= {"sympy.core"}, heavy & loaded  # torch itself loads sympy
+
+
+def test_own_folder_of_experiments_needs_no_code(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nbatch: {group_size: 1}\n")
+    result = command("--config-dir", str(tmp_path), "+experiment=mine")
+    assert "batch.group_size=1: a group baseline" in result.stderr
