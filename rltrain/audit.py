@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rltrain import cli
-from rltrain.config import RewardConfig, RunConfig, part_of
+from rltrain.config import RewardConfig, RunConfig
+from rltrain.registry import part_of
 from rltrain.rewards.math import MathConfig, grade
 from rltrain.rewards.scoring import score
 from rltrain.rewards.verifier.extract import gold_of

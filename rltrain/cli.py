@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rltrain.config import ConfigError, RunConfig, RunError, discover, parts
+from rltrain.config import RunConfig
+from rltrain.errors import ConfigError, RunError
+from rltrain.registry import discover, parts
 from rltrain.runtime import watchdog
 
 # Lines of Hydra's and OmegaConf's messages that tell a user nothing.

@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from rltrain import cli
-from rltrain.config import ConfigError, RunConfig, part_of
+from rltrain.config import RunConfig
 from rltrain.data.traces import Trace, TracePrompt
-from rltrain.policy.load import Policy, encode_all, load_frozen, load_policy, prompt_limit
+from rltrain.errors import ConfigError
+from rltrain.policy.encode import encode_all, prompt_limit
+from rltrain.policy.load import Policy, load_frozen, load_policy
 from rltrain.policy.scorer import check_same_vocabulary
+from rltrain.registry import part_of
 from rltrain.rewards.compression import compressed_ids
 from rltrain.rewards.scoring import score
 from rltrain.runs import run_folder

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from rltrain import cli
-from rltrain.config import ConfigError, EvaluationConfig, RewardConfig, RunConfig, SamplingConfig, part_of
+from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
 from rltrain.data.prompts import LIMITS
-from rltrain.policy.load import Policy, encode_all, load_policy, prompt_limit
+from rltrain.errors import ConfigError
+from rltrain.policy.encode import encode_all, prompt_limit
+from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import load_scorer
+from rltrain.registry import part_of
 from rltrain.rewards.scoring import score
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rltrain import cli
-from rltrain.config import ColdStartConfig, ConfigError, RunConfig, RunError, part_of
-from rltrain.policy.load import Policy, encode, load_policy
+from rltrain.config import ColdStartConfig, RunConfig
+from rltrain.errors import ConfigError, RunError
+from rltrain.policy.encode import encode
+from rltrain.policy.load import Policy, load_policy
+from rltrain.registry import part_of
 from rltrain.runs import run_folder
 from rltrain.runtime import dist, watchdog
 from rltrain.types import Problem

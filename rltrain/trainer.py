@@ -22,14 +22,16 @@ from rltrain import sft
 from rltrain.batching import zero_variance
 from rltrain.batching.bins import Layout
 from rltrain.batching.collate import Denominators, collate, padding_share
-from rltrain.config import ConfigError, RunConfig, part_of
+from rltrain.config import RunConfig
 from rltrain.data.prompts import PromptSource
 from rltrain.engine.deepspeed import Engine, NonFiniteError, learning_rate, sharded_loading
+from rltrain.errors import ConfigError
 from rltrain.evaluate import evaluate, evaluation_rewards, held_out_prompts
 from rltrain.policy.layout_check import usable_layouts
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel, loss_and_logprobs, to_device
 from rltrain.policy.scorer import Scorer, load_reference, load_scorer
+from rltrain.registry import part_of
 from rltrain.rewards.scoring import score
 from rltrain.rollout import RolloutLost, ahead
 from rltrain.rollout.ahead import Ahead

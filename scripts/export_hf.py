@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from rltrain import cli
-from rltrain.config import ConfigError, discover
 from rltrain.engine.zero_shards import Archive
+from rltrain.errors import ConfigError
 from rltrain.policy.load import Policy, config_of, load_policy, save_policy
+from rltrain.registry import discover
 from rltrain.runs import checkpoint
 from rltrain.runs.checkpoint import Saved
 

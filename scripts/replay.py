@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from rltrain import cli
-from rltrain.config import ConfigError, LossConfig, Part, parts
+from rltrain.config import LossConfig
+from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, loss_and_logprobs
+from rltrain.registry import Part, parts
 from rltrain.runs import step_dump
 from rltrain.runs.step_dump import Bundle, Record
 from rltrain.types import Context

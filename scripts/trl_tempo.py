@@ -14,7 +14,8 @@ import trl
 
 from rltrain.compat.trl import GRPOTrainer
 from rltrain.data.random_calculation import generate
-from rltrain.policy.load import TinyConfig, load_policy
+from rltrain.policy.load import load_policy
+from rltrain.policy.tiny import TinyConfig
 from rltrain.rewards.random_calculation import boxed_number, parse_number
 
 

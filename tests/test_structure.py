@@ -17,6 +17,7 @@ SOURCES = sorted((ROOT / "rltrain").rglob("*.py"))
 LAYERS = [
     {"types", "errors"},
     {"runtime/"},
+    {"registry"},
     {"config"},
     {"kernels/", "loss", "cli"},
     {"batching/", "engine/"},

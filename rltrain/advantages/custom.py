@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rltrain.config import MISSING, AdvantageConfig, load_callable, register
+from rltrain.config import MISSING, AdvantageConfig
+from rltrain.registry import load_callable, register
 from rltrain.types import Advantages, Context, Group
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rltrain.config import AdvantageConfig, register, require
+from rltrain.config import AdvantageConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.types import Advantages, Context, Group
 
 

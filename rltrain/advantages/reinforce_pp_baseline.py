@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from rltrain.advantages.group import as_rewards, group_advantages, per_token
 from rltrain.advantages.whitening import whiten
-from rltrain.config import AdvantageConfig, register, require
+from rltrain.config import AdvantageConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.types import Advantages, Context, Group
 
 

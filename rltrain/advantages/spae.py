@@ -11,7 +11,9 @@ from torch import Tensor
 
 from rltrain.advantages.group import as_rewards, has_signal
 from rltrain.advantages.spae_steps import Steps, check_delimiter, split_steps
-from rltrain.config import AdvantageConfig, register, require
+from rltrain.config import AdvantageConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 from rltrain.runtime import dist
 from rltrain.types import Advantages, Context, Group, Mean, Need, Notes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.rollout.probe_types import vocabulary
 
 

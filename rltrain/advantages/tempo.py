@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rltrain.advantages.group import as_rewards, has_signal
 from rltrain.advantages.prefix_tree import TokenIds, common_prefixes, node_values, prefix_values
-from rltrain.config import AdvantageConfig, register, require
+from rltrain.config import AdvantageConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.types import Advantages, Context, Group, Mean
 
 

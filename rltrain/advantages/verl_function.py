@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import as_rewards
-from rltrain.config import MISSING, AdvantageConfig, load_callable, register, require
+from rltrain.config import MISSING, AdvantageConfig
+from rltrain.errors import require
+from rltrain.registry import load_callable, register
 from rltrain.types import Advantages, Context, Group
 
 KEY = "advantage.import_path"

@@ -19,7 +19,7 @@ from rltrain.compare.comparison import compare
 from rltrain.compare.folders import common_folder, read
 from rltrain.compare.picture import plot
 from rltrain.compare.words import sentences, tables
-from rltrain.config import RunError, require
+from rltrain.errors import RunError, require
 
 WIDTH = 140  # of the tables where the output is no terminal
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.runs.metrics import read_jsonl
 from rltrain.runs.summary import series
 

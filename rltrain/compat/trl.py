@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain import config
-from rltrain.config import AdvantageConfig, part_of, parts, require
+from rltrain.config import AdvantageConfig
+from rltrain.errors import require
 from rltrain.policy.load import Policy, stop_token_ids
+from rltrain.registry import discover, part_of, parts
 from rltrain.rollout.probes import PolicyProber
 from rltrain.types import Completion, Context, Group, Mean, Need, Problem, Prompt
 
@@ -58,7 +59,7 @@ class _Scored:
 
 def resolve(advantage: AdvantageConfig | str) -> AdvantageConfig:
     """An estimator's config, or its name for the defaults; ``ConfigError`` for one that TRL's trainer cannot serve."""
-    config.discover()
+    discover()
     if isinstance(advantage, str):
         known = {part.name: part.config for part in parts("advantage")}
         require(advantage in known, f"advantage={advantage}: unknown; set one of {', '.join(known)}")

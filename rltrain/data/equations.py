@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
-from rltrain.config import register
 from rltrain.data.random_calculation import RandomCalculation, RandomCalculationConfig
 from rltrain.data.text import CutConfig, Documents
+from rltrain.registry import register
 from rltrain.types import Problem
 
 

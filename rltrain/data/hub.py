@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-from rltrain.config import MISSING, ConfigError, DataConfig, register, require
+from rltrain.config import MISSING, DataConfig
 from rltrain.data.boxed import last_boxed
+from rltrain.errors import ConfigError, require
+from rltrain.registry import register
 from rltrain.types import Problem
 
 log = logging.getLogger(__name__)

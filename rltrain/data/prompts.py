@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from rltrain.config import ConfigError, RunConfig, part_of
+from rltrain.config import RunConfig
 from rltrain.data.sampler import problem_indices
-from rltrain.policy.load import Policy, encode_all, prompt_limit
+from rltrain.errors import ConfigError
+from rltrain.policy.encode import encode_all, prompt_limit
+from rltrain.policy.load import Policy
+from rltrain.registry import part_of
 from rltrain.runtime import dist
 from rltrain.types import Problem, Prompt
 

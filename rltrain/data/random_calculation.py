@@ -23,7 +23,7 @@ from fractions import Fraction
 from functools import cache
 from typing import overload
 
-from rltrain.config import ConfigError, DataConfig, register, require
+from rltrain.config import DataConfig
 from rltrain.data.expressions import (
     LATEX,
     PLAIN,
@@ -38,6 +38,8 @@ from rltrain.data.expressions import (
     value_text,
     worked_steps,
 )
+from rltrain.errors import ConfigError, require
+from rltrain.registry import register
 from rltrain.types import Problem
 
 SPLITS = ("train", "validation", "test")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from rltrain.config import require
+from rltrain.errors import require
 
 FEISTEL_ROUNDS = 6
 

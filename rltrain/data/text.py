@@ -8,8 +8,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from rltrain.config import MISSING, DataConfig, register, require
+from rltrain.config import MISSING, DataConfig
 from rltrain.data.hub import HubConfig, hub
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.types import Problem, Prompt, TokenProblem
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rltrain.config import MISSING, ConfigError, DataConfig, Part, parts, register, require
+from rltrain.config import MISSING, DataConfig
 from rltrain.data.hub import HubConfig, hub
+from rltrain.errors import ConfigError, require
+from rltrain.registry import Part, parts, register
 from rltrain.types import Completion, Context, Group, Problem, Prompt, TokenProblem
 
 log = logging.getLogger(__name__)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
-from rltrain.config import register, require
 from rltrain.data.random_calculation import RandomCalculation, RandomCalculationConfig
 from rltrain.data.text import uniform
 from rltrain.data.traces import CompressionConfig, trace_problem
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.types import Problem
 
 TASKS = ("compress", "solve")

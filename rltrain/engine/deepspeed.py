@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rltrain.config import DeepSpeedConfig, OptimizerConfig, RunError
+from rltrain.config import DeepSpeedConfig, OptimizerConfig
 from rltrain.engine import zero_shards
+from rltrain.errors import RunError
 from rltrain.runtime import dist
 
 

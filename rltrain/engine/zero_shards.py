@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rltrain.config import RunError
+from rltrain.errors import RunError
 from rltrain.runtime import dist
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")

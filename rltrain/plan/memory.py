@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 from rltrain import cli
-from rltrain.config import ConfigError, Need, RunConfig, require
+from rltrain.config import Need, RunConfig
+from rltrain.errors import ConfigError, require
 from rltrain.plan.model_shape import ModelShape, activation_bytes, architecture, measure
 
 GIB = 2**30

@@ -18,8 +18,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rltrain.config import ConfigError, ModelConfig
-from rltrain.policy.load import PretrainedConfig, add_lora, located, tiny_architecture
+from rltrain.config import ModelConfig
+from rltrain.errors import ConfigError
+from rltrain.policy.load import PretrainedConfig, located
+from rltrain.policy.lora import add_lora
+from rltrain.policy.tiny import tiny_architecture
 
 # Layers that are run to find what one more costs; models with fewer are run whole.
 PROBED_LAYERS = (2, 4)

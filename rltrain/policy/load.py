@@ -6,29 +6,19 @@ import copy
 import dataclasses
 import importlib.util
 import json
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rltrain.config import (
-    MISSING,
-    ConfigError,
-    LoraConfig,
-    ModelConfig,
-    SamplingConfig,
-    part_of,
-    parts,
-    register,
-    require,
-)
-from rltrain.types import Message, Problem, Prompt, TokenProblem
+from rltrain.config import MISSING, LoraConfig, ModelConfig
+from rltrain.errors import ConfigError, require
+from rltrain.policy.lora import add_lora, load_lora
+from rltrain.registry import discover, part_of, parts, register
 
 BASE_MODEL = "base_model.json"
-TINY_ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +49,6 @@ class PretrainedConfig(ModelConfig):
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str = "sdpa"
-
-
-@dataclass(kw_only=True)
-class TinyConfig(ModelConfig):
-    """A Qwen3-architecture model with a character tokenizer, made in code: about 1 M parameters, no download.
-
-    ``path`` loads weights that such a model was saved to.
-    """
-
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    intermediate_size: int = 384
-    max_positions: int = 512
-    init_seed: int = 0
-    path: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.hidden_size % self.heads == 0,
-            f"model.hidden_size={self.hidden_size} is not divisible by model.heads={self.heads}; change one of them",
-        )
 
 
 def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
@@ -138,6 +105,7 @@ def config_of(plain: Mapping[str, Any]) -> ModelConfig:
     """A model config from its plain form, whose ``kind`` names the part."""
     fields = dict(plain)
     kind = fields.pop("kind")
+    discover()
     known = {part.name: part.config for part in parts("model")}
     require(kind in known, f"model={kind}: not registered here; import the file that registers it")
     return known[kind](**fields | {"lora": LoraConfig(**fields.get("lora", {}))})
@@ -176,93 +144,6 @@ def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     return tuple(sorted({int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}))
-
-
-def add_lora(model: Any, config: LoraConfig) -> Any:
-    """Wrap a model with peft's LoRA adapters; only these are trained."""
-    import peft
-
-    adapters = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type] - peft divides it by the rank
-        lora_dropout=config.dropout,
-        target_modules=list(config.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, adapters)
-
-
-def load_lora(model: Any, folder: Path, config: LoraConfig) -> Any:
-    """Put saved adapters on their base model: trainable, or merged into plain weights where ``config.rank=0``."""
-    import peft
-
-    adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=config.rank > 0)
-    if config.rank == 0:
-        return adapted.merge_and_unload()  # type: ignore[operator]
-    saved = adapted.peft_config["default"].r  # type: ignore[attr-defined]
-    require(saved == config.rank, f"model.lora.rank={config.rank}: {folder} holds adapters of rank {saved}; set that")
-    return adapted
-
-
-def encode(policy: Policy, problem: Problem, config: ModelConfig) -> Prompt:
-    """A problem as token ids; chat messages (or text with ``config.chat``) go through the tokenizer's template."""
-
-    def render(prompt: str | Sequence[Message]) -> tuple[int, ...]:
-        return prompt_ids(policy.tokenizer, prompt, config)
-
-    if isinstance(problem, TokenProblem):
-        return problem.encode(policy.tokenizer, render)
-    return Prompt(problem=problem, token_ids=render(problem.prompt))
-
-
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], config: ModelConfig) -> tuple[int, ...]:
-    """The ids of a text or of chat messages."""
-    if isinstance(prompt, str) and not config.chat:
-        return tuple(tokenizer(prompt)["input_ids"])
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-    for question, answer in reversed(config.examples):
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}, *turns]
-    if config.system is not None and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": config.system}, *turns]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def encode_all(
-    policy: Policy, problems: Sequence[Problem], config: ModelConfig, *, max_prompt_tokens: int
-) -> tuple[list[Prompt], list[Problem]]:
-    """Prompts within the limit, and the problems that were left out for being longer (or empty)."""
-    prompts = [encode(policy, problem, config) for problem in problems]
-    fits = [0 < len(prompt.token_ids) <= max_prompt_tokens for prompt in prompts]
-    kept = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
-    return kept, [problem for problem, fit in zip(problems, fits, strict=True) if not fit]
-
-
-def positions(model: Any) -> int | None:
-    """How many positions a model knows, by its config; None if it says nothing, or adds a bias to scores instead.
-
-    A factor of its rotations counts, although some configs have it in their number already.
-    """
-    config = model.config.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
-    if not known or known < 0 or getattr(config, "alibi", False):
-        return None
-    rotations = getattr(config, "rope_parameters", None) or {}
-    by_layer = [rotations, *(each for each in rotations.values() if isinstance(each, dict))]
-    return int(known * max(float(each.get("factor") or 1) for each in by_layer))
-
-
-def prompt_limit(policy: Policy, sampling: SamplingConfig) -> int:
-    """``sampling.max_prompt_tokens``, or what the model's positions leave beside ``max_new_tokens`` if that is less."""
-    known = positions(policy.model)
-    if known is None:
-        return sampling.max_prompt_tokens
-    if known <= sampling.max_new_tokens:
-        raise ConfigError(
-            f"sampling.max_new_tokens={sampling.max_new_tokens}: leaves no room for a prompt in the model's "
-            f"{known} positions; lower it"
-        )
-    return min(sampling.max_prompt_tokens, known - sampling.max_new_tokens)
 
 
 @register("model", "pretrained", PretrainedConfig)
@@ -315,63 +196,3 @@ def _unquantised(model: Any) -> Any:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
-
-
-def character_tokenizer(alphabet: str = TINY_ALPHABET) -> Any:
-    """One token per character, plus <pad>, <eos>, <unk>, <think> and </think>; made in code."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<eos>", "<unk>", "<think>", "</think>"]
-    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
-    return tokenizer
-
-
-def tiny_architecture(config: TinyConfig) -> Any:
-    """The transformers config of the tiny model."""
-    from transformers import Qwen3Config
-
-    tokenizer = character_tokenizer()
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        head_dim=config.hidden_size // config.heads,
-        max_position_embeddings=config.max_positions,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-
-
-@register("model", "tiny", TinyConfig)
-def tiny(config: TinyConfig) -> tuple[Any, Any]:
-    """Build the tiny model with seeded random weights, or load it from ``config.path``."""
-    from transformers import Qwen3ForCausalLM
-
-    dtype = getattr(torch, config.dtype)
-    tokenizer = character_tokenizer()
-    if config.path is not None:
-        if not Path(config.path).is_dir():
-            raise ConfigError(f"model.path={config.path}: no such folder; give the folder of a saved tiny model")
-        return Qwen3ForCausalLM.from_pretrained(config.path, dtype=dtype), tokenizer
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.init_seed)
-        model = Qwen3ForCausalLM(tiny_architecture(config))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model.to(dtype), tokenizer

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from rltrain.batching.bins import Layout
 from rltrain.batching.collate import NO_WEIGHTING, Row, arrange, bins_of, empty_batch, token_batch, unit_segments
-from rltrain.config import ConfigError, RunConfig
+from rltrain.config import RunConfig
 from rltrain.engine.deepspeed import shard_frozen, sharded_loading
+from rltrain.errors import ConfigError
 from rltrain.policy.layout_check import usable_layouts
 from rltrain.policy.load import Policy, load_frozen, load_policy
 from rltrain.policy.logprobs import LogprobModel, inference, loss_tokens, to_device

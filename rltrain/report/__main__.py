@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from rltrain import cli
-from rltrain.config import ConfigError, require
+from rltrain.errors import ConfigError, require
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from rltrain import cli
-from rltrain.config import ConfigError, part_of, parts
+from rltrain.errors import ConfigError
+from rltrain.registry import part_of, parts
 from rltrain.report.folder import RunFolder
 from rltrain.report.samples import Row, as_group, notes
 from rltrain.types import Context, Need, Notes

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rltrain import cli
-from rltrain.config import RunError, TrackingConfig
+from rltrain.config import TrackingConfig
+from rltrain.errors import RunError
 from rltrain.report.page import CURVES
 
 if TYPE_CHECKING:

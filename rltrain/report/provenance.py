@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from rltrain import cli
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.report.folder import RunFolder
 from rltrain.runs import run_folder
 

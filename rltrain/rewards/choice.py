@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rltrain.config import RewardConfig, register
+from rltrain.config import RewardConfig
+from rltrain.registry import register
 from rltrain.rewards.format import opens_thinking
 from rltrain.rewards.math import Verdict
 from rltrain.rewards.verifier.extract import OPEN_THINK, TAIL_CHARACTERS, after_thinking, answer_line, boxed, boxes

@@ -16,9 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rltrain.config import RewardConfig, register, require
+from rltrain.config import RewardConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.rewards.code_tests import Assertion, Unsupported, holds, parse_assertions, undo_plain
-from rltrain.rewards.sandbox.pool import Limits, Run, run_program
+from rltrain.rewards.sandbox.pool import Limits
+from rltrain.rewards.sandbox.program import Run, run_program
 from rltrain.rewards.verifier.extract import after_thinking
 from rltrain.types import Context, Group, Mean, Metric, Scores
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import group_advantages
-from rltrain.config import ConfigError, RewardConfig, register, require
+from rltrain.config import RewardConfig
 from rltrain.data.traces import TracePrompt
+from rltrain.errors import ConfigError, require
+from rltrain.registry import register
 from rltrain.rewards.length import repetition_penalty
 from rltrain.types import Completion, Context, Group, Mean, Need, Scores, SpanRequest
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rltrain.config import MISSING, RewardConfig, load_callable, register, require
+from rltrain.config import MISSING, RewardConfig
+from rltrain.errors import require
+from rltrain.registry import load_callable, register
 from rltrain.types import Context, Group, Scores
 
 

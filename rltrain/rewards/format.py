@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rltrain.config import RewardConfig, register, require
+from rltrain.config import RewardConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.rewards.verifier.extract import OPEN_THINK, boxes
 from rltrain.types import Context, Group, Mean, Prompt, Scores
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import group_advantages
-from rltrain.config import ConfigError, RewardConfig, register, require
+from rltrain.config import RewardConfig
 from rltrain.data.text import TextPrompt
+from rltrain.errors import ConfigError, require
+from rltrain.registry import register
 from rltrain.types import Completion, Context, Group, Mean, Need, Notes, Scores, SpanRequest
 
 

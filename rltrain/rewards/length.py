@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rltrain.config import RewardConfig, register, require
+from rltrain.config import RewardConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.rewards.math import verify
 from rltrain.types import Context, Group, Scores
 

@@ -15,7 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from rltrain.config import RewardConfig, register, require
+from rltrain.config import RewardConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.rewards.format import opens_thinking
 from rltrain.rewards.verifier import cas
 from rltrain.rewards.verifier.compare import Outcome, compare, compare_joined

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from rltrain.config import RewardConfig, register, require
+from rltrain.config import RewardConfig
 from rltrain.data.boxed import last_boxed
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.types import Context, Group, Mean, Problem, Scores
 
 MAX_LITERAL_CHARACTERS = 512

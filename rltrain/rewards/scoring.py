@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.config import ConfigError, RewardConfig, part_of
+from rltrain.config import RewardConfig
+from rltrain.errors import ConfigError
+from rltrain.registry import part_of
 from rltrain.rewards.custom import UserRewardConfig
 from rltrain.runtime import dist, watchdog
 from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std

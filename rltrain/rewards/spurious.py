@@ -11,8 +11,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rltrain.config import MISSING, Part, RewardConfig, parts, register, require
+from rltrain.config import MISSING, RewardConfig
 from rltrain.data.boxed import last_boxed
+from rltrain.errors import require
+from rltrain.registry import Part, parts, register
 from rltrain.rewards.random_calculation import parse_number
 from rltrain.types import Context, Group, Mean, Scores
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rltrain.config import load_callable, register
+from rltrain.registry import load_callable, register
 from rltrain.rewards.custom import UserRewardConfig
 from rltrain.types import Context, Group, Scores
 

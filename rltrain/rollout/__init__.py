@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rltrain.config import RunError, SamplingConfig
+from rltrain.config import SamplingConfig
+from rltrain.errors import RunError
 from rltrain.runtime.interrupts import EXIT_INTERRUPTED
 from rltrain.types import Group, Prompt
 

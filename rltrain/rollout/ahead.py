@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.config import ConfigError, RunConfig, RunError, SamplingConfig, part_of
+from rltrain.config import RunConfig, SamplingConfig
+from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import Policy, load_policy
+from rltrain.registry import part_of
 from rltrain.rollout import Rollout, RolloutLost, probes
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.runtime import dist

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.config import RolloutConfig, SamplingConfig, register, require
+from rltrain.config import RolloutConfig, SamplingConfig
+from rltrain.errors import require
 from rltrain.policy.logprobs import inference
+from rltrain.registry import register
 from rltrain.rollout import probes
 from rltrain.rollout.hf_decoder import PlainDecoder
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.config import require
+from rltrain.errors import require
 from rltrain.policy.load import Policy
 from rltrain.policy.logprobs import inference
 from rltrain.rollout import sampling

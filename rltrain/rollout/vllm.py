@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rltrain.config import RolloutConfig, SamplingConfig, register, require
+from rltrain.config import RolloutConfig, SamplingConfig
+from rltrain.errors import require
+from rltrain.registry import register
 from rltrain.rollout import probes
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.rollout.stopping import StopRule

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.rollout import vllm_worker
 from rltrain.rollout.vllm_requests import Request, Sampled
 from rltrain.rollout.vllm_weights import checkpoint_weights, describe

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rltrain.config import RunError
+from rltrain.errors import RunError
 from rltrain.rollout import RolloutLost
 from rltrain.rollout.vllm_requests import Request, Sampled
 from rltrain.rollout.vllm_weights import WeightFolder

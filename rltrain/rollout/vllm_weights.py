@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.runtime import dist
 
 FILE_BYTES = 4 * 2**30

@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rltrain.config import CheckpointConfig, ConfigError, RunConfig, RunError
+from rltrain.config import CheckpointConfig, RunConfig
 from rltrain.engine.deepspeed import Engine
+from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import Policy, save_policy
 from rltrain.runs import run_folder
 from rltrain.runtime import dist

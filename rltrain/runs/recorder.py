@@ -9,7 +9,8 @@ from typing import Any
 from rltrain.config import RunConfig
 from rltrain.runs import run_folder, summary
 from rltrain.runs.console import Console
-from rltrain.runs.metrics import JsonlWriter, WandbWriter, read_jsonl
+from rltrain.runs.metrics import JsonlWriter, read_jsonl
+from rltrain.runs.wandb import WandbWriter
 from rltrain.runtime import dist
 from rltrain.types import Advantages, Group
 

@@ -11,7 +11,8 @@ from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rltrain.config import RunConfig, parts
+from rltrain.config import RunConfig
+from rltrain.registry import parts
 from rltrain.runtime import dist
 from rltrain.types import Advantages, Group, Notes
 

@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rltrain.config import ConfigError, RunConfig
+from rltrain.config import RunConfig
 from rltrain.engine.deepspeed import NonFiniteError
+from rltrain.errors import ConfigError
 from rltrain.runs import run_folder
 from rltrain.runtime import dist
 from rltrain.types import Completion, Group, Problem, Prompt, TokenBatch

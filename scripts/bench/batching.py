@@ -43,8 +43,9 @@ from rltrain.batching.bins import LAYOUTS, Layout
 from rltrain.batching.collate import collate, padding_share
 from rltrain.config import LossConfig
 from rltrain.loss import policy_loss
-from rltrain.policy.load import Policy, PretrainedConfig, TinyConfig, load_policy
+from rltrain.policy.load import Policy, PretrainedConfig, load_policy
 from rltrain.policy.logprobs import LogprobModel, inference, loss_and_logprobs, loss_states
+from rltrain.policy.tiny import TinyConfig
 from rltrain.types import Completion, Group, Problem, Prompt, TokenBatch
 
 MODELS = {

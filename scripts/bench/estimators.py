@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rltrain.config import Part, discover, parts
+from rltrain.registry import Part, discover, parts
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.types import Completion, Context, Group, Need, Problem, Prompt
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rltrain.policy.load import Policy, TinyConfig, load_policy
+from rltrain.policy.load import Policy, load_policy
+from rltrain.policy.tiny import TinyConfig
 from rltrain.rollout import probes, sampling
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 

@@ -31,7 +31,8 @@ import torch
 from timing import paired
 
 from rltrain.config import SamplingConfig
-from rltrain.policy.load import Policy, PretrainedConfig, TinyConfig, load_policy
+from rltrain.policy.load import Policy, PretrainedConfig, load_policy
+from rltrain.policy.tiny import TinyConfig
 from rltrain.rollout.llama_step import linear_map
 from rltrain.rollout.local import LocalRollout, LocalRolloutConfig
 from rltrain.types import Problem, Prompt

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 
 from rltrain import cli
-from rltrain.config import RewardConfig, register
+from rltrain.config import RewardConfig
+from rltrain.registry import register
 from rltrain.rollout.local import LocalRollout, LocalRolloutConfig
 
 

@@ -3,7 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rltrain.policy.load import Policy, character_tokenizer
+from rltrain.policy.load import Policy
+from rltrain.policy.tiny import character_tokenizer
 from rltrain.rollout.probe_types import ProbeRequest
 
 # Few characters, so that braces and EOS are drawn often.

@@ -1,5 +1,6 @@
 """A server with the endpoints of `vllm serve` that the trainer calls. It samples with the weights that were pushed."""
 
+import functools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,10 +8,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tiny_run import config
 
 from rltrain.rollout.sampling import sample, uniforms
 
 UNKNOWN = "default"  # what vLLM calls the weights that it started with
+
+
+@functools.cache
+def tiny_model():
+    return config(Path("unused")).model
 
 
 class StandIn(ThreadingHTTPServer):

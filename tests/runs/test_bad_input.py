@@ -10,7 +10,7 @@ import pytest
 from tiny_run import OVERRIDES, config, metrics
 
 from rltrain import cli, trainer
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.runs import checkpoint
 
 ROOT = Path(__file__).parents[2]

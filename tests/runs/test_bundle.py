@@ -13,8 +13,8 @@ from tiny_run import config
 from two_ranks import train
 
 from rltrain import trainer
-from rltrain.config import ConfigError
 from rltrain.engine.deepspeed import NonFiniteError
+from rltrain.errors import ConfigError
 from rltrain.runs import checkpoint, step_dump
 from rltrain.types import Advantages, Completion, Group
 
@@ -130,8 +130,8 @@ def sometimes_nan(groups, options, context):
 
 
 def test_a_nan_reward_that_an_estimator_spreads_is_shown_first(tmp_path, capsys):
-    parts = ["reward@rewards.answer=custom", "rewards.answer.import_path=test_bundle:sometimes_nan"]
-    parts += ["advantage=custom", "advantage.import_path=test_bundle:careless", "evaluation.every_steps=0"]
+    parts = ["reward@rewards.answer=custom", f"rewards.answer.import_path={__name__}:sometimes_nan"]
+    parts += ["advantage=custom", f"advantage.import_path={__name__}:careless", "evaluation.every_steps=0"]
     with pytest.raises(NonFiniteError, match=r"all of the step is in .*step_000001.safetensors"):
         trainer.fit(config(tmp_path / "run", *parts))
     assert replay.replay(path_of(tmp_path / "run", 1), None) == 1

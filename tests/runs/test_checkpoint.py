@@ -15,9 +15,10 @@ from tiny_run import config, metrics
 from torch import nn
 
 from rltrain import cli, trainer
-from rltrain.config import ConfigError, DeepSpeedConfig, OptimizerConfig, RunError
+from rltrain.config import DeepSpeedConfig, OptimizerConfig
 from rltrain.engine.deepspeed import Engine, NonFiniteError, sharded_loading
 from rltrain.engine.zero_shards import Archive
+from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import load_frozen, load_policy
 from rltrain.runs import checkpoint
 from rltrain.runtime import dist

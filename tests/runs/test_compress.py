@@ -6,8 +6,9 @@ import pytest
 from small_runs import COMPRESSION
 
 from rltrain import cli, compress, sft, trainer
-from rltrain.config import ConfigError, part_of
+from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
+from rltrain.registry import part_of
 from rltrain.rewards.spurious import coin
 
 TINY = ["data.steps=[1]", "data.max_operand=2", "compress.problems=24", "compress.batch_size=5"]

@@ -17,12 +17,15 @@ from tiny_run import metrics
 
 from rltrain import cli, trainer
 from rltrain.advantages.group import group_advantages
-from rltrain.config import ConfigError, discover, part_of
 from rltrain.data.traces import CompressionConfig, TracesConfig, trace_problem
 from rltrain.data.wordy_solutions import WordySolutionsConfig
-from rltrain.policy.load import TinyConfig, encode, encode_all, load_policy
+from rltrain.errors import ConfigError
+from rltrain.policy.encode import encode, encode_all
+from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import Scorer
+from rltrain.policy.tiny import TinyConfig
+from rltrain.registry import discover, part_of
 from rltrain.rewards.compression import CompressionRewardConfig, compressed_ids, compression, overlap
 from rltrain.runs import checkpoint
 from rltrain.types import Completion, Context, Group, Problem, Prompt

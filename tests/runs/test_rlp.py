@@ -13,11 +13,13 @@ from tiny_run import metrics
 
 from rltrain import cli, trainer
 from rltrain.batching.collate import collate
-from rltrain.config import ConfigError
 from rltrain.data.text import CutConfig, Document
-from rltrain.policy.load import TinyConfig, encode, load_policy
+from rltrain.errors import ConfigError
+from rltrain.policy.encode import encode
+from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import Scorer
+from rltrain.policy.tiny import TinyConfig
 from rltrain.rewards.information_gain import InformationGainConfig, information_gain_reward, thought_request
 from rltrain.runs import checkpoint
 from rltrain.types import Completion, Context, Group, Problem, Prompt

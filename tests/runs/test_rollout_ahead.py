@@ -1,6 +1,7 @@
 """Off-policy by one step: which weights sample what, exact resume, two ranks, servers, and threads that end."""
 
 import dataclasses
+import json
 import logging
 import math
 import shutil
@@ -16,15 +17,15 @@ import torch
 from small_runs import THINKING
 from tiny_run import OVERRIDES, config, metrics
 from two_ranks import PERSISTENCE, assert_same_run, train
-from vllm_servers import serve  # noqa: F401 - a fixture
 from whole_runs import assert_same_weights, final_weights, metrics_if_any, wait_for
 
 from rltrain import cli, trainer
 from rltrain.batching.collate import empty_batch
-from rltrain.config import ConfigError, RunError, register
 from rltrain.data.prompts import PromptSource
+from rltrain.errors import ConfigError, RunError
 from rltrain.loss import policy_loss
 from rltrain.policy.load import load_policy
+from rltrain.registry import register
 from rltrain.rollout import RolloutLost
 from rltrain.rollout.ahead import Ahead, Cancelled, copy_device
 from rltrain.rollout.local import LocalRollout, LocalRolloutConfig
@@ -117,7 +118,7 @@ def test_staleness_counts_optimiser_steps(tmp_path):
 
 def test_time_beside_the_step_is_no_part_of_it(unbroken):
     lines = [line for line in (unbroken / "metrics.jsonl").read_text().splitlines() if "timing_s/step" in line]
-    for line in map(trainer.runs.json.loads, lines):
+    for line in map(json.loads, lines):
         stages = {key: value for key, value in line.items() if key.startswith("timing_s/")}
         beside, whole = stages.pop("timing_s/rollout_ahead"), stages.pop("timing_s/step")
         assert whole == pytest.approx(sum(stages.values()))
@@ -165,7 +166,7 @@ def test_the_waiting_batch_is_under_the_checkpoints_checksums(unbroken, tmp_path
 def test_a_batch_that_answers_other_problems_is_refused(unbroken):
     saved = checkpoint.list_checkpoints(unbroken)[-1]
     run = trainer.build(config(unbroken, *AHEAD, *KEPT))
-    state = trainer.checkpoint.json.loads((saved.path / "parts.json").read_text())["ahead"]
+    state = json.loads((saved.path / "parts.json").read_text())["ahead"]
     other, _ = PromptSource(run.config, run.policy).next(7)
     with pytest.raises(RunError, match="step 5 has other problems .*; restore the data set"):
         run.ahead.restore(4, state, checkpoint.load_tensors(saved), other)
@@ -260,7 +261,7 @@ def servers(*urls):
     return ["rollout=vllm", "rollout.mode=server", f"rollout.urls=[{','.join(urls)}]", "rollout.restart_s=0.1", *AHEAD]
 
 
-def test_servers_sample_ahead_with_the_weights_they_were_pushed(serve, tmp_path):  # noqa: F811
+def test_servers_sample_ahead_with_the_weights_they_were_pushed(serve, tmp_path):
     server = serve()
     trainer.fit(config(tmp_path / "run", *servers(server.url), *KEPT, "steps=3"))
     assert [line["rollout/staleness"] for line in metrics(tmp_path / "run")[1:]] == [0, 1, 1]
@@ -270,7 +271,7 @@ def test_servers_sample_ahead_with_the_weights_they_were_pushed(serve, tmp_path)
     assert len(server.pushes) == 4
 
 
-def test_a_batch_that_servers_took_along_is_sampled_anew(serve, tmp_path, caplog):  # noqa: F811
+def test_a_batch_that_servers_took_along_is_sampled_anew(serve, tmp_path, caplog):
     """They die while step 2 is sampled ahead, in step 1: it is tried again in step 2, which then saves and ends."""
     dying, steady = serve(answers=20), serve()  # one to try it out, 16 for the first step
     with caplog.at_level(logging.WARNING), pytest.raises(RolloutLost, match="saved to .*step_000001"):
@@ -282,7 +283,7 @@ def test_a_batch_that_servers_took_along_is_sampled_anew(serve, tmp_path, caplog
 
 
 @pytest.mark.slow
-def test_ranks_do_not_talk_from_the_thread(serve, tmp_path):  # noqa: F811
+def test_ranks_do_not_talk_from_the_thread(serve, tmp_path):
     """Servers' losses are told to every rank: by the main thread once the other has ended."""
     for ranks in (1, 2):
         result = train(tmp_path / str(ranks), ranks, *servers(serve().url), "steps=3")

@@ -16,7 +16,7 @@ from whole_runs import assert_same_weights, final_weights, metrics_if_any, wait_
 
 from rltrain import trainer
 from rltrain.batching.zero_variance import NoSignalError
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
 from rltrain.runs import checkpoint, run_folder
 from rltrain.types import Need

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import config, metrics
 from two_ranks import PERSISTENCE, assert_same_run, train
-from vllm_servers import tiny_model
-from vllm_stand_in import UNKNOWN
+from vllm_stand_in import UNKNOWN, tiny_model
 
 from rltrain import trainer
-from rltrain.config import ConfigError, RunError, SamplingConfig
+from rltrain.config import SamplingConfig
+from rltrain.errors import ConfigError, RunError
 from rltrain.evaluate import held_out_prompts
 from rltrain.policy.load import load_policy
 from rltrain.rollout import RolloutLost

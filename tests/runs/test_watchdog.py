@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_run import OVERRIDES
 
-from rltrain.config import ConfigError
-from rltrain.errors import RunError
+from rltrain.errors import ConfigError, RunError
 from rltrain.runtime import watchdog
 from rltrain.runtime.watchdog import EXIT_DEADLINE, Wait, WatchdogConfig, describe, waiting
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rltrain import cli
-from rltrain.config import ConfigError, part_of, parts
+from rltrain.errors import ConfigError
+from rltrain.registry import part_of, parts
 from rltrain.types import Need
 
 CONFIGS = cli.config_folder()
@@ -109,7 +110,8 @@ def test_impossible_combinations_name_key_cause_and_remedy(overrides, message):
 
 
 def test_two_parts_under_one_name_are_refused():
-    from rltrain.config import AdvantageConfig, register
+    from rltrain.config import AdvantageConfig
+    from rltrain.registry import register
 
     with pytest.raises(ValueError, match="registered twice"):
         register("advantage", "group", AdvantageConfig)(lambda: None)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from rltrain.config import ConfigError, LossConfig
+from rltrain.config import LossConfig
+from rltrain.errors import ConfigError
 from rltrain.loss import importance_weights, kl_estimate, policy_loss
 from rltrain.types import TokenBatch
 

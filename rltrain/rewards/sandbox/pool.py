@@ -15,11 +15,9 @@ import logging
 import os
 import queue
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -36,9 +34,9 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-_START_DEADLINE_S = 60.0
+START_DEADLINE_S = 60.0
 _REPLY_BYTES = 2**20
-_log = logging.getLogger("rltrain.sandbox")
+log = logging.getLogger("rltrain.sandbox")
 
 ReplyStatus = Literal["ok", "error", "memory", "cpu", "timeout", "died", "skipped"]
 
@@ -96,7 +94,7 @@ class _Spawner:
         command = [sys.executable, "-I", _CHILD, mode, json.dumps(config | {"parent": os.getpid()})]
         future: Future[subprocess.Popen[bytes]] = Future()
         self.requests.put((command, future))
-        return future.result(_START_DEADLINE_S)
+        return future.result(START_DEADLINE_S)
 
 
 class _State:
@@ -121,7 +119,8 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _start(mode: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
+def start_child(mode: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """A child in ``mode``, started by the thread that forks; its standard input does not block."""
     with _state.lock:
         if _state.spawner is None:
             _state.spawner = _Spawner()
@@ -131,7 +130,7 @@ def _start(mode: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
     return child
 
 
-def _end(child: subprocess.Popen[bytes]) -> int:
+def end_child(child: subprocess.Popen[bytes]) -> int:
     """SIGKILL the child's process group, reap it, and return its exit code."""
     finished = child.poll()
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -148,27 +147,27 @@ def _end(child: subprocess.Popen[bytes]) -> int:
 def close_all() -> None:
     """End every child of this process."""
     for child in list(_state.children):
-        _end(child)
+        end_child(child)
     _state.pools.clear()
 
 
 atexit.register(close_all)
 
 
-def _describe(what: str, active: Sequence[str]) -> None:
+def describe(what: str, active: Sequence[str]) -> None:
     """Say once per process what protects it."""
     if what not in _state.described:
         _state.described.add(what)
         wanted = ["memory", "cpu", "file size", "process count", "no network"]
         wanted += ["not root", "own process tree", "own file system"] if what == "programs" else []
         missing = [name for name in wanted if name not in active] or ["nothing"]
-        _log.info("sandbox for %s: active: %s; not available here: %s", what, ", ".join(active), ", ".join(missing))
+        log.info("sandbox for %s: active: %s; not available here: %s", what, ", ".join(active), ", ".join(missing))
 
 
 # --- talking to children -----------------------------------------------------------------------------------------
 
 
-def _exchange(
+def exchange(
     child: subprocess.Popen[bytes], request: bytes, deadline: float, *, limit: int, one_line: bool
 ) -> tuple[bytes, str]:
     """Send ``request``, read until a line (or the end); returns the bytes and ``ok | end | timeout | output``."""
@@ -245,7 +244,7 @@ class Pool:
                 try:
                     slot = slot or (self._new(), 0)
                 except Exception as error:
-                    _log.warning("sandbox: %s", error)
+                    log.warning("sandbox: %s", error)
                 finally:
                     self.free.put(slot)
 
@@ -264,7 +263,7 @@ class Pool:
             if reply.status in ("ok", "error") and used + 1 < self.max_items:
                 kept = (child, used + 1)
             elif reply.status != "died":
-                _end(child)
+                end_child(child)
             return reply
         except Exception as error:
             return Reply(status="died", value=f"{type(error).__name__}: {error}")
@@ -272,17 +271,17 @@ class Pool:
             self.free.put(kept)
 
     def _new(self) -> subprocess.Popen[bytes]:
-        child = _start("serve", self.config)
-        line, state = _exchange(child, b"", time.monotonic() + _START_DEADLINE_S, limit=_REPLY_BYTES, one_line=True)
+        child = start_child("serve", self.config)
+        line, state = exchange(child, b"", time.monotonic() + START_DEADLINE_S, limit=_REPLY_BYTES, one_line=True)
         if state != "ok":
-            code = _end(child)
+            code = end_child(child)
             raise RuntimeError(f"sandbox child for {self.config['target']} did not start ({state}, exit code {code})")
-        _describe("the CAS", json.loads(line)["value"])
+        describe("the CAS", json.loads(line)["value"])
         return child
 
     def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any]) -> Reply:
         request = json.dumps(arguments).encode() + b"\n"
-        line, state = _exchange(child, request, time.monotonic() + self.deadline_s, limit=_REPLY_BYTES, one_line=True)
+        line, state = exchange(child, request, time.monotonic() + self.deadline_s, limit=_REPLY_BYTES, one_line=True)
         if state == "ok":
             reply = json.loads(line)
             return Reply(status=reply["status"], value=reply["value"])
@@ -290,7 +289,7 @@ class Pool:
             # The pipe closes a moment before the process can be reaped with its own exit code.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(1.0)
-            code = _end(child)
+            code = end_child(child)
             if code in (-signal.SIGPROF, -signal.SIGXCPU):
                 return Reply(status="cpu")
             return Reply(
@@ -319,74 +318,3 @@ def shared_pool(target: str, make: Callable[[], Pool]) -> Pool:
         if target not in _state.pools:
             _state.pools[target] = make()
         return _state.pools[target]
-
-
-# --- programs ----------------------------------------------------------------------------------------------------
-
-RunStatus = Literal["ok", "exception", "timeout", "memory", "output", "infra"]
-_EXIT_MEMORY = 86
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """How a program ended, and what it wrote (at most the cap). ``ok`` means exit code 0, which proves nothing."""
-
-    status: RunStatus
-    output: bytes
-    exit_code: int | None
-    protections: tuple[str, ...] = ()
-
-
-def run_program(
-    source: str,
-    *,
-    stdin: str = "",
-    calls: Sequence[dict[str, Any]] | None = None,
-    deadline_s: float = 5.0,
-    output_bytes: int = 2**20,
-    limits: Limits | None = None,
-) -> Run:
-    """Run Python ``source`` in a fresh process tree that is gone when this returns. Never raises.
-
-    ``stdin`` is what it may read; with ``calls`` its own output is discarded and ``output`` holds one JSON line for
-    each evaluated call instead. ``deadline_s`` counts from the start of the program.
-    """
-    request = json.dumps({"source": source, "stdin": stdin, "calls": calls}).encode() + b"\n"
-    root = tempfile.mkdtemp(prefix="rltrain-")
-    try:
-        Path(root).chmod(0o777)
-        child = _start("program", asdict(limits or Limits()) | {"root": root})
-        return _watch(child, request, deadline_s, output_bytes)
-    except Exception as error:
-        _log.warning("sandbox: a program could not be run: %s: %s", type(error).__name__, error)
-        return Run(status="infra", output=b"", exit_code=None)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _watch(child: subprocess.Popen[bytes], request: bytes, deadline_s: float, output_bytes: int) -> Run:
-    start_deadline = time.monotonic() + _START_DEADLINE_S
-    head, state = _exchange(child, request, start_deadline, limit=output_bytes, one_line=True)
-    if state in ("end", "timeout"):
-        return Run(status="infra", output=b"", exit_code=_end(child))
-    header, _, output = head.partition(b"\n")
-    active = tuple(json.loads(header)["active"])
-    _describe("programs", active)
-    if state == "ok":
-        rest, state = _exchange(child, b"", time.monotonic() + deadline_s, limit=output_bytes, one_line=False)
-        output += rest
-    if state == "end":
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(1.0)
-    code = _end(child)
-    return Run(status=_run_status(state, code), output=output, exit_code=code, protections=active)
-
-
-def _run_status(state: str, code: int) -> RunStatus:
-    if state in ("timeout", "output"):
-        return state
-    if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL, -signal.SIGXCPU):
-        return "timeout"
-    if code in (_EXIT_MEMORY, 128 + signal.SIGSEGV, 128 + signal.SIGABRT):
-        return "memory"
-    return "ok" if code == 0 else "exception"

@@ -4,7 +4,8 @@ import pytest
 from advantage_groups import make_group
 
 from rltrain.advantages.custom import CustomConfig, custom
-from rltrain.config import ConfigError, part_of
+from rltrain.errors import ConfigError
+from rltrain.registry import part_of
 from rltrain.types import Context
 
 MODULE = """

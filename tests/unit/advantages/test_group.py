@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rltrain.advantages.group import GroupConfig, as_rewards, group, group_advantages, has_signal
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.types import Context, Group
 
 REWARDS = st.lists(st.sampled_from([0.0, 1.0, 0.25, -3.0, None]), min_size=1, max_size=8)

@@ -6,7 +6,7 @@ import torch
 from advantage_groups import make_group
 
 from rltrain.advantages.reinforce_pp_baseline import ReinforcePPBaselineConfig, reinforce_pp_baseline
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.types import Context
 
 GROUPS = [

@@ -9,8 +9,8 @@ import torch
 
 from rltrain.advantages.spae import SpaeConfig, spae, spae_advantages, step_potential
 from rltrain.advantages.spae_steps import check_delimiter, split_steps
-from rltrain.config import ConfigError
-from rltrain.policy.load import character_tokenizer
+from rltrain.errors import ConfigError
+from rltrain.policy.tiny import character_tokenizer
 from rltrain.rollout.probe_types import ProbeResult, vocabulary
 from rltrain.runtime import dist
 from rltrain.types import Completion, Context, Group, Mean, Problem, Prompt

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rltrain.advantages.group import group_advantages
 from rltrain.advantages.prefix_tree import prefix_values
 from rltrain.advantages.tempo import TempoConfig, tempo, tempo_advantages
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.types import Context, Mean
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "tempo.json").read_text())

@@ -8,7 +8,7 @@ from advantage_groups import make_group
 
 from rltrain.advantages.group import group_advantages
 from rltrain.advantages.verl_function import VerlFunctionConfig, verl_batch, verl_function
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.types import Context
 
 NAME = __name__

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rltrain import config
-from rltrain.config import AdvantageConfig, register
+from rltrain.config import AdvantageConfig
+from rltrain.registry import register
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench" / "estimators.py"
 

@@ -27,7 +27,7 @@ from rltrain.compare.statistics import (
     probability_higher,
 )
 from rltrain.compare.words import sentence, sentences
-from rltrain.config import ConfigError, RunError
+from rltrain.errors import ConfigError, RunError
 
 ROOT = Path(__file__).parents[3]
 # Two tasks (columns), five runs (rows).

@@ -14,10 +14,11 @@ from rltrain.advantages.spae import SpaeConfig
 from rltrain.advantages.tempo import TempoConfig, tempo_advantages
 from rltrain.batching.collate import collate
 from rltrain.compat.trl import GRPOTrainer, check_hooks, resolve
-from rltrain.config import ConfigError, LossConfig
+from rltrain.config import LossConfig
+from rltrain.errors import ConfigError
 from rltrain.loss import policy_loss
-from rltrain.policy.load import character_tokenizer
 from rltrain.policy.logprobs import LogprobModel
+from rltrain.policy.tiny import character_tokenizer
 from rltrain.types import Completion, Group, Problem, Prompt
 
 TOKENIZER = character_tokenizer("0123456789+-*={}\\boxed?.\n ")

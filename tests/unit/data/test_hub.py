@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from rltrain.config import ConfigError
 from rltrain.data.boxed import last_boxed
 from rltrain.data.hub import HubConfig, LeftOut, hub
+from rltrain.errors import ConfigError
 
 PRESETS = Path(__file__).parents[3] / "configs" / "data"
 

@@ -11,7 +11,6 @@ from fractions import Fraction
 
 import pytest
 
-from rltrain.config import ConfigError
 from rltrain.data.random_calculation import (
     INTEGERS_ALPHABET,
     RandomCalculationConfig,
@@ -20,6 +19,7 @@ from rltrain.data.random_calculation import (
     paper,
     random_calculation,
 )
+from rltrain.errors import ConfigError
 from rltrain.types import Problem
 
 SPLITS = ("train", "validation", "test")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rltrain.config import ConfigError
 from rltrain.data.sampler import Permutation, problem_indices
+from rltrain.errors import ConfigError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 255, 257, 1000, 4097])

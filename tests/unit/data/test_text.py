@@ -6,10 +6,13 @@ from collections import Counter
 import pytest
 
 from rltrain import sft
-from rltrain.config import ConfigError, discover, part_of
 from rltrain.data.equations import EquationsConfig
 from rltrain.data.text import CutConfig, Document, TextConfig
-from rltrain.policy.load import TinyConfig, encode, encode_all, load_policy
+from rltrain.errors import ConfigError
+from rltrain.policy.encode import encode, encode_all
+from rltrain.policy.load import load_policy
+from rltrain.policy.tiny import TinyConfig
+from rltrain.registry import discover, part_of
 
 discover()
 MODEL = TinyConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64)

@@ -7,7 +7,7 @@ import torch
 from tiny_run import config as tiny_run
 
 from rltrain import cli
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.plan import memory
 from rltrain.plan.memory import Cluster, Footprint, Layout, Work
 from rltrain.plan.model_shape import ModelShape, PeakBytes, _probe, activation_bytes, architecture, measure

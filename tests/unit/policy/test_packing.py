@@ -27,7 +27,8 @@ from rltrain.batching.bins import (
     padded_work,
 )
 from rltrain.batching.collate import collate
-from rltrain.config import BatchConfig, ConfigError, LossConfig
+from rltrain.config import BatchConfig, LossConfig
+from rltrain.errors import ConfigError
 from rltrain.loss import policy_loss
 from rltrain.policy import packed_attention
 from rltrain.policy.layout_check import difference_from_padded, usable_layouts

@@ -10,10 +10,12 @@ from packed_models import tiny
 from tiny_run import config, metrics
 
 from rltrain import cli, trainer
-from rltrain.config import ConfigError, ScorerConfig
-from rltrain.policy.load import TinyConfig, load_policy
+from rltrain.config import ScorerConfig
+from rltrain.errors import ConfigError
+from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, inference
 from rltrain.policy.scorer import Scorer, check_same_vocabulary, load_scorer, span_logprobs
+from rltrain.policy.tiny import TinyConfig
 from rltrain.runs import checkpoint
 from rltrain.runtime import dist
 from rltrain.types import SpanRequest

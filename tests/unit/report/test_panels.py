@@ -7,7 +7,7 @@ import pytest
 from tiny_run import config
 
 from rltrain import trainer
-from rltrain.config import RunError
+from rltrain.errors import RunError
 from rltrain.report import panels
 from rltrain.report.page import CURVES
 

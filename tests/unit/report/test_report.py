@@ -16,7 +16,7 @@ from rltrain import trainer
 from rltrain.advantages.group import group_advantages
 from rltrain.advantages.prefix_tree import prefix_values
 from rltrain.advantages.tempo import tempo_advantages
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.report import __main__ as command
 from rltrain.report import charts, estimators, page
 from rltrain.report.credit import credit

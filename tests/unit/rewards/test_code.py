@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.rewards.code import CodeConfig, code, extract_code, read_tests, verify_code
 from rltrain.rewards.code_tests import Unsupported, parse_assertions
 from rltrain.types import Completion, Context, Group, Problem, Prompt

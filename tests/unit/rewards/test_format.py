@@ -2,7 +2,7 @@
 
 import pytest
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.rewards.format import FormatConfig, format_reward, opens_thinking, well_formed
 from rltrain.types import Completion, Context, Group, Problem, Prompt
 

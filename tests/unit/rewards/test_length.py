@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.rewards.length import (
     CosineConfig,
     OverlongConfig,

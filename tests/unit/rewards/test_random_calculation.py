@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rltrain.config import ConfigError
 from rltrain.data.random_calculation import generate
+from rltrain.errors import ConfigError
 from rltrain.rewards.random_calculation import (
     RandomCalculationRewardConfig,
     continuous_reward,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from rltrain.rewards.sandbox import pool as sandbox
-from rltrain.rewards.sandbox.pool import Limits, Pool, run_program
+from rltrain.rewards.sandbox.pool import Limits, Pool
+from rltrain.rewards.sandbox.program import run_program
 
 
 def work(kind, value):
@@ -45,7 +46,7 @@ def pool(monkeypatch):
     yield made
     slot = made.free.get(timeout=10)
     if slot:
-        sandbox._end(slot[0])
+        sandbox.end_child(slot[0])
 
 
 def child_pid(pool):

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.rewards.custom import CustomConfig
 from rltrain.rewards.format import FormatConfig
 from rltrain.rewards.math import MathConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.rewards.random_calculation import RandomCalculationRewardConfig, random_calculation
 from rltrain.rewards.spurious import (
     InvertedRewardConfig,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from probe_models import TOKENIZER, policy_of, request, tiny_model
 
-from rltrain.config import ConfigError
+from rltrain.errors import ConfigError
 from rltrain.rollout import probes, sampling
 from rltrain.rollout.probe_types import ProbeSettings, vocabulary
 

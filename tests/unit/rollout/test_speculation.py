@@ -7,7 +7,8 @@ import pytest
 import torch
 from local_engine import EOS, PAD, PROMPTS, VOCABULARY, engine, ids, model, plain_logprobs, prompts
 
-from rltrain.config import ConfigError, SamplingConfig
+from rltrain.config import SamplingConfig
+from rltrain.errors import ConfigError
 from rltrain.rollout.local import LocalRolloutConfig
 from rltrain.rollout.shared_prompt_decoder import SharedDecoder
 from rltrain.rollout.speculation import GroupDrafts, accepted

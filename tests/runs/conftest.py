@@ -1,19 +1,11 @@
-"""Stand-ins for vLLM's servers, started and stopped."""
+"""Fixtures of several whole-run tests."""
 
 import dataclasses
-import functools
-from pathlib import Path
 
 import pytest
-from tiny_run import config
-from vllm_stand_in import StandIn
+from vllm_stand_in import StandIn, tiny_model
 
 from rltrain.policy.load import load_policy
-
-
-@functools.cache
-def tiny_model():
-    return config(Path("unused")).model
 
 
 @pytest.fixture
