@@ -47,12 +47,14 @@ class Problem:
 class Prompt:
     """A problem as the token ids the policy is fed; ``continuation_ids`` follow them in the problem's own text.
 
-    No token ids: the problem cannot be asked, and is left out.
+    No token ids: the problem cannot be asked, and is left out. ``occurrence`` is how often the step drew the same
+    problem before, over all ranks and sampling attempts.
     """
 
     problem: Problem
     token_ids: tuple[int, ...]
     continuation_ids: tuple[int, ...] = ()
+    occurrence: int = 0
 
 
 class TokenProblem(Problem, abc.ABC):

@@ -193,6 +193,7 @@ def _requests(group: Group, splits: Sequence[Steps], answer_ids: Sequence[int]) 
             completion_ids=completion_ids,
             cuts=steps.cuts,
             answer_ids=tuple(answer_ids),
+            occurrence=group.prompt.occurrence,
         )
         for index, (completion_ids, steps) in enumerate(zip(group.completion_ids, splits, strict=True))
     ]

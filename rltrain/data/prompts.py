@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from rltrain.config import RunConfig
-from rltrain.data.sampler import problem_indices
+from rltrain.data.sampler import occurrences, problem_indices
 from rltrain.errors import ConfigError
 from rltrain.policy.encode import encode_all, prompt_limit
 from rltrain.policy.load import Policy
@@ -42,14 +44,23 @@ class PromptSource:
 
     def _make(self, step: int, attempt: int) -> tuple[list[Prompt], list[Problem]]:
         count = self._config.batch.prompts_per_step
-        indices = problem_indices(len(self._problems), count, seed=self._config.seed, step=step, attempt=attempt)
+        drawn = {"seed": self._config.seed, "step": step, "attempt": attempt}
         share = count // dist.world_size()
-        mine = indices[dist.rank() * share : (dist.rank() + 1) * share]
-        problems = [self._problems[index] for index in mine]
+        mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
+        problems = [self._problems[index] for index in problem_indices(len(self._problems), count, **drawn)[mine]]
+        repeats = occurrences(len(self._problems), count, **drawn)[mine]
         prompts, dropped = encode_all(self._policy, problems, self._config.model, max_prompt_tokens=self._limit)
         if dropped:
             log.warning(
                 "step %d: %d prompts are empty or over %d tokens (%s) and left out, the first is %s",
                 step, len(dropped), self._limit, LIMITS, dropped[0].id,
             )  # fmt: skip
-        return prompts, dropped
+        return _numbered(prompts, problems, repeats), dropped
+
+
+def _numbered(prompts: Sequence[Prompt], problems: Sequence[Problem], repeats: Sequence[int]) -> list[Prompt]:
+    """The prompts, each with the occurrence of its problem; those of problems that were left out are missing."""
+    waiting: dict[str, deque[int]] = defaultdict(deque)
+    for problem, repeat in zip(problems, repeats, strict=True):
+        waiting[problem.id].append(repeat)
+    return [dataclasses.replace(prompt, occurrence=waiting[prompt.problem.id].popleft()) for prompt in prompts]

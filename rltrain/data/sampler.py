@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 from rltrain.errors import require
@@ -82,3 +84,14 @@ def problem_indices(size: int, count: int, *, seed: int, step: int, attempt: int
     replacements = _replacements(size, set(regular), seed, step)
     drawn = [next(replacements) for _ in range(attempt * count)]
     return drawn[-count:]
+
+
+def occurrences(size: int, count: int, *, seed: int, step: int, attempt: int = 0) -> list[int]:
+    """For each of :func:`problem_indices`, how often the step drew that problem before, in this attempt and earlier."""
+    drawn = [problem_indices(size, count, seed=seed, step=step, attempt=each) for each in range(attempt + 1)]
+    times: Counter[int] = Counter()
+    before = []
+    for index in itertools.chain.from_iterable(drawn):
+        before.append(times[index])
+        times[index] += 1
+    return before[-count:]

@@ -271,7 +271,10 @@ class LocalRollout:
         jobs = [
             _Job(
                 prompt_ids=prompt.token_ids,
-                rows=[_Row(key=row_key(self._seed, step, prompt.problem.id, g)) for g in range(group_size)],
+                rows=[
+                    _Row(key=row_key(self._seed, step, prompt.problem.id, g, prompt.occurrence))
+                    for g in range(group_size)
+                ],
             )
             for prompt in prompts
         ]

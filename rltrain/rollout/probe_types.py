@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRequest:
-    """One completion and the cuts to probe it at: cut c keeps the prompt and the first c completion tokens."""
+    """One completion and the cuts to probe it at: cut c keeps the prompt and the first c completion tokens.
+
+    ``occurrence`` is that of the problem in the step, as in ``Prompt``.
+    """
 
     problem_id: str
     sample_index: int
@@ -21,6 +24,7 @@ class ProbeRequest:
     completion_ids: tuple[int, ...]
     cuts: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    occurrence: int = 0
 
     def __post_init__(self) -> None:
         if not self.answer_ids:

@@ -111,7 +111,9 @@ class _Batch:
         self._limits_BK = torch.where(self._real_BK, self._cuts_BK + prompt_tokens_B[:, None], 0)
         self._keys_B = torch.tensor(
             [
-                sampling.row_key(settings.seed, settings.step, f"{one.problem_id}/probe", one.sample_index)
+                sampling.row_key(
+                    settings.seed, settings.step, f"{one.problem_id}/probe", one.sample_index, one.occurrence
+                )
                 for one in requests
             ],
             device=device,

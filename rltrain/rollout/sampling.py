@@ -1,7 +1,8 @@
 """Counter-based sampling: one uniform number per token, and the inverse CDF of the fp32 softmax.
 
-A token is a pure function of (run seed, step, problem id, sample index, token position) and of its logits. There is
-no generator state to save, and row order, batching and refill change nothing but the last bits of the logits.
+A token is a pure function of (run seed, step, problem id, its occurrence in the step, sample index, token position) and
+of its logits. There is no generator state to save, and row order, batching and refill change nothing but the last bits
+of the logits.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 _BLOCK = 256
 
 
-def row_key(seed: int, step: int, problem_id: str, sample_index: int) -> int:
-    """The 64-bit signed key of one completion: BLAKE2b of the four arguments, the same on every machine."""
+def row_key(seed: int, step: int, problem_id: str, sample_index: int, occurrence: int = 0) -> int:
+    """The 64-bit signed key of one completion: BLAKE2b of the arguments, the same on every machine.
+
+    ``occurrence`` is how often the step drew the problem before, on any rank, so that repeats are fresh draws.
+    """
     # The free text comes last, so that no two sets of arguments spell the same string.
-    name = f"{seed:d}/{step:d}/{sample_index:d}/{problem_id}"
+    repeat = f"#{occurrence:d}" if occurrence else ""
+    name = f"{seed:d}/{step:d}/{sample_index:d}{repeat}/{problem_id}"
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

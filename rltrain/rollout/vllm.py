@@ -103,7 +103,10 @@ class VllmRollout:
         sampling = sampling or self._sampling
         rule = StopRule.of(self._policy, sampling)
         requests = [
-            Request(prompt_ids=prompt.token_ids, seed=request_seed(self._seed, step, prompt.problem.id, sample))
+            Request(
+                prompt_ids=prompt.token_ids,
+                seed=request_seed(self._seed, step, prompt.problem.id, sample, prompt.occurrence),
+            )
             for prompt in prompts
             for sample in range(group_size)
         ]

@@ -39,9 +39,9 @@ class SamplingEngine(Protocol):
         ...
 
 
-def request_seed(seed: int, step: int, problem_id: str, sample_index: int) -> int:
+def request_seed(seed: int, step: int, problem_id: str, sample_index: int, occurrence: int = 0) -> int:
     """The local sampler's key of the same completion in 63 bits: vLLM reads -1 as no seed."""
-    return row_key(seed, step, problem_id, sample_index) & (2**63 - 1)
+    return row_key(seed, step, problem_id, sample_index, occurrence) & (2**63 - 1)
 
 
 def sampling_fields(sampling: SamplingConfig, rule: StopRule) -> dict[str, Any]:

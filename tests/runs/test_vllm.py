@@ -75,6 +75,7 @@ def test_the_importance_correction_is_on_unless_a_setting_says_otherwise(tmp_pat
 def test_seeds_are_the_local_samplers_keys():
     key = row_key(3, 5, "problem", 2)
     assert request_seed(3, 5, "problem", 2) == key % 2**63
+    assert request_seed(3, 5, "problem", 2, 1) == row_key(3, 5, "problem", 2, 1) % 2**63
     seeds = {request_seed(0, step, name, sample) for step in range(5) for name in "abc" for sample in range(8)}
     assert len(seeds) == 5 * 3 * 8
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -245,6 +246,19 @@ def test_generate_keeps_the_order_of_prompts_and_samples(policy, serve, tmp_path
     greedy = dataclasses.replace(run.sampling, temperature=0.0)
     one, two = rollout.generate(prompts[:1], step=2, group_size=2, sampling=greedy)[0].completions
     assert one == two and set(one.logprobs) == {0.0}
+
+
+def test_a_problem_that_a_step_holds_twice_is_drawn_afresh(policy, serve, tmp_path):
+    server = serve()
+    run = config(tmp_path / "run", "rollout=vllm", "rollout.mode=server", f"rollout.urls=[{server.url}]")
+    rollout = VllmRollout(run.rollout, run.sampling, policy, seed=4)
+    prompt = held_out_prompts(run, policy)[0]
+    groups = rollout.generate([dataclasses.replace(prompt, occurrence=n) for n in range(3)], step=2, group_size=4)
+    assert len({ids for group in groups for ids in group.completion_ids}) == 12
+    seeds = [seed for seed in server.served if seed is not None]  # what tries the server has none
+    assert sorted(seeds) == sorted(
+        request_seed(4, 2, prompt.problem.id, sample, occurrence) for occurrence in range(3) for sample in range(4)
+    )
 
 
 def test_a_run_learns_from_servers_and_logs_the_difference(serve, tmp_path):

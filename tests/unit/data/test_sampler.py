@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rltrain.data.sampler import Permutation, problem_indices
+from rltrain.data.sampler import Permutation, occurrences, problem_indices
 from rltrain.errors import ConfigError
 
 
@@ -59,3 +59,25 @@ def test_impossible_requests_say_so():
         problem_indices(0, 4, seed=0, step=0)
     with pytest.raises(ConfigError, match=r"count=0"):
         problem_indices(4, 0, seed=0, step=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 9), st.integers(0, 4))
+def test_a_problem_and_its_occurrence_name_a_draw_of_a_step_once(size, count, step, attempts):
+    draws = [
+        (index, occurrence)
+        for attempt in range(attempts + 1)
+        for index, occurrence in zip(
+            problem_indices(size, count, seed=2, step=step, attempt=attempt),
+            occurrences(size, count, seed=2, step=step, attempt=attempt),
+            strict=True,
+        )
+    ]
+    times = Counter(index for index, _ in draws)
+    assert sorted(draws) == [(index, each) for index in sorted(times) for each in range(times[index])]
+
+
+def test_the_only_problem_of_a_data_set_occurs_again_and_again():
+    assert occurrences(1, 4, seed=0, step=3) == [0, 1, 2, 3]
+    assert occurrences(1, 4, seed=0, step=3, attempt=2) == [8, 9, 10, 11]
+    assert occurrences(100, 4, seed=0, step=3) == [0, 0, 0, 0]

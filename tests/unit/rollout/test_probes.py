@@ -18,6 +18,7 @@ REQUESTS = [
     request("b", "3*3=?", "3*3=9\n", (6,), "9", sample_index=3),
     request("none", "5", "5 = 5", (), "5"),
     request("a", "12+7=", "12+7\n=19\n-2\n=17\n .... \n", (5, 9, 12, 16, 23), "-17.25", sample_index=1),
+    dataclasses.replace(request("a", "12+7=", "12+7=19\n19-2=17\n = 17", (8, 16), "17"), occurrence=2),
 ]
 SETTINGS = ProbeSettings(seed=7, step=2, suffix_ids=SUFFIX, continuations=3, max_tokens=6)
 
@@ -35,7 +36,10 @@ def closes(text):
 def refed(model, one, settings):
     """The definition, feeding the whole sequence again for every cut and every token."""
     texts, result = vocabulary(TOKENIZER), []
-    key = torch.tensor([sampling.row_key(settings.seed, settings.step, f"{one.problem_id}/probe", one.sample_index)])
+    name = f"{one.problem_id}/probe"
+    key = torch.tensor(
+        [sampling.row_key(settings.seed, settings.step, name, one.sample_index, occurrence=one.occurrence)]
+    )
     for cut in one.cuts:
         stem = [*one.prompt_ids, *one.completion_ids[:cut], *settings.suffix_ids]
         forced = model(torch.tensor([[*stem, *one.answer_ids]])).logits[0].softmax(-1)

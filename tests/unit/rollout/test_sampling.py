@@ -37,7 +37,15 @@ def test_uniforms_are_uniform_over_rows_and_positions():
 def test_row_key_is_stable_and_separates_its_arguments():
     assert row_key(1, 2, "problem", 3) == -918358443318172569
     arguments = [(s, t, p, g) for s in (0, 1) for t in (0, 1, 10) for p in ("1", "11", "a") for g in (0, 1, 11)]
-    assert len({row_key(*each) for each in arguments}) == len(arguments)
+    keys = {row_key(*each) for each in arguments}
+    assert len(keys) == len(arguments)
+    repeats = {row_key(*each, occurrence) for each in arguments for occurrence in (1, 2, 11)}
+    assert len(repeats) == 3 * len(arguments) and not repeats & keys
+
+
+def test_the_first_occurrence_has_the_key_of_a_problem_that_occurs_once():
+    assert row_key(1, 2, "problem", 3, 0) == row_key(1, 2, "problem", 3)
+    assert row_key(1, 2, "problem", 3, 1) != row_key(1, 2, "1/problem", 3)
 
 
 @pytest.mark.parametrize("size", [5, 1024, 1025, 1300, 3000])
