@@ -14,7 +14,9 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from rltrain.errors import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,19 +87,38 @@ class SpanRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnknownLogprobs(Sequence[float]):
+    """In place of sampled log-probs that nobody kept: reading any of them, or their number, is a ``RunError``."""
+
+    reason: str
+
+    def _refuse(self) -> NoReturn:
+        raise RunError(f"Completion.logprobs: unknown, {self.reason}; what reads sampled log-probs cannot run here")
+
+    def __len__(self) -> int:
+        self._refuse()
+
+    def __getitem__(self, index: Any) -> Any:
+        self._refuse()
+
+    def __array__(self, *arguments: Any, **options: Any) -> Any:  # NumPy takes an object that has no length as a scalar
+        self._refuse()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
-    """Sampled ids (EOS included) and the fp32 log-probs of the distribution they were sampled from.
+    """Sampled ids (EOS included) and the fp32 log-probs of the distribution they were sampled from, where known.
 
     ``text`` is the decoded completion without special tokens at its end; ids are never made from it.
     """
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] | UnknownLogprobs
     finish: Finish
     text: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs):
+        if not isinstance(self.logprobs, UnknownLogprobs) and len(self.token_ids) != len(self.logprobs):
             raise ValueError(
                 f"Completion: {len(self.token_ids)} token ids but {len(self.logprobs)} log-probs; give one per token"
             )

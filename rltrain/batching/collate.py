@@ -86,7 +86,7 @@ def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> 
                 Row(
                     prompt_ids=group.prompt.token_ids,
                     completion_ids=completion.token_ids,
-                    sampler_logprobs=completion.logprobs,
+                    sampler_logprobs=tuple(completion.logprobs),
                     advantages_T=advantages_T,
                 )
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rltrain.types import Completion, Group, Notes, Problem, Prompt
+from rltrain.types import Completion, Group, Notes, Problem, Prompt, UnknownLogprobs
 
 Row = Mapping[str, Any]
 NOTE = "note/"
@@ -53,9 +53,10 @@ def as_group(rows: Sequence[Row]) -> Group:
 def _completion(row: Row) -> Completion:
     ids = tuple(row.get("token_ids") or ())
     logprobs = tuple(row.get("logprobs") or ())
+    known = len(logprobs) == len(ids)
     return Completion(
         token_ids=ids,
-        logprobs=logprobs if len(logprobs) == len(ids) else (math.nan,) * len(ids),
+        logprobs=logprobs if known else UnknownLogprobs(reason="the samples of this run hold none"),
         finish="length" if row.get("finish") == "length" else "stop",
         text=row.get("completion") or "",
     )
