@@ -42,7 +42,7 @@ COMPRESSION_STEP = -2
 RIGHT = 1 - 1e-9
 FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "steps")
 KEPT, WRONG, NO_TRACE, LEFT_OUT = "kept", "wrong", "no trace", "left out"
-Row = dict[str, Any]
+TraceRow = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Pipeline:
     writing: Any
     answering: Any
 
-    def rows(self, traces: Sequence[Problem]) -> list[Row]:
+    def rows(self, traces: Sequence[Problem]) -> list[TraceRow]:
         """What came of each trace, in order."""
         config = self.config
         limit = prompt_limit(self.compressor, config.sampling)
@@ -68,7 +68,7 @@ class Pipeline:
         rows |= {row["id"]: row for row in self._answered([pair for pair in short if pair[1]])}
         return [rows[trace.id] for trace in traces]
 
-    def _answered(self, short: Sequence[tuple[TracePrompt, tuple[int, ...]]]) -> Iterator[Row]:
+    def _answered(self, short: Sequence[tuple[TracePrompt, tuple[int, ...]]]) -> Iterator[TraceRow]:
         """Rows of the traces that were compressed: the frozen model goes on from question and short trace."""
         begun = self.config.compress.begin_answer
         starts = [prompt.before_answer_ids if begun else () for prompt, _ in short]
@@ -96,7 +96,7 @@ class Pipeline:
             right = float(group.rewards_G[0]) >= RIGHT  # NaN, where the verifier cannot tell, is not
             yield self._row(prompt, ids, group.completions[0], KEPT if right else WRONG)
 
-    def _row(self, prompt: TracePrompt, ids: tuple[int, ...], answer: Completion, status: str) -> Row:
+    def _row(self, prompt: TracePrompt, ids: tuple[int, ...], answer: Completion, status: str) -> TraceRow:
         trace, layout = prompt.problem, prompt.config
         assert isinstance(trace, Trace)
 
@@ -119,7 +119,7 @@ def _begun(group: Group, start: str) -> Group:
     return dataclasses.replace(group, completions=completions)
 
 
-def _row(trace_id: str, status: str) -> Row:
+def _row(trace_id: str, status: str) -> TraceRow:
     return {"id": trace_id, "status": status}
 
 
@@ -142,7 +142,7 @@ def load(config: RunConfig) -> Pipeline:
     return Pipeline(config=config, compressor=compressor, writing=engines[0], answering=engines[1])
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[TraceRow]:
     """The rows of an earlier run; a last line torn by a kill is cut off the file."""
     if not path.exists():
         return []
@@ -153,7 +153,7 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
+def append_rows(path: Path, rows: Iterable[TraceRow]) -> None:
     """On disk before this returns, so that a kill loses at most the batch at work."""
     with path.open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -168,7 +168,7 @@ def write_whole(path: Path, text: str) -> None:
     writing.replace(path)
 
 
-def counts(rows: Sequence[Row]) -> dict[str, float]:
+def counts(rows: Sequence[TraceRow]) -> dict[str, float]:
     """Rows by status, the share dropped, and mean lengths in tokens over the kept rows."""
     kept = [row for row in rows if row["status"] == KEPT]
     by_status = Counter(str(row["status"]) for row in rows)

@@ -38,7 +38,7 @@ from rltrain.rollout.ahead import Ahead
 from rltrain.runs import checkpoint, run_folder, step_dump
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.recorder import Recorder
-from rltrain.runs.step_dump import Record
+from rltrain.runs.step_dump import StepRecord
 from rltrain.runtime import dist, watchdog
 from rltrain.runtime.interrupts import EXIT_INTERRUPTED, Interrupted, SignalWatch
 from rltrain.types import Context, Group, Max, Mean, Min, Need, Prompt, Sum, TokenBatch
@@ -134,7 +134,7 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
                 batches = with_fixed_logprobs(run, batches)
             with metrics.timed("train"):
                 for epoch in range(config.batch.update_epochs):
-                    record = Record(step + 1, epoch, groups, advantages.values, batches)
+                    record = StepRecord(step + 1, epoch, groups, advantages.values, batches)
                     with watchdog.rescues(partial(step_dump.write_alone, config, record)):
                         update(run, record, metrics)
             if run.ahead:
@@ -195,7 +195,7 @@ def step_seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
 
 
-def update(run: Run, record: Record, metrics: Accumulator) -> None:
+def update(run: Run, record: StepRecord, metrics: Accumulator) -> None:
     """One optimiser step over the record's micro-batches, whose losses add up to the loss of the step."""
     batches, step, deadline_s = record.batches, record.step, run.config.deadline("train")
     for index, batch in enumerate(batches):
@@ -229,8 +229,8 @@ def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
         groups = draw(run, context, metrics, attempt)
         if not batch.dynamic_sampling:
             return groups
-        mixed = [group for group in groups if zero_variance.has_signal(group)]
-        counts = dist.gather_objects(len(mixed), name="groups with signal")
+        mixed = [group for group in groups if not zero_variance.is_zero_variance_group(group)]
+        counts = dist.gather_objects(len(mixed), name="groups with unequal rewards")
         room = batch.prompts_per_step - total - sum(counts[: dist.rank()])
         kept += mixed[: max(0, room)]
         total += sum(counts)
@@ -238,7 +238,7 @@ def collect(run: Run, context: Context, metrics: Accumulator) -> list[Group]:
         if total >= batch.prompts_per_step:
             sample_ahead(run, context, metrics)
             return kept
-    raise zero_variance.NoSignalError(
+    raise zero_variance.ZeroVarianceError(
         f"step {context.step}: only {total} of {batch.prompts_per_step} groups had unequal rewards after "
         f"batch.max_sampling_attempts={batch.max_sampling_attempts}; raise it, or choose data of a fitting difficulty"
     )
@@ -317,7 +317,7 @@ def sampler_difference(logprobs_N: Tensor, batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-def refuse_non_finite(record: Record) -> None:
+def refuse_non_finite(record: StepRecord) -> None:
     """Stop every rank before the optimiser moves when any micro-batch of any rank has a loss that is not finite."""
     mine = [(dist.rank(), index + 1) for index, loss in enumerate(record.losses) if not bool(torch.isfinite(loss))]
     bad = [one for ones in dist.gather_objects(mine, name="finite check of the losses") for one in ones]

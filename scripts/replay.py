@@ -28,7 +28,7 @@ from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, loss_and_logprobs
 from rltrain.registry import Part, parts
 from rltrain.runs import step_dump
-from rltrain.runs.step_dump import Bundle, Record
+from rltrain.runs.step_dump import StepDump, StepRecord
 from rltrain.types import Context
 
 # Relative, where the order of sums differs: another machine, number of ranks or ZeRO stage.
@@ -79,7 +79,7 @@ def part_config(group: str, plain: Mapping[str, Any]) -> tuple[Part, Any]:
     return found[0], typed(found[0].config, fields)
 
 
-def rounding_of(made: Bundle) -> float:
+def rounding_of(made: StepDump) -> float:
     """0 where the replay must be equal bit for bit."""
     config = made.facts["config"]
     alike = made.facts["machine"] == step_dump.machine() and len(made.records) == 1
@@ -87,9 +87,9 @@ def rounding_of(made: Bundle) -> float:
     return 0.0 if exact else ROUNDING[config["model"]["dtype"]]
 
 
-def not_finite(records: Sequence[Record]) -> list[str]:
+def not_finite(records: Sequence[StepRecord]) -> list[str]:
     """Where values are not finite, in the order in which a step computes them. A NaN reward abstains; it is shown."""
-    quantities: dict[str, Callable[[Record], list[tuple[str, Tensor]]]] = {
+    quantities: dict[str, Callable[[StepRecord], list[tuple[str, Tensor]]]] = {
         "sampler log-probs": lambda r: [(p, torch.tensor(one.logprobs)) for p, one in completions(r)],
         "rewards": lambda r: [(f"group {i}", g.rewards_G) for i, g in enumerate(r.groups) if g.rewards_G is not None],
         "advantages": lambda r: [(place, value) for (place, _), value in zip(completions(r), flat(r), strict=True)],
@@ -113,7 +113,7 @@ def not_finite(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def completions(record: Record) -> list[tuple[str, Any]]:
+def completions(record: StepRecord) -> list[tuple[str, Any]]:
     """Every completion and its place."""
     return [
         (f"group {p} sample {g}", one)
@@ -122,12 +122,12 @@ def completions(record: Record) -> list[tuple[str, Any]]:
     ]
 
 
-def flat(record: Record) -> list[Tensor]:
+def flat(record: StepRecord) -> list[Tensor]:
     """The advantages of every completion, in the order of :func:`completions`."""
     return [values for group in record.advantages for values in group]
 
 
-def check_advantages(made: Bundle, rounding: float) -> Check:
+def check_advantages(made: StepDump, rounding: float) -> Check:
     """Run the estimator again on the groups of each rank."""
     facts = made.facts
     part, config = part_config("advantage", facts["config"]["advantage"])
@@ -142,7 +142,7 @@ def check_advantages(made: Bundle, rounding: float) -> Check:
     return compare("advantages", zip(places, flat(record), recomputed, strict=True), rounding)
 
 
-def check_micro_batches(made: Bundle) -> Check:
+def check_micro_batches(made: StepDump) -> Check:
     """Each completion of a micro-batch carries the advantages that the groups have for it."""
     known: dict[tuple[Any, ...], list[Tensor]] = {}
     for record in made.records:
@@ -164,7 +164,7 @@ def check_micro_batches(made: Bundle) -> Check:
     return compare("advantages in the micro-batches", pairs(), 0.0)
 
 
-def load_weights(made: Bundle, folder: str | None) -> tuple[nn.Module, str]:
+def load_weights(made: StepDump, folder: str | None) -> tuple[nn.Module, str]:
     """The policy of the step as it is forwarded, and where its weights are from."""
     config = made.facts["config"]
     _, model = part_config("model", config["model"])
@@ -192,7 +192,7 @@ def trainable(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, value) for name, value in policy.named_parameters() if value.requires_grad)
 
 
-def check_step(made: Bundle, policy: nn.Module, rounding: float) -> list[Check]:
+def check_step(made: StepDump, policy: nn.Module, rounding: float) -> list[Check]:
     """Forward and backward over the micro-batches of all ranks: log-probs, losses, gradient norm."""
     loss_config = typed(LossConfig, made.facts["config"]["loss"])
     logprobs, losses = [], []

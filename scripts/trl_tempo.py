@@ -16,12 +16,12 @@ from rltrain.compat.trl import GRPOTrainer
 from rltrain.data.random_calculation import generate
 from rltrain.policy.load import load_policy
 from rltrain.policy.tiny import TinyConfig
-from rltrain.rewards.random_calculation import boxed_number, parse_number
+from rltrain.rewards.random_calculation import boxed_number, parse_literal
 
 
 def exact(completions: list[str], answer: list[str], **columns: object) -> list[float]:
     """1 where the boxed number is the answer."""
-    return [float(boxed_number(text) == parse_number(gold)) for text, gold in zip(completions, answer, strict=True)]
+    return [float(boxed_number(text) == parse_literal(gold)) for text, gold in zip(completions, answer, strict=True)]
 
 
 def main() -> None:

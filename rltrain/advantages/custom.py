@@ -12,7 +12,7 @@ from rltrain.types import Advantages, Context, Group
 
 
 @dataclass(kw_only=True)
-class CustomConfig(AdvantageConfig):
+class CustomAdvantageConfig(AdvantageConfig):
     """``import_path=my_package.my_module:estimator``, a function ``f(groups, options, context) -> Advantages``.
 
     It is imported when the config is made, so a wrong path is refused before a model is loaded.
@@ -36,8 +36,8 @@ def _check_lengths(result: Advantages, groups: Sequence[Group], import_path: str
         )
 
 
-@register("advantage", "custom", CustomConfig)
-def custom(groups: Sequence[Group], config: CustomConfig, context: Context) -> Advantages:
+@register("advantage", "custom", CustomAdvantageConfig)
+def custom(groups: Sequence[Group], config: CustomAdvantageConfig, context: Context) -> Advantages:
     """Call the estimator that ``config.import_path`` names and check that it gives one value per token."""
     result = load_callable(config.import_path, key="advantage.import_path")(groups, config.options, context)
     _check_lengths(result, groups, config.import_path)

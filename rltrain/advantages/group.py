@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
 from rltrain.registry import register
@@ -41,12 +42,6 @@ def as_rewards(rewards: Sequence[float | None] | Tensor | None) -> Tensor:
     return torch.tensor([torch.nan if reward is None else float(reward) for reward in rewards], dtype=torch.float64)
 
 
-def has_signal(rewards_G: Tensor) -> bool:
-    """Whether two of the rewards that count (not NaN) differ; where none do, every advantage is exactly 0."""
-    valid = rewards_G[~rewards_G.isnan()]
-    return bool((valid != valid[:1]).any())
-
-
 def per_token(advantages_G: Tensor, completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
     """Each completion's advantage on each of its tokens."""
     return [one.expand(len(ids)) for one, ids in zip(advantages_G, completion_ids, strict=True)]
@@ -69,7 +64,7 @@ def group_advantages(
     counted_G = ~rewards.isnan()
     valid = rewards[counted_G]
     advantages_G = torch.zeros_like(rewards)
-    if not has_signal(rewards):
+    if is_zero_variance(rewards):
         return advantages_G
     centred = valid - valid.mean()
     if baseline == "leave_one_out":

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rltrain.advantages.group import as_rewards, has_signal
+from rltrain.advantages.group import as_rewards
 from rltrain.advantages.spae_steps import Steps, check_delimiter, split_steps
+from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
 from rltrain.registry import register
@@ -312,7 +313,7 @@ def spae(groups: Sequence[Group], config: SpaeConfig, context: Context) -> Advan
     of the global batch (minmax, means, whitening), and exactly 0.
     """
     check_delimiter(context.tokenizer, config.delimiter)
-    kept = [group for group in groups if has_signal(as_rewards(group.rewards_G))]
+    kept = [group for group in groups if not is_zero_variance(as_rewards(group.rewards_G))]
     found = _of_kept(kept, config, context)
     of_group = {id(one[0]): one[1:] for one in zip(kept, found.values, found.notes, strict=True)}
     zeros = [[torch.zeros(len(ids)).double() for ids in group.completion_ids] for group in groups]

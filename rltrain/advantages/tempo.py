@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rltrain.advantages.group import as_rewards, has_signal
+from rltrain.advantages.group import as_rewards
 from rltrain.advantages.prefix_tree import TokenIds, common_prefixes, node_values, prefix_values
+from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
 from rltrain.registry import register
@@ -28,7 +29,7 @@ class TempoConfig(AdvantageConfig):
 
 
 def _combine(rewards_G: Tensor, values: Sequence[Tensor], *, eps: float, normalize_std: bool) -> list[Tensor]:
-    if not has_signal(rewards_G):
+    if is_zero_variance(rewards_G):
         return [torch.zeros_like(values_T1[1:]) for values_T1 in values]
     valid = rewards_G[~rewards_G.isnan()]
     scale = valid.std(correction=1) + eps if normalize_std else torch.ones(())

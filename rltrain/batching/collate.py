@@ -21,12 +21,12 @@ from rltrain.batching.bins import (
 from rltrain.runtime import dist
 from rltrain.types import Group, Mean, TokenBatch
 
-Shape = tuple[int, tuple[int, ...]]  # tokens of a prompt, and fed tokens of each of its completions
-Unit = tuple["Row", ...]  # what is forwarded together: completions of one prompt, which they share if there are several
+GroupLengths = tuple[int, tuple[int, ...]]  # tokens of a prompt, and fed tokens of each of its completions
+Unit = tuple["LossRow", ...]  # completions of one prompt that are forwarded together, and share it if they are several
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class LossRow:
     """One completion that carries loss, with its prompt."""
 
     prompt_ids: tuple[int, ...]
@@ -56,7 +56,7 @@ class Weighting:
     denominators: Denominators
     max_new_tokens: int
 
-    def of(self, row: Row) -> float:
+    def of(self, row: LossRow) -> float:
         return token_weight(
             len(row.completion_ids),
             self.denominators,
@@ -69,7 +69,7 @@ NO_WEIGHTING = Weighting(aggregation="token", denominators=Denominators(rows=1, 
 """For micro-batches of which log-probs alone are wanted: every token weighs 1."""
 
 
-def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> list[Row]:
+def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> list[LossRow]:
     """The completions that count: not empty, and their reward did not abstain."""
     rows = []
     for group, values in zip(groups, advantages, strict=True):
@@ -83,7 +83,7 @@ def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> 
                     f"{len(completion.token_ids)} tokens; an estimator returns one value per completion token"
                 )
             rows.append(
-                Row(
+                LossRow(
                     prompt_ids=group.prompt.token_ids,
                     completion_ids=completion.token_ids,
                     sampler_logprobs=tuple(completion.logprobs),
@@ -93,7 +93,7 @@ def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> 
     return rows
 
 
-def denominators_of(rows: Sequence[Row]) -> Denominators:
+def denominators_of(rows: Sequence[LossRow]) -> Denominators:
     """Count rows and tokens over all ranks, in one reduction."""
     local = torch.tensor([len(rows), sum(len(row.completion_ids) for row in rows)], dtype=torch.float64)
     count, tokens = dist.all_sum(local, name="loss denominators").tolist()
@@ -157,7 +157,7 @@ def collate(
 
 
 def arrange(
-    rows: Sequence[Row], layouts: Sequence[Layout], *, token_budget: int, hidden_size: int
+    rows: Sequence[LossRow], layouts: Sequence[Layout], *, token_budget: int, hidden_size: int
 ) -> tuple[Layout, list[list[int]]]:
     """The layout of the least work over the rows of all ranks, and indices of this rank's that make a unit in it."""
     families: dict[tuple[int, ...], list[int]] = {}
@@ -173,7 +173,7 @@ def arrange(
     ]
 
 
-def units_of(shape: Shape, layout: Layout, budget: int) -> list[list[int]]:
+def units_of(shape: GroupLengths, layout: Layout, budget: int) -> list[list[int]]:
     """Which completions of a prompt are forwarded together: those that share it, as many as the budget allows."""
     prompt, fed = shape
     if layout != "shared":
@@ -182,7 +182,7 @@ def units_of(shape: Shape, layout: Layout, budget: int) -> list[list[int]]:
     return first_fit_decreasing(fed, budget - prompt)
 
 
-def segments_of(shape: Shape) -> list[Segment]:
+def segments_of(shape: GroupLengths) -> list[Segment]:
     """A prompt that several completions share is a segment of its own."""
     prompt, fed = shape
     return [(prompt + fed[0], 0)] if len(fed) == 1 else [(prompt, 0), *((tokens, prompt) for tokens in fed)]
@@ -199,7 +199,7 @@ def bins_of(units: Sequence[Sequence[Segment]], layout: Layout, budget: int) -> 
     return padded_bins(tokens, budget) if layout == "padded" else first_fit_decreasing(tokens, budget)
 
 
-def work_of(shapes: Sequence[Shape], layout: Layout, budget: int, hidden_size: int) -> float:
+def work_of(shapes: Sequence[GroupLengths], layout: Layout, budget: int, hidden_size: int) -> float:
     """Work of the micro-batches that these prompts and completions would become (:mod:`rltrain.batching.bins`)."""
     units = [
         segments_of((shape[0], tuple(shape[1][i] for i in indices)))

@@ -1,4 +1,4 @@
-"""Groups and steps that can teach nothing, because all rewards of a group are equal."""
+"""Zero-variance groups, whose rewards are all equal: every advantage in them is 0, so nothing is learnt from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from rltrain.errors import RunError
 from rltrain.runtime import dist
@@ -14,29 +15,34 @@ from rltrain.types import Group
 log = logging.getLogger(__name__)
 
 
-class NoSignalError(RunError):
-    """Too many steps in a row taught nothing."""
+class ZeroVarianceError(RunError):
+    """Too many steps in a row had zero-variance groups only."""
 
 
-def has_signal(group: Group) -> bool:
-    """Whether the rewards that count are not all equal."""
+def is_zero_variance(rewards_G: Tensor) -> bool:
+    """Whether the rewards that count (not NaN) are all equal, or fewer than two count."""
+    valid = rewards_G[~rewards_G.isnan()]
+    return not bool((valid != valid[:1]).any())
+
+
+def is_zero_variance_group(group: Group) -> bool:
+    """:func:`is_zero_variance` of a scored group."""
     assert group.rewards_G is not None
-    valid = group.rewards_G[~group.rewards_G.isnan()]
-    return len(valid) > 1 and bool((valid != valid[0]).any())
+    return is_zero_variance(group.rewards_G)
 
 
 def count(steps: int, groups: Sequence[Group]) -> int:
-    """How many steps in a row, ``steps`` before this one, had no group on any rank that could teach anything."""
-    signal_here = torch.tensor(float(any(has_signal(group) for group in groups)))
-    return 0 if dist.all_max(signal_here, name="any signal") else steps + 1
+    """How many steps in a row, ``steps`` before this one, had zero-variance groups only, on all ranks."""
+    differs_here = torch.tensor(float(not all(is_zero_variance_group(group) for group in groups)))
+    return 0 if dist.all_max(differs_here, name="any group with unequal rewards") else steps + 1
 
 
 def refuse(step: int, steps: int, *, limit: int) -> None:
-    """Warn of steps in a row that taught nothing, and at the limit (0: none) stop."""
+    """Warn after ``steps`` steps in a row without a group to learn from; raise at ``limit`` (0: never)."""
     if steps and dist.is_main():
         log.warning("step %d: every group has equal rewards, nothing is learnt (%d in a row)", step, steps)
     if steps >= limit > 0:
-        raise NoSignalError(
+        raise ZeroVarianceError(
             f"{steps} steps in a row had equal rewards in every group (max_zero_signal_steps={limit}); check the "
             "reward, or choose problems of a fitting difficulty"
         )

@@ -52,7 +52,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class PairedDifference:
     """``method`` minus ``baseline``: Student's t over the pairs of runs that share task and seed.
 
     ``detectable`` is the true difference that so many pairs of this spread find with 80 % probability;
@@ -75,7 +75,7 @@ class View:
     title: str
     digits: int
     scores: Sequence[Score]
-    differences: Sequence[Difference]
+    differences: Sequence[PairedDifference]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,17 +179,19 @@ def _scores(curves: Sequence[Curve], values: Sequence[float], reached: Sequence[
     return scores
 
 
-def _differences(curves: Sequence[Curve], values: Sequence[float], *, base: str, level: float) -> list[Difference]:
+def _differences(
+    curves: Sequence[Curve], values: Sequence[float], *, base: str, level: float
+) -> list[PairedDifference]:
     cells = _cells(curves, values)
     return [_difference(method, base, own, cells[base], level=level) for method, own in cells.items() if method != base]
 
 
-def _difference(method: str, baseline: str, cells: Cells, base: Cells, *, level: float) -> Difference:
+def _difference(method: str, baseline: str, cells: Cells, base: Cells, *, level: float) -> PairedDifference:
     pairs = np.array([cells[key] - base[key] for key in sorted(cells.keys() & base.keys())])
     std = float(pairs.std(ddof=1)) if len(pairs) > 1 else None
     shared = {task for task, _ in cells} & {task for task, _ in base}
     x, y = (_strata({key: value for key, value in one.items() if key[0] in shared}) for one in (cells, base))
-    return Difference(
+    return PairedDifference(
         method=method,
         baseline=baseline,
         pairs=pairs.tolist(),

@@ -70,7 +70,7 @@ def read(
         found = run_folders(path)
         notes += [] if found else [f"{path}: holds no run (no config.yaml)"]
         for folder in found:
-            curve = read_run(folder, by=by, metric=metric, task=task, partial=partial)
+            curve = read_curve(folder, by=by, metric=metric, task=task, partial=partial)
             if isinstance(curve, str):
                 notes.append(f"{folder}: left out, {curve}")
                 continue
@@ -88,7 +88,7 @@ def run_folders(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.glob("**/config.yaml"))
 
 
-def read_run(folder: Path, *, by: Sequence[str], metric: str, task: Sequence[str], partial: bool) -> Curve | str:
+def read_curve(folder: Path, *, by: Sequence[str], metric: str, task: Sequence[str], partial: bool) -> Curve | str:
     """The curve of one run, or why there is none."""
     import yaml
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Scores = np.ndarray
+RunScores = np.ndarray
 RESAMPLES = 5000
 POWER = 0.8
 
@@ -29,21 +29,21 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def interquartile_mean(strata: Sequence[Scores]) -> np.ndarray:
+def interquartile_mean(strata: Sequence[RunScores]) -> np.ndarray:
     """Mean without the floor(n/4) lowest and highest of all n scores, over the last axis; under 4 scores, the mean."""
     pooled = np.sort(np.concatenate(strata, axis=-1), axis=-1)
     cut = pooled.shape[-1] // 4
     return pooled[..., cut : pooled.shape[-1] - cut].mean(axis=-1)
 
 
-def probability_higher(strata: Sequence[tuple[Scores, Scores]]) -> np.ndarray:
+def probability_higher(strata: Sequence[tuple[RunScores, RunScores]]) -> np.ndarray:
     """P(X > Y) + P(X = Y)/2 of a run X against a run Y of the same task, over all pairs; mean over tasks."""
     above = [np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1)) for x, y in strata]
     return (1 + np.mean(above, axis=0)) / 2
 
 
 def bootstrap(
-    strata: Sequence[Scores], statistic: Callable[[Sequence[Scores]], np.ndarray], *, level: float, seed: int = 0
+    strata: Sequence[RunScores], statistic: Callable[[Sequence[RunScores]], np.ndarray], *, level: float, seed: int = 0
 ) -> Interval:
     """Percentile interval of ``statistic`` over resamples of each stratum with replacement.
 
@@ -56,16 +56,16 @@ def bootstrap(
     return Interval(estimate=float(statistic(strata)), low=float(low), high=float(high))
 
 
-def bootstrap_higher(x: Sequence[Scores], y: Sequence[Scores], *, level: float) -> Interval:
+def bootstrap_higher(x: Sequence[RunScores], y: Sequence[RunScores], *, level: float) -> Interval:
     """:func:`probability_higher` with its interval; ``x`` and ``y`` hold one stratum per task, resampled apart."""
 
-    def halves(strata: Sequence[Scores]) -> np.ndarray:
+    def halves(strata: Sequence[RunScores]) -> np.ndarray:
         return probability_higher(list(zip(strata[: len(x)], strata[len(x) :], strict=True)))
 
     return bootstrap([*x, *y], halves, level=level)
 
 
-def paired(differences: Scores, *, level: float) -> Interval | None:
+def paired(differences: RunScores, *, level: float) -> Interval | None:
     """Mean with Student's t interval, mean ± t·sd/sqrt(n), sd with ddof 1; None below two differences."""
     from scipy import stats
 

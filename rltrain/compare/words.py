@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from rltrain.compare.comparison import Comparison, Difference, Score, View
+from rltrain.compare.comparison import Comparison, PairedDifference, Score, View
 from rltrain.compare.statistics import Interval
 
 FEWEST_PAIRS = 5
@@ -37,7 +37,7 @@ def sentences(comparison: Comparison) -> list[str]:
     return [*told, "All this is about further seeds of these settings, not about other models, data or settings."]
 
 
-def sentence(view: View, difference: Difference, level: float) -> str:
+def sentence(view: View, difference: PairedDifference, level: float) -> str:
     """What the data show of a difference: a direction only where the interval excludes zero and pairs are enough."""
     subject = f"{view.title}, {difference.method} minus {difference.baseline}"
     count = len(difference.pairs)

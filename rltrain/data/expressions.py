@@ -19,7 +19,7 @@ MASK_64 = (1 << 64) - 1
 OPERATOR_SALT = {"+": 0x9E3779B97F4A7C15, "-": 0xC2B2AE3D27D4EB4F, "*": 0x165667B19E3779F9, "/": 0x27D4EB2F165667C5}
 
 
-class Expression(NamedTuple):
+class ArithmeticExpression(NamedTuple):
     """A number (``operator`` empty, ``text`` as printed) or two expressions joined by a binary operator.
 
     ``key`` is a 64-bit structural hash in which the two sides of an operator are interchangeable.
@@ -30,8 +30,8 @@ class Expression(NamedTuple):
     key: int
     operator: str = ""
     text: str = ""
-    left: Expression | None = None
-    right: Expression | None = None
+    left: ArithmeticExpression | None = None
+    right: ArithmeticExpression | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ def _number_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def number(text: str, value: Fraction) -> Expression:
+def number(text: str, value: Fraction) -> ArithmeticExpression:
     """A leaf."""
-    return Expression(0, value, _number_key(text), "", text)
+    return ArithmeticExpression(0, value, _number_key(text), "", text)
 
 
 def join_key(operator: str, one: int, other: int) -> int:
@@ -78,7 +78,7 @@ def apply(operator: str, left: Fraction, right: Fraction) -> Fraction | None:
     return left / right if right else None
 
 
-def subexpressions(expression: Expression) -> Iterator[Expression]:
+def subexpressions(expression: ArithmeticExpression) -> Iterator[ArithmeticExpression]:
     """Every node that has an operator, operands first."""
     if expression.left is not None and expression.right is not None:
         yield from subexpressions(expression.left)
@@ -86,7 +86,7 @@ def subexpressions(expression: Expression) -> Iterator[Expression]:
         yield expression
 
 
-def render(expression: Expression, notation: Notation) -> str:
+def render(expression: ArithmeticExpression, notation: Notation) -> str:
     """The printed form, with the fewest parentheses that keep the tree."""
     if expression.left is None or expression.right is None:
         return expression.text
@@ -108,11 +108,11 @@ def value_text(value: Fraction, notation: Notation) -> str:
     return notation.fraction % (over, under) if over > 0 else "-" + notation.fraction % (-over, under)
 
 
-def worked_steps(expression: Expression, notation: Notation) -> list[str]:
+def worked_steps(expression: ArithmeticExpression, notation: Notation) -> list[str]:
     """One line per operator in order of evaluation, such as ``3+4=7`` and ``7*2=14`` for ``(3+4)*2``."""
     lines: list[str] = []
 
-    def reduced(node: Expression) -> str:
+    def reduced(node: ArithmeticExpression) -> str:
         if node.left is None or node.right is None:
             return node.text
         left, right = reduced(node.left), reduced(node.right)
@@ -133,7 +133,7 @@ _TOKEN = re.compile(
 _SYMBOLS = {r"\times": "*", r"\div": "/"}
 
 
-def _tokens(text: str) -> Iterator[Expression | str]:
+def _tokens(text: str) -> Iterator[ArithmeticExpression | str]:
     position = 0
     while position < len(text.rstrip()):
         match = _TOKEN.match(text, position)
@@ -148,21 +148,21 @@ def _tokens(text: str) -> Iterator[Expression | str]:
             yield number(match["number"], Fraction(int(match["base"]) ** int(match["power"] or 1)))
 
 
-def _joined(left: Expression, operator: str, right: Expression) -> Expression:
+def _joined(left: ArithmeticExpression, operator: str, right: ArithmeticExpression) -> ArithmeticExpression:
     value = apply(operator, left.value, right.value)
     if value is None:
         raise ValueError("expression: division by zero")
     key = join_key(operator, left.key, right.key)
-    return Expression(left.steps + right.steps + 1, value, key, operator, "", left, right)
+    return ArithmeticExpression(left.steps + right.steps + 1, value, key, operator, "", left, right)
 
 
-def parse(text: str) -> Expression:
+def parse(text: str) -> ArithmeticExpression:
     """The tree of a printed form, by precedence climbing; ValueError if it is none."""
     tokens = [*_tokens(text), ")"]
 
-    def operand() -> Expression:
+    def operand() -> ArithmeticExpression:
         token = tokens.pop(0)
-        if isinstance(token, Expression):
+        if isinstance(token, ArithmeticExpression):
             return token
         if token != "(":
             raise ValueError(f"expression {text!r}: a number or '(' is missing before {token!r}")
@@ -171,7 +171,7 @@ def parse(text: str) -> Expression:
             raise ValueError(f"expression {text!r}: a ')' is missing")
         return inside
 
-    def chain(level: int) -> Expression:
+    def chain(level: int) -> ArithmeticExpression:
         left = operand()
         while tokens and isinstance(tokens[0], str) and PRECEDENCE.get(tokens[0], 0) >= level:
             operator = str(tokens.pop(0))

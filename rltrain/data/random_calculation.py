@@ -27,7 +27,7 @@ from rltrain.config import DataConfig
 from rltrain.data.expressions import (
     LATEX,
     PLAIN,
-    Expression,
+    ArithmeticExpression,
     Notation,
     apply,
     join_key,
@@ -57,7 +57,7 @@ PROMPT = "Evaluate this expression step by step, then give its final value in \\
 class Preset:
     """What trees are made of: kinds of atoms (a kind is drawn first, then an atom), operators, admissible values."""
 
-    atom_kinds: tuple[tuple[Expression, ...], ...]
+    atom_kinds: tuple[tuple[ArithmeticExpression, ...], ...]
     operator_orders: tuple[tuple[str, ...], ...]
     notation: Notation
     integers_between: tuple[int, int] | None = None
@@ -114,7 +114,7 @@ class _Grower:
     def __init__(self, preset: Preset, split: str, draw: Callable[[], float]) -> None:
         self.preset, self.split, self.draw = preset, split, draw
 
-    def grow(self, steps: int, *, is_root: bool = False) -> Expression:
+    def grow(self, steps: int, *, is_root: bool = False) -> ArithmeticExpression:
         """A tree of ``steps`` operators that belongs to the split; ConfigError if none is found."""
         draw = self.draw
         if steps == 0:
@@ -136,7 +136,9 @@ class _Grower:
             " raise data.max_operand or data.max_value"
         )
 
-    def _join(self, steps: int, one: Expression, other: Expression, *, any_split: bool) -> Expression | None:
+    def _join(
+        self, steps: int, one: ArithmeticExpression, other: ArithmeticExpression, *, any_split: bool
+    ) -> ArithmeticExpression | None:
         """The two sides in random order under the first admissible of the operators in random order."""
         if self.draw() < 0.5:
             one, other = other, one
@@ -148,11 +150,11 @@ class _Grower:
             for left, right in ((one, other), (other, one)):
                 value = apply(operator, left.value, right.value)
                 if value is not None and self.preset.admits(value):
-                    return Expression(steps, value, key, operator, "", left, right)
+                    return ArithmeticExpression(steps, value, key, operator, "", left, right)
         return None
 
 
-def expression_at(preset: Preset, *, seed: int, split: str, steps: int, index: int) -> Expression:
+def expression_at(preset: Preset, *, seed: int, split: str, steps: int, index: int) -> ArithmeticExpression:
     """The tree of one item, in time that does not depend on the index."""
     key = hashlib.blake2b(f"{seed}/{split}/{steps}/{index}".encode(), digest_size=16).digest()
     draw = random.Random(int.from_bytes(key, "little")).random
@@ -164,7 +166,7 @@ def decimal_text(value: Fraction) -> str:
     return f"{FIFTEEN_DIGITS.divide(Decimal(value.numerator), Decimal(value.denominator)):g}"
 
 
-def solution_text(expression: Expression, notation: Notation, style: str) -> str:
+def solution_text(expression: ArithmeticExpression, notation: Notation, style: str) -> str:
     r"""``style="steps"``: one line per operator, then the exact value in ``\boxed{}``; ``"answer"``: the box alone.
 
     ``"checked"``: between the two, the first c lines again after ``check``, c of 0..operators as the expression's key
@@ -302,7 +304,7 @@ class Leak:
     test_id: str
 
 
-def _guarded(problem: Problem) -> Iterable[Expression]:
+def _guarded(problem: Problem) -> Iterable[ArithmeticExpression]:
     """The sub-expressions that no two splits may share: two or more operators, or the whole problem."""
     tree = parse(problem.meta["expression"])
     return (node for node in subexpressions(tree) if node.steps >= 2 or node is tree)

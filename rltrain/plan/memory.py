@@ -53,7 +53,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class RankLoad:
     """The largest amounts that a rank handles at once: a micro-batch, and the completions in flight."""
 
     rows: int
@@ -67,8 +67,8 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One way to lay a run out over the ranks."""
+class ShardingPlan:
+    """How training state is spread over the ranks, and whether activations are recomputed."""
 
     zero_stage: int
     offload_optimizer: bool
@@ -77,7 +77,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes per rank of one layout; ``host`` is what offloading puts into the memory of a node, per rank.
+    """Bytes per rank under one sharding plan; ``host`` is what offloading puts into the memory of a node, per rank.
 
     ``weights``, ``optimizer`` and ``frozen`` (reference, scorer) are always there. On top come, one after the other:
     training (gradients, activations, head, buffers), the optimiser's step, and sampling (cache, logits, and under
@@ -106,7 +106,7 @@ class Footprint:
         return self.weights + self.optimizer + self.frozen + busiest
 
 
-def work_of(config: RunConfig, ranks: int) -> Work:
+def rank_load(config: RunConfig, ranks: int) -> RankLoad:
     """Full-length prompts and completions: the worst that the limits allow."""
     sampling, batch = config.sampling, config.batch
     longest = sampling.max_prompt_tokens + sampling.max_new_tokens
@@ -117,7 +117,7 @@ def work_of(config: RunConfig, ranks: int) -> Work:
     held_out = -(-evaluation.problems // ranks) * evaluation.samples if evaluation.every_steps else 0
     in_flight = min(max(completions, held_out), getattr(config.rollout, "max_rows", completions))
     share = batch.group_size if completions >= held_out else evaluation.samples
-    return Work(
+    return RankLoad(
         rows=rows,
         tokens=longest,
         loss_tokens=rows * sampling.max_new_tokens,
@@ -143,17 +143,17 @@ def naive_logits_bytes(shape: ModelShape, loss_tokens: int) -> int:
     return 3 * loss_tokens * shape.vocabulary * FP32_BYTES
 
 
-def kv_cache_bytes(shape: ModelShape, work: Work) -> int:
+def kv_cache_bytes(shape: ModelShape, load: RankLoad) -> int:
     """Each prompt once, each completion to its end, and one layer's copy while the cache grows."""
-    columns = math.ceil(work.new_tokens / CACHE_BLOCK) * CACHE_BLOCK
-    held = shape.kv_bytes(work.prompts * work.prompt_tokens + work.completions * columns)
+    columns = math.ceil(load.new_tokens / CACHE_BLOCK) * CACHE_BLOCK
+    held = shape.kv_bytes(load.prompts * load.prompt_tokens + load.completions * columns)
     return held + held // shape.layers
 
 
-def sampling_bytes(shape: ModelShape, work: Work) -> int:
+def sampling_bytes(shape: ModelShape, load: RankLoad) -> int:
     """Beside the cache, the larger of the prompts' prefill and a step's logits, fp32 probabilities and their sums."""
-    prefill = work.prompts * work.prompt_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-    step = work.completions * shape.vocabulary * (shape.dtype_bytes + 2 * FP32_BYTES)
+    prefill = load.prompts * load.prompt_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+    step = load.completions * shape.vocabulary * (shape.dtype_bytes + 2 * FP32_BYTES)
     return max(prefill * shape.dtype_bytes, step)
 
 
@@ -201,18 +201,18 @@ def step_bytes(shape: ModelShape, stage: int, share: int, *, on_gpu: bool) -> in
 def footprint(
     config: RunConfig,
     shape: ModelShape,
-    work: Work,
-    layout: Layout,
+    load: RankLoad,
+    sharding: ShardingPlan,
     *,
     ranks: int,
     activations: int,
     on_gpu: bool = True,
 ) -> Footprint:
-    """The bytes of one layout, after DeepSpeed's ZeRO (1910.02054): 16 per parameter with bf16 weights and AdamW."""
-    stage, offload = layout.zero_stage, layout.offload_optimizer
+    """The bytes under one sharding plan, as ZeRO has it (1910.02054): 16 per parameter with bf16 weights and AdamW."""
+    stage, offload = sharding.zero_stage, sharding.offload_optimizer
     share = ranks if stage else 1
     whole = shape.parameters * shape.dtype_bytes
-    states, kv_cache = optimizer_bytes(shape, stage, share), kv_cache_bytes(shape, work)
+    states, kv_cache = optimizer_bytes(shape, stage, share), kv_cache_bytes(shape, load)
     decodes_in_bf16 = getattr(config.rollout, "dtype", "policy") == "bfloat16" and shape.dtype_bytes != 2
     return Footprint(
         weights=(whole // ranks if stage == 3 else whole) + (2 * shape.parameters if decodes_in_bf16 else 0),
@@ -220,20 +220,20 @@ def footprint(
         optimizer=0 if offload else states,
         frozen=frozen_bytes(config, shape, weight_share=ranks if stage == 3 else 1),
         activations=activations,
-        head=head_bytes(shape, work.loss_tokens),
+        head=head_bytes(shape, load.loss_tokens),
         buffers=buffer_bytes(config, shape, stage, on_gpu=on_gpu),
         step=0 if offload else step_bytes(shape, stage, share, on_gpu=on_gpu),
-        sampling=kv_cache + sampling_bytes(shape, work) + (whole if stage == 3 else 0),
+        sampling=kv_cache + sampling_bytes(shape, load) + (whole if stage == 3 else 0),
         kv_cache=kv_cache,
-        accumulates=work.micro_batches > 1,
+        accumulates=load.micro_batches > 1,
         host=states + shape.trainable // share * FP32_BYTES if offload else 0,
     )
 
 
-def layouts(stages: Sequence[int] = (0, 1, 2, 3)) -> list[Layout]:
+def sharding_plans(stages: Sequence[int] = (0, 1, 2, 3)) -> list[ShardingPlan]:
     """Every stage, with and without offload (which needs shards) and gradient checkpointing."""
     return [
-        Layout(zero_stage=stage, offload_optimizer=offload, gradient_checkpointing=checkpointing)
+        ShardingPlan(zero_stage=stage, offload_optimizer=offload, gradient_checkpointing=checkpointing)
         for stage in stages
         for offload in ((False, True) if stage else (False,))
         for checkpointing in (False, True)
@@ -246,59 +246,65 @@ class Plan:
 
     cluster: Cluster
     shape: ModelShape
-    work: Work
-    chosen: Layout
-    footprints: dict[Layout, Footprint]
+    load: RankLoad
+    chosen: ShardingPlan
+    footprints: dict[ShardingPlan, Footprint]
 
-    def fits(self, layout: Layout) -> bool:
+    def fits(self, sharding: ShardingPlan) -> bool:
         """With room for what is not counted."""
-        return self.footprints[layout].peak <= (self.cluster.gpu_gib - RESERVE_GIB) * GIB
+        return self.footprints[sharding].peak <= (self.cluster.gpu_gib - RESERVE_GIB) * GIB
 
 
 def plan(config: RunConfig, cluster: Cluster, *, on_gpu: bool = True) -> Plan:
-    """The footprint of every layout; on a CPU buffers that are not written take no memory."""
+    """The footprint of every sharding plan. On a CPU, buffers that are not written take no memory."""
     ranks = cluster.ranks
     require(
         config.batch.prompts_per_step % ranks == 0,
         f"batch.prompts_per_step={config.batch.prompts_per_step}: not divisible by {ranks} ranks; set a multiple",
     )
     source = architecture(config.model)
-    shape, work = measure(config.model, source), work_of(config, ranks)
+    shape, load = measure(config.model, source), rank_load(config, ranks)
     activations = {
         checkpointing: activation_bytes(
-            config.model, source, rows=work.rows, tokens=work.tokens, checkpointing=checkpointing
+            config.model, source, rows=load.rows, tokens=load.tokens, checkpointing=checkpointing
         )
         for checkpointing in (False, True)
     }
     footprints = {
-        layout: footprint(
+        sharding: footprint(
             config,
             shape,
-            work,
-            layout,
+            load,
+            sharding,
             ranks=ranks,
-            activations=activations[layout.gradient_checkpointing],
+            activations=activations[sharding.gradient_checkpointing],
             on_gpu=on_gpu,
         )
-        for layout in layouts()
+        for sharding in sharding_plans()
     }
-    chosen = Layout(
+    chosen = ShardingPlan(
         zero_stage=config.deepspeed.zero_stage,
         offload_optimizer=config.deepspeed.offload_optimizer,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
-    return Plan(cluster=cluster, shape=shape, work=work, chosen=chosen, footprints=footprints)
+    return Plan(cluster=cluster, shape=shape, load=load, chosen=chosen, footprints=footprints)
 
 
 def as_json(made: Plan) -> str:
     """Everything in bytes."""
     rows = [
-        {**vars(layout), **vars(found), "peak": found.peak, "fits": made.fits(layout), "chosen": layout == made.chosen}
-        for layout, found in made.footprints.items()
+        {
+            **vars(sharding),
+            **vars(found),
+            "peak": found.peak,
+            "fits": made.fits(sharding),
+            "chosen": sharding == made.chosen,
+        }
+        for sharding, found in made.footprints.items()
     ]
-    facts = {name: dataclasses.asdict(getattr(made, name)) for name in ("cluster", "shape", "work")}
-    avoided = naive_logits_bytes(made.shape, made.work.loss_tokens)
-    return json.dumps({**facts, "logits_avoided": avoided, "layouts": rows}, indent=1)
+    facts = {"cluster": made.cluster, "shape": made.shape, "work": made.load}
+    avoided = naive_logits_bytes(made.shape, made.load.loss_tokens)
+    return json.dumps({**facts, "logits_avoided": avoided, "layouts": rows}, indent=1, default=dataclasses.asdict)
 
 
 def show(made: Plan) -> None:
@@ -306,25 +312,25 @@ def show(made: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shape, work, cluster = made.shape, made.work, made.cluster
-    avoided = naive_logits_bytes(shape, work.loss_tokens) / GIB
+    shape, load, cluster = made.shape, made.load, made.cluster
+    avoided = naive_logits_bytes(shape, load.loss_tokens) / GIB
     print(
         f"{shape.parameters / 1e6:,.1f} M parameters, {shape.trainable / 1e6:,.1f} M trained; {cluster.ranks} ranks of "
-        f"{cluster.gpu_gib:g} GiB\nmicro-batch: {work.rows} rows x {work.tokens} tokens; sampling: {work.completions} "
-        f"completions of {work.prompts} prompts; logits avoided: {avoided:.2f} GiB"
+        f"{cluster.gpu_gib:g} GiB\nmicro-batch: {load.rows} rows x {load.tokens} tokens; sampling: {load.completions} "
+        f"completions of {load.prompts} prompts; logits avoided: {avoided:.2f} GiB"
     )
     table = Table(title="GiB per rank")
     for name in ("ZeRO", "offload", "checkpointing", "weights", "gradients", "optimiser", "frozen", "activations",
                  "head", "buffers", "KV cache", "peak", "fits"):  # fmt: skip
         table.add_column(name, justify="right")
-    for layout, found in made.footprints.items():
+    for sharding, found in made.footprints.items():
         sizes = [found.weights, found.gradients, found.optimizer, found.frozen, found.activations, found.head,
                  found.buffers, found.kv_cache, found.peak]  # fmt: skip
-        switches = ["yes" if flag else "" for flag in (layout.offload_optimizer, layout.gradient_checkpointing)]
-        mark = "*" if layout == made.chosen else ""
+        switches = ["yes" if flag else "" for flag in (sharding.offload_optimizer, sharding.gradient_checkpointing)]
+        mark = "*" if sharding == made.chosen else ""
         table.add_row(
-            f"{layout.zero_stage}{mark}", *switches, *(f"{size / GIB:.2f}" for size in sizes),
-            "yes" if made.fits(layout) else "no", style="bold" if mark else None,
+            f"{sharding.zero_stage}{mark}", *switches, *(f"{size / GIB:.2f}" for size in sizes),
+            "yes" if made.fits(sharding) else "no", style="bold" if mark else None,
         )  # fmt: skip
     Console(width=max(Console().width, 150)).print(table)
     host = max(found.host for found in made.footprints.values()) * cluster.gpus_per_node / GIB

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rltrain.batching.bins import LAYOUTS, Layout
-from rltrain.batching.collate import NO_WEIGHTING, Row, Unit, token_batch
+from rltrain.batching.collate import NO_WEIGHTING, LossRow, Unit, token_batch
 from rltrain.policy.logprobs import inference, to_device
 from rltrain.runtime import dist
 
@@ -74,7 +74,7 @@ def check_units(vocabulary: int) -> list[Unit]:
 
     return [
         tuple(
-            Row(
+            LossRow(
                 prompt_ids=ids(seed, prompt),
                 completion_ids=ids(seed + 100 * (index + 1), length),
                 sampler_logprobs=(0.0,) * length,

@@ -32,7 +32,7 @@ def gather(values_LX: Tensor, index: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class AttentionCall:
     """The segments of one call as padded rows: where in L the B rows' queries and keys are."""
 
     query_BQ: Tensor
@@ -55,7 +55,7 @@ class Call:
         return seen_QK if window is None else seen_QK & (key_K > place_Q1 - window)
 
 
-class Segments:
+class SegmentAttention:
     """The calls that attend a packed micro-batch; the same for every layer."""
 
     def __init__(self, batch: TokenBatch, hidden_size: int) -> None:
@@ -64,7 +64,7 @@ class Segments:
         own = [stop - start for start, stop in itertools.pairwise(boundaries)]
         segments = [(tokens, own[prefix] if prefix >= 0 else 0) for tokens, prefix in zip(own, prefix_of, strict=True)]
         device = batch.input_ids_L.device
-        self.calls: list[Call] = []
+        self.calls: list[AttentionCall] = []
         slot_L = torch.empty(len(batch.input_ids_L), dtype=torch.long)
         first_slot = 0
         for indices in attention_calls(segments, hidden_size):
@@ -78,7 +78,7 @@ class Segments:
             real_BQ = column_Q < own_B1
             slot_L[query_BQ[real_BQ]] = slots_BQ[real_BQ]
             first_slot += query_BQ.numel()
-            self.calls.append(Call(query_BQ=query_BQ.to(device), key_BK=key_BK.to(device)))
+            self.calls.append(AttentionCall(query_BQ=query_BQ.to(device), key_BK=key_BK.to(device)))
         self._slot_L = slot_L.to(device)
         self._query_S = torch.cat([call.query_BQ.flatten() for call in self.calls])
         self._key_S = torch.cat([call.key_BK.flatten() for call in self.calls])
@@ -154,7 +154,7 @@ def segment_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: Segments,
+    segments: SegmentAttention,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -186,7 +186,7 @@ def arguments(model: Any, batch: TokenBatch) -> dict[str, Any]:
         }
     # Four axes tell the model that the mask is made already; segments are used instead.
     no_mask = torch.zeros(1, 1, 1, 1, device=device)
-    return {"attention_mask": no_mask, "segments": Segments(batch, config.hidden_size)}
+    return {"attention_mask": no_mask, "segments": SegmentAttention(batch, config.hidden_size)}
 
 
 def unsupported(model: Any) -> str | None:

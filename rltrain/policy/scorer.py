@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rltrain.batching.bins import Layout
-from rltrain.batching.collate import NO_WEIGHTING, Row, arrange, bins_of, empty_batch, token_batch, unit_segments
+from rltrain.batching.collate import NO_WEIGHTING, LossRow, arrange, bins_of, empty_batch, token_batch, unit_segments
 from rltrain.config import RunConfig
 from rltrain.engine.deepspeed import shard_frozen, sharded_loading
 from rltrain.errors import ConfigError
@@ -24,10 +24,10 @@ from rltrain.runtime import dist
 from rltrain.types import Mean, Metrics, Need, SpanRequest, TokenBatch
 
 
-def span_row(request: SpanRequest) -> Row:
+def span_row(request: SpanRequest) -> LossRow:
     """The request as a completion of its prompt, nothing of which is trained on."""
     completion_ids = request.token_ids[request.prompt_tokens :]
-    return Row(
+    return LossRow(
         prompt_ids=request.token_ids[: request.prompt_tokens],
         completion_ids=completion_ids,
         sampler_logprobs=(0.0,) * len(completion_ids),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
 
-from rltrain.runs.summary import Rows, series, smoothed
+from rltrain.runs.summary import MetricRows, series, smoothed
 
 T = TypeVar("T")
 WIDTH, HEIGHT = 340, 190
@@ -72,7 +72,7 @@ def thinned(points: Sequence[T], most: int) -> list[T]:
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def line_chart(title: str, runs: Mapping[str, Rows], name: str, *, most_points: int) -> Chart | None:
+def line_chart(title: str, runs: Mapping[str, MetricRows], name: str, *, most_points: int) -> Chart | None:
     """A metric against steps, one line per run, smoothed over ten steps where there are many; None if no run has it."""
     found = {label: series(rows, name) for label, rows in runs.items()}
     if not any(values for _, values in found.values()):
@@ -101,7 +101,7 @@ def _line(points: Sequence[tuple[float, float]], colour: int, most_points: int, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageTime:
     """A piece of the bar: mean seconds a step, and the share of the step."""
 
     name: str
@@ -113,7 +113,7 @@ class Stage:
 INSIDE = {"probe": "advantage"}
 
 
-def stages(rows: Rows) -> list[Stage]:
+def stages(rows: MetricRows) -> list[StageTime]:
     """Mean seconds per step, in the order of the step; what is timed inside a stage is taken out of it."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("timing_s/"))
     training = max(sum("timing_s/step" in row for row in rows), 1)
@@ -124,4 +124,4 @@ def stages(rows: Rows) -> list[Stage]:
         seconds |= {one: timed[one] for one in inner}
         seconds[stage] = max(0.0, timed[stage] - sum(timed[one] for one in inner))
     total = sum(seconds.values())
-    return [Stage(name=name, seconds=value, share=value / total) for name, value in seconds.items() if value > 0]
+    return [StageTime(name=name, seconds=value, share=value / total) for name, value in seconds.items() if value > 0]

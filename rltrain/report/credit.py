@@ -11,8 +11,8 @@ from typing import Any
 from rltrain.advantages.prefix_tree import prefix_values
 from rltrain.report.charts import thinned
 from rltrain.report.estimators import Estimate, SampledStep
-from rltrain.report.folder import RunFolder
-from rltrain.report.samples import NOTE, Row, as_group, by_group, notes, reward
+from rltrain.report.folder import RecordedRun
+from rltrain.report.samples import NOTE, SampleRow, as_group, by_group, notes, reward
 from rltrain.report.tree import branches
 
 PREVIEW_CHARACTERS = 80
@@ -21,7 +21,7 @@ MOST_GAINS = 1000
 
 
 def credit(
-    run: RunFolder, *, estimators: Sequence[str], groups: int, step: int | None, most_bytes: int
+    run: RecordedRun, *, estimators: Sequence[str], groups: int, step: int | None, most_bytes: int
 ) -> list[dict[str, Any]]:
     """The viewer's data for a run: at most ``groups`` sampled groups of a step (the last one) that fit in the bytes."""
     step, rows = _sampled(run, step)
@@ -45,7 +45,7 @@ def credit(
     return shown
 
 
-def _sampled(run: RunFolder, step: int | None) -> tuple[int, list[Row]]:
+def _sampled(run: RecordedRun, step: int | None) -> tuple[int, list[SampleRow]]:
     """The rows of the step, or of the newest that can be read."""
     steps = run.sampled_steps()
     if step is not None and step not in steps:
@@ -57,7 +57,7 @@ def _sampled(run: RunFolder, step: int | None) -> tuple[int, list[Row]]:
     return 0, []
 
 
-def _by_spread(everything: Sequence[Sequence[Row]]) -> list[int]:
+def _by_spread(everything: Sequence[Sequence[SampleRow]]) -> list[int]:
     """Groups whose rewards differ most come first, those that teach nothing last."""
 
     def spread(index: int) -> float:
@@ -68,7 +68,7 @@ def _by_spread(everything: Sequence[Sequence[Row]]) -> list[int]:
 
 
 def _group(
-    run: RunFolder, step: int, rows: Sequence[Row], estimates: Sequence[Estimate], index: int, most_tokens: int
+    run: RecordedRun, step: int, rows: Sequence[SampleRow], estimates: Sequence[Estimate], index: int, most_tokens: int
 ) -> dict[str, Any]:
     """A group; of very long completions the first ``most_tokens``."""
     group = as_group(rows)
@@ -98,7 +98,7 @@ def _group(
     }
 
 
-def _tokens(row: Row) -> list[str]:
+def _tokens(row: SampleRow) -> list[str]:
     """The text of each token; without them the completion as one piece."""
     return list(row.get("tokens") or [row.get("completion") or ""])
 
@@ -138,7 +138,7 @@ def _tree(
     ]
 
 
-def _target_gain(rows: Sequence[Row]) -> dict[str, Any] | None:
+def _target_gain(rows: Sequence[SampleRow]) -> dict[str, Any] | None:
     """What each thought adds to the log-prob of each token of the text that follows it."""
     noted = notes(rows)
     if not {"position", "target_tokens", "target_gain"} <= noted.keys() or not noted["position"][0]:
@@ -150,7 +150,7 @@ def _target_gain(rows: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def _gains(rows: Sequence[Row]) -> list[tuple[int, float | None]]:
+def _gains(rows: Sequence[SampleRow]) -> list[tuple[int, float | None]]:
     """(Position in the document, gain over all targets) of every thought of a group."""
     return [
         (row[f"{NOTE}position"][0], _short(sum(row[f"{NOTE}target_gain"])))

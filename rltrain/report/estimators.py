@@ -14,8 +14,8 @@ from typing import Any
 from rltrain import cli
 from rltrain.errors import ConfigError
 from rltrain.registry import part_of, parts
-from rltrain.report.folder import RunFolder
-from rltrain.report.samples import Row, as_group, notes
+from rltrain.report.folder import RecordedRun
+from rltrain.report.samples import SampleRow, as_group, notes
 from rltrain.types import Context, Need, Notes
 
 
@@ -56,7 +56,7 @@ def candidates(name: str) -> list[str]:
 class SampledStep:
     """The sampled groups of one step of a run, and the checkpoint to probe for them."""
 
-    def __init__(self, run: RunFolder, step: int, groups: Sequence[Sequence[Row]]) -> None:
+    def __init__(self, run: RecordedRun, step: int, groups: Sequence[Sequence[SampleRow]]) -> None:
         self._run, self._rows = run, groups
         self._drawn_after = step - 1  # a sample carries the step that it went into
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rltrain.report.folder import HELD_OUT, RunFolder
-from rltrain.report.samples import Row
-from rltrain.runs.summary import Rows, series
+from rltrain.report.folder import HELD_OUT, RecordedRun
+from rltrain.report.samples import SampleRow
+from rltrain.runs.summary import MetricRows, series
 
 TAIL_CHARACTERS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class MetricChange:
     """A held-out metric at the first and the last evaluation."""
 
     name: str
@@ -23,7 +23,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turned:
+class TurnedProblem:
     """A held-out problem whose first completion was right at one end only."""
 
     prompt: str
@@ -39,13 +39,13 @@ class Evaluation:
 
     first_step: int
     last_step: int
-    changes: Sequence[Change]
+    changes: Sequence[MetricChange]
     fixed: int | None = None
     broken: int | None = None
-    examples: Sequence[Turned] = ()
+    examples: Sequence[TurnedProblem] = ()
 
 
-def evaluation(run: RunFolder) -> Evaluation | None:
+def evaluation(run: RecordedRun) -> Evaluation | None:
     """None without an evaluation in the metrics."""
     steps, accuracies = series(run.rows, "eval_accuracy")
     if not steps:
@@ -76,32 +76,32 @@ def evaluation(run: RunFolder) -> Evaluation | None:
     )
 
 
-def before_and_after(rows: Rows) -> list[Change]:
+def before_and_after(rows: MetricRows) -> list[MetricChange]:
     """Every ``eval_`` metric that both the first and the last evaluation have."""
     evaluations = [row for row in rows if row.get("eval_accuracy") is not None]
     first, last = evaluations[0], evaluations[-1]
     names = [name for name in last if name.startswith("eval_") and first.get(name) is not None]
-    return [Change(name=name, first=first[name], last=last[name]) for name in names if last[name] is not None]
+    return [MetricChange(name=name, first=first[name], last=last[name]) for name in names if last[name] is not None]
 
 
-def _first_samples(rows: Sequence[Row]) -> dict[Any, Row]:
+def _first_samples(rows: Sequence[SampleRow]) -> dict[Any, SampleRow]:
     return {row.get("problem_id"): row for row in rows if row.get("sample") == 0}
 
 
-def _right(row: Row) -> bool:
+def _right(row: SampleRow) -> bool:
     """As :func:`rltrain.evaluate.correct_G` has it: the reward ``answer``, else the first part, is at least 1."""
     parts = [key for key in row if key.startswith("reward/")]
     name = "reward/answer" if "reward/answer" in parts else next(iter(parts), "reward")
     return (row.get(name) or 0.0) >= 1 - 1e-9
 
 
-def _tells(samples: Mapping[Any, Row], accuracy: float) -> bool:
+def _tells(samples: Mapping[Any, SampleRow], accuracy: float) -> bool:
     """Whether right and wrong as read off the samples give the accuracy that was recorded: some rewards know better."""
     return bool(samples) and abs(sum(map(_right, samples.values())) / len(samples) - accuracy) < 1e-6
 
 
-def _turned(before: Row, after: Row) -> Turned:
-    return Turned(
+def _turned(before: SampleRow, after: SampleRow) -> TurnedProblem:
+    return TurnedProblem(
         prompt=before.get("prompt") or "",
         answer=str(before.get("answer") or ""),
         before=(before.get("completion") or "")[-TAIL_CHARACTERS:],
@@ -110,6 +110,6 @@ def _turned(before: Row, after: Row) -> Turned:
     )
 
 
-def _order(one: Turned) -> tuple[int, str]:
+def _order(one: TurnedProblem) -> tuple[int, str]:
     """Short ones first: they are read at a glance."""
     return len(one.before) + len(one.after), one.prompt

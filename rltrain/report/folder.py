@@ -10,21 +10,21 @@ from typing import Any, TypeVar
 
 from rltrain.config import RunConfig
 from rltrain.runs.metrics import read_jsonl
-from rltrain.runs.summary import Rows, series
+from rltrain.runs.summary import MetricRows, series
 
 T = TypeVar("T")
 TRAINING, HELD_OUT = "step_", "eval_step_"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFolder:
+class RecordedRun:
     """What a run left behind. ``notes`` say what a reader must know about what is not there."""
 
     path: Path
     label: str
     config: Mapping[str, Any]
     provenance: Mapping[str, Any]
-    rows: Rows
+    rows: MetricRows
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -47,10 +47,10 @@ class RunFolder:
         return _attempt(lambda: _read_parquet(path), [], self.notes, f"samples/{path.name}")
 
 
-def read_run(path: Path, *, label: str) -> RunFolder:
+def read_run(path: Path, *, label: str) -> RecordedRun:
     """Read what is there."""
     notes: list[str] = []
-    run = RunFolder(
+    run = RecordedRun(
         path=path,
         label=label,
         config=_attempt(lambda: _read_yaml(path / "config.yaml"), {}, notes, "config.yaml"),
@@ -98,7 +98,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _read_metrics(path: Path, notes: list[str]) -> Rows:
+def _read_metrics(path: Path, notes: list[str]) -> MetricRows:
     written = [line for line in path.read_text().splitlines() if line.strip()]
     rows = [row for row in read_jsonl(path) if isinstance(row, dict) and isinstance(row.get("step"), int)]
     if len(rows) < len(written):
@@ -106,7 +106,7 @@ def _read_metrics(path: Path, notes: list[str]) -> Rows:
     return rows
 
 
-def _state(run: RunFolder) -> list[str]:
+def _state(run: RecordedRun) -> list[str]:
     """How far the run came, and what an interrupted save left."""
     notes = []
     absent = [one.name for one in fields(RunConfig) if one.name not in run.config]

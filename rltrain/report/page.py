@@ -13,10 +13,10 @@ from typing import Any
 from rltrain.report import charts
 from rltrain.report.credit import credit
 from rltrain.report.evaluation import Evaluation, evaluation
-from rltrain.report.folder import RunFolder, read_run
+from rltrain.report.folder import RecordedRun, read_run
 from rltrain.report.provenance import Origin, origin
 from rltrain.report.warnings import all_warnings
-from rltrain.runs.summary import Rows
+from rltrain.runs.summary import MetricRows
 
 # What keeps the page below 5 MB.
 CREDIT_BYTES, CURVE_POINTS, POINTS_OF_A_LINE = 2_500_000, 30_000, 240
@@ -39,11 +39,11 @@ NOT_CURVES = ("step", "timing_s/")
 class RunView:
     """A run as the page shows it."""
 
-    run: RunFolder
+    run: RecordedRun
     origin: Origin
     warnings: Sequence[str]
     evaluation: Evaluation | None
-    stages: Sequence[charts.Stage]
+    stages: Sequence[charts.StageTime]
     config_text: str
 
     @property
@@ -105,7 +105,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return [f"{one[-1]} ({index + 1})" for index, one in enumerate(parts)]
 
 
-def _view(run: RunFolder) -> RunView:
+def _view(run: RecordedRun) -> RunView:
     import yaml
 
     held_out = run.part("evaluation")
@@ -120,7 +120,7 @@ def _view(run: RunFolder) -> RunView:
     )
 
 
-def _charts(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> list[charts.Chart]:
+def _charts(rows: Mapping[str, MetricRows], titles: Mapping[str, str]) -> list[charts.Chart]:
     most_points = max(2, min(POINTS_OF_A_LINE, CURVE_POINTS // max(1, len(titles) * len(rows))))
     drawn = [charts.line_chart(title, rows, name, most_points=most_points) for name, title in titles.items()]
     return [one for one in drawn if one is not None]

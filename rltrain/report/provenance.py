@@ -10,14 +10,14 @@ from typing import Any
 
 from rltrain import cli
 from rltrain.errors import ConfigError
-from rltrain.report.folder import RunFolder
+from rltrain.report.folder import RecordedRun
 from rltrain.runs import run_folder
 
 ABSENT = "—"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class ConfigDifference:
     """A key of the resolved config, as the preset has it and as the run has it."""
 
     key: str
@@ -31,11 +31,11 @@ class Origin:
 
     command: str
     preset: str
-    differences: Sequence[Difference]
+    differences: Sequence[ConfigDifference]
     remark: str = ""
 
 
-def origin(run: RunFolder) -> Origin:
+def origin(run: RecordedRun) -> Origin:
     """From ``run.json`` and ``config.yaml``."""
     arguments = [str(one) for one in run.provenance.get("command") or []]
     command = shlex.join(["python", *arguments[1:]]) if arguments else ""
@@ -61,12 +61,12 @@ def _resolved(*overrides: str) -> Mapping[str, Any]:
         raise ConfigError(f"{' '.join(overrides)} cannot be composed here ({cli.one_line(error)})") from error
 
 
-def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[Difference]:
+def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[ConfigDifference]:
     """Key by key; what one side lacks is a dash. Of a part that was exchanged, the run's settings alone."""
     found = run_folder.differences(expected, actual)
     exchanged = tuple(f"{key.removesuffix('.kind')}." for key in found if key.endswith(".kind"))
     return [
-        Difference(key=key, preset=_text(old), run=_text(new))
+        ConfigDifference(key=key, preset=_text(old), run=_text(new))
         for key, (old, new) in found.items()
         if not (new is None and key.startswith(exchanged))
     ]

@@ -10,13 +10,13 @@ import torch
 
 from rltrain.types import Completion, Group, Notes, Problem, Prompt, UnknownLogprobs
 
-Row = Mapping[str, Any]
+SampleRow = Mapping[str, Any]
 NOTE = "note/"
 
 
-def by_group(rows: Sequence[Row]) -> list[list[Row]]:
+def by_group(rows: Sequence[SampleRow]) -> list[list[SampleRow]]:
     """Rows of one prompt side by side, in their order; sample 0 begins a group."""
-    groups: list[list[Row]] = []
+    groups: list[list[SampleRow]] = []
     for row in rows:
         fresh = not groups or row.get("sample") == 0 or row.get("problem_id") != groups[-1][-1].get("problem_id")
         if fresh:
@@ -25,19 +25,19 @@ def by_group(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
-def reward(row: Row) -> float:
+def reward(row: SampleRow) -> float:
     """NaN abstains."""
     value = row.get("reward")
     return math.nan if value is None else float(value)
 
 
-def notes(rows: Sequence[Row]) -> Notes:
+def notes(rows: Sequence[SampleRow]) -> Notes:
     """What estimator and rewards noted about a group."""
     names = sorted({name for row in rows for name in row if name.startswith(NOTE)})
     return {name.removeprefix(NOTE): [row.get(name) or [] for row in rows] for name in names}
 
 
-def as_group(rows: Sequence[Row]) -> Group:
+def as_group(rows: Sequence[SampleRow]) -> Group:
     """The group that an estimator takes."""
     first = rows[0]
     problem = Problem(
@@ -50,7 +50,7 @@ def as_group(rows: Sequence[Row]) -> Group:
     )
 
 
-def _completion(row: Row) -> Completion:
+def _completion(row: SampleRow) -> Completion:
     ids = tuple(row.get("token_ids") or ())
     logprobs = tuple(row.get("logprobs") or ())
     known = len(logprobs) == len(ids)

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rltrain.runs.summary import Rows, series
+from rltrain.runs.summary import MetricRows, series
 
 FEWEST_STEPS = 10
 
@@ -37,7 +37,7 @@ class Trend:
         return self.change < -2 * self.noise
 
 
-def trend(rows: Rows, name: str) -> Trend | None:
+def trend(rows: MetricRows, name: str) -> Trend | None:
     """None with fewer than ten values: a fifth of them says nothing."""
     values = series(rows, name)[1]
     if len(values) < FEWEST_STEPS:
@@ -48,7 +48,7 @@ def trend(rows: Rows, name: str) -> Trend | None:
     return Trend(first=statistics.fmean(ends[0]), last=statistics.fmean(ends[1]), noise=noise)
 
 
-def _held_out(rows: Rows) -> tuple[float, float] | None:
+def _held_out(rows: MetricRows) -> tuple[float, float] | None:
     """Held-out accuracy at the first and the last evaluation."""
     values = series(rows, "eval_accuracy")[1]
     return (values[0], values[-1]) if len(values) > 1 else None
@@ -59,7 +59,7 @@ def _share_noise(share: float, other: float, count: int) -> float:
     return math.sqrt((share * (1 - share) + other * (1 - other)) / count) if count else 0.0
 
 
-def no_learning(rows: Rows, *, evaluated: int) -> str | None:
+def no_learning(rows: MetricRows, *, evaluated: int) -> str | None:
     """Neither the training reward nor the held-out accuracy rose beyond noise."""
     reward, accuracy = trend(rows, "reward"), _held_out(rows)
     if reward is None or reward.rises:
@@ -69,7 +69,7 @@ def no_learning(rows: Rows, *, evaluated: int) -> str | None:
     return f"no learning seen: reward {reward.first:.3g} → {reward.last:.3g}, noise ±{2 * reward.noise:.2g}"
 
 
-def accuracy_fell(rows: Rows, *, evaluated: int) -> str | None:
+def accuracy_fell(rows: MetricRows, *, evaluated: int) -> str | None:
     """Held-out accuracy is below its start by more than noise."""
     accuracy = _held_out(rows)
     if accuracy is None or accuracy[0] - accuracy[1] <= 2 * _share_noise(*accuracy, evaluated):
@@ -77,7 +77,7 @@ def accuracy_fell(rows: Rows, *, evaluated: int) -> str | None:
     return f"held-out accuracy fell: {accuracy[0]:.3g} → {accuracy[1]:.3g}"
 
 
-def reward_without_accuracy(rows: Rows, *, evaluated: int) -> str | None:
+def reward_without_accuracy(rows: MetricRows, *, evaluated: int) -> str | None:
     """Reward rose beyond noise, accuracy did not: the usual sign of a hacked reward.
 
     Held-out accuracy where it was measured (one standard error counts as risen), else the accuracy of the training
@@ -100,7 +100,7 @@ def reward_without_accuracy(rows: Rows, *, evaluated: int) -> str | None:
     )
 
 
-def entropy_collapse(rows: Rows, *, kept: float = 0.2) -> str | None:
+def entropy_collapse(rows: MetricRows, *, kept: float = 0.2) -> str | None:
     """Entropy fell to less than a fifth of its start."""
     entropy = trend(rows, "entropy")
     if entropy is None or entropy.first <= 0 or entropy.last >= kept * entropy.first:
@@ -108,7 +108,7 @@ def entropy_collapse(rows: Rows, *, kept: float = 0.2) -> str | None:
     return f"entropy collapsed: {entropy.first:.3g} → {entropy.last:.3g} nats a token"
 
 
-def length_explosion(rows: Rows, *, growth: float = 1.5) -> str | None:
+def length_explosion(rows: MetricRows, *, growth: float = 1.5) -> str | None:
     """Completions are half as long again as at the start."""
     length = trend(rows, "completions/mean_length")
     if length is None or length.last < growth * length.first:
@@ -116,7 +116,7 @@ def length_explosion(rows: Rows, *, growth: float = 1.5) -> str | None:
     return f"completions grew from {length.first:.0f} to {length.last:.0f} tokens"
 
 
-def truncated(rows: Rows, *, most: float = 0.1) -> str | None:
+def truncated(rows: MetricRows, *, most: float = 0.1) -> str | None:
     """More than a tenth of the completions of the last fifth of the steps ran into the length limit."""
     share = _last_fifth(rows, "completions/clipped_ratio")
     if share is None or share <= most:
@@ -124,7 +124,7 @@ def truncated(rows: Rows, *, most: float = 0.1) -> str | None:
     return f"{share:.0%} of the completions ran into sampling.max_new_tokens, their answers cut off"
 
 
-def zero_signal(rows: Rows, *, most: float = 0.7) -> str | None:
+def zero_variance_groups(rows: MetricRows, *, most: float = 0.7) -> str | None:
     """In the last fifth of the steps most groups had equal rewards, which teach nothing."""
     share = _last_fifth(rows, "frac_reward_zero_std")
     if share is None or share <= most:
@@ -132,7 +132,7 @@ def zero_signal(rows: Rows, *, most: float = 0.7) -> str | None:
     return f"{share:.0%} of the groups had equal rewards and taught nothing: the problems are too easy or too hard"
 
 
-def verifier_trouble(rows: Rows) -> str | None:
+def verifier_trouble(rows: MetricRows) -> str | None:
     """Time-outs, errors or a failing infrastructure of any reward, at any step."""
     endings = ("/timeouts", "/errors", "verifier/timeout", "verifier/infra")
     names = sorted({name for row in rows for name in row if name.endswith(endings)})
@@ -141,12 +141,12 @@ def verifier_trouble(rows: Rows) -> str | None:
     return f"rewards failed on some completions: {', '.join(bad)}" if bad else None
 
 
-def _last_fifth(rows: Rows, name: str) -> float | None:
+def _last_fifth(rows: MetricRows, name: str) -> float | None:
     values = series(rows, name)[1]
     return statistics.fmean(values[-max(1, len(values) // 5) :]) if values else None
 
 
-def all_warnings(rows: Rows, *, evaluated: int) -> Sequence[str]:
+def all_warnings(rows: MetricRows, *, evaluated: int) -> Sequence[str]:
     """Every sentence that applies, the gravest first; ``evaluated`` held-out completions per evaluation."""
     found = [
         reward_without_accuracy(rows, evaluated=evaluated),
@@ -155,7 +155,7 @@ def all_warnings(rows: Rows, *, evaluated: int) -> Sequence[str]:
         entropy_collapse(rows),
         length_explosion(rows),
         truncated(rows),
-        zero_signal(rows),
+        zero_variance_groups(rows),
         verifier_trouble(rows),
     ]
     return [sentence for sentence in found if sentence]

@@ -21,7 +21,7 @@ from rltrain.errors import require
 from rltrain.registry import register
 from rltrain.rewards.code_tests import Assertion, Unsupported, holds, parse_assertions, undo_plain
 from rltrain.rewards.sandbox.pool import Limits
-from rltrain.rewards.sandbox.program import Run, run_program
+from rltrain.rewards.sandbox.program import ProgramResult, run_program
 from rltrain.rewards.verifier.extract import after_thinking
 from rltrain.types import Context, Group, Mean, Metric, Scores
 
@@ -129,14 +129,14 @@ def _verdict(results: Sequence[Result], total: int, kind: str) -> CodeVerdict:
     return CodeVerdict(score=score, status=status, passed=passed, total=total, reason=reason)
 
 
-def _run(source: str, config: CodeConfig, **request: Any) -> Run:
+def _run(source: str, config: CodeConfig, **request: Any) -> ProgramResult:
     limits = Limits(memory_mib=config.memory_mib, cpu_s=int(config.deadline_s) + 1)
     return run_program(
         source, deadline_s=config.deadline_s, output_bytes=1024 * config.output_kib, limits=limits, **request
     )
 
 
-def _fault(run: Run) -> Result:
+def _fault(run: ProgramResult) -> Result:
     return ("no_result", "ended before the test") if run.status == "ok" else (run.status, f"exit code {run.exit_code}")
 
 

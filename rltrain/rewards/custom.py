@@ -29,14 +29,14 @@ class UserRewardConfig(RewardConfig):
 
 
 @dataclass(kw_only=True)
-class CustomConfig(UserRewardConfig):
+class CustomRewardConfig(UserRewardConfig):
     """``import_path`` names ``f(groups, options, context)``, giving ``Scores`` or nested lists (None abstains)."""
 
     options: dict[str, Any] = field(default_factory=dict)
 
 
-@register("reward", "custom", CustomConfig)
-def custom(groups: Sequence[Group], config: CustomConfig, context: Context) -> Scores:
+@register("reward", "custom", CustomRewardConfig)
+def custom(groups: Sequence[Group], config: CustomRewardConfig, context: Context) -> Scores:
     """Call the user's function."""
     result = load_callable(config.import_path, key="reward.import_path")(groups, config.options, context)
     return result if isinstance(result, Scores) else Scores(scores=result)

@@ -32,7 +32,7 @@ def _signed(sign: str, value: Fraction) -> Fraction:
     return -value if sign == "-" else value
 
 
-def parse_number(text: str, *, reduced: bool = False) -> Fraction | None:
+def parse_literal(text: str, *, reduced: bool = False) -> Fraction | None:
     r"""The exact value of a numeric literal or of one simple fraction of integers; None for anything else.
 
     A literal is a sign, digits with at most one point, and an exponent (``e-6`` or ``\times 10^{-6}``). No arithmetic
@@ -59,7 +59,7 @@ def parse_number(text: str, *, reduced: bool = False) -> Fraction | None:
 def _number(value: Any) -> float | Fraction | None:
     """A finite number given as number or literal; None for anything else."""
     if isinstance(value, str):
-        return parse_number(value)
+        return parse_literal(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)):
         return None
     return value if not isinstance(value, float) or math.isfinite(value) else None
@@ -68,7 +68,7 @@ def _number(value: Any) -> float | Fraction | None:
 def continuous_reward(answer: Any, reference: Any) -> float:
     r"""``r(a, b) = 1 - min(|a-b|, 1)/2 - min(|a-b|/(|b|+1e-6), 1)/2`` (arXiv 2507.10532), in [0, 1].
 
-    ``answer`` and ``reference`` are numbers or numeric literals (:func:`parse_number`). 0 for no answer (None), NaN,
+    ``answer`` and ``reference`` are numbers or numeric literals (:func:`parse_literal`). 0 for no answer (None), NaN,
     infinity, or anything but a number. Never raises on an answer; ValueError if the reference is not a finite number.
     """
     a, b = _number(answer), _number(reference)
@@ -103,13 +103,13 @@ class RandomCalculationRewardConfig(RewardConfig):
 
 def reference_of(problem: Problem) -> Fraction | None:
     """The exact reference (``meta["exact"]``, else ``answer``), or None if it is no number."""
-    return parse_number(str(problem.meta.get("exact", problem.answer)))
+    return parse_literal(str(problem.meta.get("exact", problem.answer)))
 
 
 def boxed_number(text: str, *, reduced: bool = False) -> Fraction | None:
     """The number in the last box of a completion, None if there is none."""
     boxed = last_boxed(text)
-    return None if boxed is None else parse_number(boxed, reduced=reduced)
+    return None if boxed is None else parse_literal(boxed, reduced=reduced)
 
 
 @register("reward", "random_calculation", RandomCalculationRewardConfig)

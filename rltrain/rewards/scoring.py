@@ -32,7 +32,7 @@ _busy: dict[str, Future[Scores]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ScoredReward:
     """One reward of a batch, by group: its scores (NaN abstains) and where it failed rather than abstained."""
 
     scores: Sequence[Tensor]
@@ -62,7 +62,7 @@ def score(
     return scored, _metrics(scored, parts)
 
 
-def _total(parts: Sequence[tuple[Part, float]], index: int) -> Tensor:
+def _total(parts: Sequence[tuple[ScoredReward, float]], index: int) -> Tensor:
     """Weighted sum over the parts that apply to group ``index``; all NaN if none does."""
     total_G = torch.zeros_like(parts[0][0].scores[index])
     applied = False
@@ -75,7 +75,7 @@ def _total(parts: Sequence[tuple[Part, float]], index: int) -> Tensor:
     return total_G if applied else torch.full_like(total_G, math.nan)
 
 
-def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> Part:
+def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> ScoredReward:
     """Call one reward and turn whatever it did into scores."""
     sizes = [len(group.completions) for group in groups]
     failure, timed_out, result = "", False, Scores(scores=[])
@@ -94,12 +94,12 @@ def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
         log.warning("reward %s failed on a batch of %d groups, which abstain: %s", name, len(groups), failure)
         scores = [torch.full((size,), math.nan, dtype=torch.float64) for size in sizes]
         failed = [torch.ones(size, dtype=torch.bool) for size in sizes]
-        return Part(scores=scores, failed=failed, metrics=_failures(name, failed, timed_out))
+        return ScoredReward(scores=scores, failed=failed, metrics=_failures(name, failed, timed_out))
     rows = [[_number(value) for value in row] for row in result.scores]
     scores = [torch.tensor([value for value, _ in row], dtype=torch.float64) for row in rows]
     failed = [torch.tensor([bad for _, bad in row], dtype=torch.bool) for row in rows]
     metrics = {**result.metrics, **_failures(name, failed, False)}
-    return Part(scores=scores, failed=failed, metrics=metrics, notes=result.notes)
+    return ScoredReward(scores=scores, failed=failed, metrics=metrics, notes=result.notes)
 
 
 def _number(value: Any) -> tuple[float, bool]:
@@ -176,7 +176,7 @@ def _std(values: Tensor) -> Tensor:
     return values.std(correction=1) if len(values) > 1 else torch.zeros((), dtype=torch.float64)
 
 
-def _metrics(groups: Sequence[Group], parts: Mapping[str, Part]) -> dict[str, Metric]:
+def _metrics(groups: Sequence[Group], parts: Mapping[str, ScoredReward]) -> dict[str, Metric]:
     """TRL's names; standard deviations have ddof 1, ``reward_std`` is the mean over groups of theirs.
 
     ``groups/*`` are shares by the first reward, where more than 0.5 counts as right.

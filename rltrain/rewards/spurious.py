@@ -15,7 +15,7 @@ from rltrain.config import MISSING, RewardConfig
 from rltrain.data.boxed import last_boxed
 from rltrain.errors import require
 from rltrain.registry import Part, parts, register
-from rltrain.rewards.random_calculation import parse_number
+from rltrain.rewards.random_calculation import parse_literal
 from rltrain.types import Context, Group, Mean, Scores
 
 
@@ -100,7 +100,7 @@ def _answer(text: str) -> Hashable | None:
     boxed = last_boxed(text)
     if not boxed:
         return None
-    number = parse_number(boxed)
+    number = parse_literal(boxed)
     return boxed if number is None else number
 
 
@@ -122,5 +122,5 @@ def majority_wrong_reward(groups: Sequence[Group], config: MajorityWrongRewardCo
             scores.append([None] * len(answers))
         else:
             scores.append([float(answer == majority) for answer in answers])
-    has_signal = [scores_G[0] is not None for scores_G in scores]
-    return Scores(scores=scores, metrics={**right.metrics, "majority_wrong": Mean.of(has_signal)})
+    applies = [scores_G[0] is not None for scores_G in scores]
+    return Scores(scores=scores, metrics={**right.metrics, "majority_wrong": Mean.of(applies)})

@@ -33,7 +33,7 @@ HEADER = "rltrain_bundle"
 
 
 @dataclass
-class Record:
+class StepRecord:
     """One optimiser step of one rank, filled as it goes on; ``epoch`` counts the updates on the same completions.
 
     ``generator_state`` is torch's at the first micro-batch, for dropout.
@@ -64,10 +64,10 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle:
+class StepDump:
     """A bundle as read from a file: the records by rank, kept weights (else empty), and the facts of its header."""
 
-    records: Sequence[Record]
+    records: Sequence[StepRecord]
     weights: Mapping[str, Tensor]
     facts: Mapping[str, Any]
 
@@ -85,7 +85,9 @@ def weights_of(parameters: Iterable[tuple[str, Tensor]], *, keep: bool) -> Weigh
 
 
 @contextmanager
-def kept(config: RunConfig, record: Record, parameters: Callable[[], Iterable[tuple[str, Tensor]]]) -> Iterator[None]:
+def kept(
+    config: RunConfig, record: StepRecord, parameters: Callable[[], Iterable[tuple[str, Tensor]]]
+) -> Iterator[None]:
     """Around the optimiser: write the bundle where one is asked for, or where the block finds a value not finite.
 
     ``parameters`` gives the trainable weights. All ranks come here together, and a NonFiniteError is raised on all.
@@ -101,7 +103,7 @@ def kept(config: RunConfig, record: Record, parameters: Callable[[], Iterable[tu
         write(config, record, before)
 
 
-def write(config: RunConfig, record: Record, weights: Weights) -> Path:
+def write(config: RunConfig, record: StepRecord, weights: Weights) -> Path:
     """Gather the records of all ranks into one file, which rank 0 writes; all ranks call this together."""
     path = Path(config.run_dir) / "bundles" / f"step_{record.step:06d}.safetensors"
     records = dist.gather_objects(_on_cpu(record), name=f"bundle of step {record.step}")
@@ -110,14 +112,14 @@ def write(config: RunConfig, record: Record, weights: Weights) -> Path:
     return path
 
 
-def write_alone(config: RunConfig, record: Record) -> Path:
+def write_alone(config: RunConfig, record: StepRecord) -> Path:
     """What this rank has of a step that hangs; other ranks are not asked, weights are not looked at."""
     path = Path(config.run_dir) / "bundles" / f"step_{record.step:06d}_hung_rank{dist.rank()}.safetensors"
     _save(path, config, [_on_cpu(record)], Weights(sha256="", tensors={}))
     return path
 
 
-def _on_cpu(record: Record) -> Record:
+def _on_cpu(record: StepRecord) -> StepRecord:
     def moved(batch: TokenBatch) -> TokenBatch:
         values = {name: value.cpu() for name, value in vars(batch).items() if isinstance(value, Tensor)}
         return dataclasses.replace(batch, **values)
@@ -130,7 +132,7 @@ def _on_cpu(record: Record) -> Record:
     )
 
 
-def _save(path: Path, config: RunConfig, records: Sequence[Record], weights: Weights) -> None:
+def _save(path: Path, config: RunConfig, records: Sequence[StepRecord], weights: Weights) -> None:
     tensors = {f"weights/{name}": value for name, value in weights.tensors.items()}
     for rank, record in enumerate(records):
         tensors |= {f"rank{rank}/{name}": value for name, value in _tensors(record).items()}
@@ -166,7 +168,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _tensors(record: Record) -> dict[str, Tensor]:
+def _tensors(record: StepRecord) -> dict[str, Tensor]:
     completions = [one for group in record.groups for one in group.completions]
     rewards = [group.rewards_G for group in record.groups if group.rewards_G is not None]
     names = sorted({name for group in record.groups for name in group.reward_parts})
@@ -189,7 +191,7 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(values)) if values else torch.zeros(0, dtype=torch.float64)
 
 
-def _texts(record: Record) -> list[dict[str, Any]]:
+def _texts(record: StepRecord) -> list[dict[str, Any]]:
     return [
         {
             "problem": vars(group.prompt.problem),
@@ -202,7 +204,7 @@ def _texts(record: Record) -> list[dict[str, Any]]:
     ]
 
 
-def read(path: Path) -> Bundle:
+def read(path: Path) -> StepDump:
     """A bundle from its file."""
     with safe_open(path, framework="pt") as file:
         header = (file.metadata() or {}).get(HEADER)
@@ -215,15 +217,15 @@ def read(path: Path) -> Bundle:
         for rank, entry in enumerate(facts["ranks"])
     ]
     weights = {name.removeprefix("weights/"): v for name, v in tensors.items() if name.startswith("weights/")}
-    return Bundle(records=records, weights=weights, facts=facts)
+    return StepDump(records=records, weights=weights, facts=facts)
 
 
-def _record(facts: Mapping[str, Any], entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Record:
+def _record(facts: Mapping[str, Any], entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StepRecord:
     groups = _groups(entry["groups"], tensors)
     counts = [len(one.token_ids) for group in groups for one in group.completions]
     values = iter(tensors["advantages"].split(counts))
     logprobs = [tensors[f"logprobs{i}"] for i in range(entry["micro_batches"]) if f"logprobs{i}" in tensors]
-    return Record(
+    return StepRecord(
         step=facts["step"],
         epoch=facts["epoch"],
         grad_norm=facts["grad_norm"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from rltrain.runs.metrics import read_jsonl
 
-Rows = Sequence[Mapping[str, Any]]
+MetricRows = Sequence[Mapping[str, Any]]
 
 
 def summarise(run_dir: Path) -> str:
@@ -18,13 +18,13 @@ def summarise(run_dir: Path) -> str:
     return table(rows)
 
 
-def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
+def series(rows: MetricRows, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, where it was recorded."""
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def table(rows: Rows) -> str:
+def table(rows: MetricRows) -> str:
     """Held-out metrics at the first and last evaluation, and their difference."""
     evaluations = [row for row in rows if row.get("eval_accuracy") is not None]
     if not evaluations:
@@ -42,13 +42,13 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return [sum(one) / len(one) for one in trailing]
 
 
-def held_out_metric(runs: Mapping[str, Rows]) -> str:
+def held_out_metric(runs: Mapping[str, MetricRows]) -> str:
     """``eval_accuracy`` where anything was right; ``eval_reward`` for rewards by which nothing is right or wrong."""
     right = any(value > 0 for rows in runs.values() for value in series(rows, "eval_accuracy")[1])
     return "eval_accuracy" if right else "eval_reward"
 
 
-def plot_curves(runs: Mapping[str, Rows], path: Path, *, metric: str | None = None, window: int = 10) -> None:
+def plot_curves(runs: Mapping[str, MetricRows], path: Path, *, metric: str | None = None, window: int = 10) -> None:
     """Training reward and a held-out metric (None: :func:`held_out_metric`) against steps, one colour per run."""
     import matplotlib
 

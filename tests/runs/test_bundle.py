@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite_stop_before_the_optimiser_and_replay_as_suc
     groups = [Group(prompt=one, completions=(completion, completion), rewards_G=rewards_G) for one in prompts]
     advantages = [[torch.ones(3) for _ in group.completions] for group in groups]
     batches, _ = trainer.micro_batches(run, groups, advantages)
-    record = step_dump.Record(1, 0, groups, advantages, batches)
+    record = step_dump.StepRecord(1, 0, groups, advantages, batches)
     with pytest.raises(NonFiniteError, match=r"step 1: the loss of 1 micro-batches is not finite, .* micro-batch 1 of"):
         trainer.update(run, record, trainer.Accumulator())
     for name, value in run.policy.model.named_parameters():

@@ -15,7 +15,7 @@ from tiny_run import OVERRIDES, config, metrics
 from whole_runs import assert_same_weights, final_weights, metrics_if_any, wait_for
 
 from rltrain import trainer
-from rltrain.batching.zero_variance import NoSignalError
+from rltrain.batching.zero_variance import ZeroVarianceError
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
 from rltrain.runs import checkpoint, run_folder
@@ -212,13 +212,13 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_teach(tmp_path):
 def test_dynamic_sampling_without_signal_is_an_error_that_says_so(tmp_path):
     overrides = ["batch.dynamic_sampling=true", "batch.max_sampling_attempts=2", "rewards.answer.probability=1.0"]
     message = "0 of 4 groups had unequal rewards after batch.max_sampling_attempts=2"
-    with pytest.raises(NoSignalError, match=message):
+    with pytest.raises(ZeroVarianceError, match=message):
         trainer.fit(config(tmp_path / "run", *overrides))
 
 
 def test_zero_signal_steps_end_the_run_at_the_limit(tmp_path):
     overrides = ["rewards.answer.probability=1.0", "max_zero_signal_steps=2", "loss.kl_coef=0"]
-    with pytest.raises(NoSignalError, match="2 steps in a row had equal rewards in every group"):
+    with pytest.raises(ZeroVarianceError, match="2 steps in a row had equal rewards in every group"):
         trainer.fit(config(tmp_path / "run", *overrides))
 
 

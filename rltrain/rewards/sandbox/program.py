@@ -19,17 +19,17 @@ from rltrain.rewards.sandbox.pool import START_DEADLINE_S, Limits, describe, end
 
 log = logging.getLogger("rltrain.sandbox")
 
-RunStatus = Literal["ok", "exception", "timeout", "memory", "output", "infra"]
+ProgramStatus = Literal["ok", "exception", "timeout", "memory", "output", "infra"]
 
 
 _EXIT_MEMORY = 86
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ProgramResult:
     """How a program ended, and what it wrote (at most the cap). ``ok`` means exit code 0, which proves nothing."""
 
-    status: RunStatus
+    status: ProgramStatus
     output: bytes
     exit_code: int | None
     protections: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ def run_program(
     deadline_s: float = 5.0,
     output_bytes: int = 2**20,
     limits: Limits | None = None,
-) -> Run:
+) -> ProgramResult:
     """Run Python ``source`` in a fresh process tree that is gone when this returns. Never raises.
 
     ``stdin`` is what it may read; with ``calls`` its own output is discarded and ``output`` holds one JSON line for
@@ -57,16 +57,16 @@ def run_program(
         return _watch(child, request, deadline_s, output_bytes)
     except Exception as error:
         log.warning("sandbox: a program could not be run: %s: %s", type(error).__name__, error)
-        return Run(status="infra", output=b"", exit_code=None)
+        return ProgramResult(status="infra", output=b"", exit_code=None)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _watch(child: subprocess.Popen[bytes], request: bytes, deadline_s: float, output_bytes: int) -> Run:
+def _watch(child: subprocess.Popen[bytes], request: bytes, deadline_s: float, output_bytes: int) -> ProgramResult:
     start_deadline = time.monotonic() + START_DEADLINE_S
     head, state = exchange(child, request, start_deadline, limit=output_bytes, one_line=True)
     if state in ("end", "timeout"):
-        return Run(status="infra", output=b"", exit_code=end_child(child))
+        return ProgramResult(status="infra", output=b"", exit_code=end_child(child))
     header, _, output = head.partition(b"\n")
     active = tuple(json.loads(header)["active"])
     describe("programs", active)
@@ -77,10 +77,10 @@ def _watch(child: subprocess.Popen[bytes], request: bytes, deadline_s: float, ou
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(1.0)
     code = end_child(child)
-    return Run(status=_run_status(state, code), output=output, exit_code=code, protections=active)
+    return ProgramResult(status=_run_status(state, code), output=output, exit_code=code, protections=active)
 
 
-def _run_status(state: str, code: int) -> RunStatus:
+def _run_status(state: str, code: int) -> ProgramStatus:
     if state in ("timeout", "output"):
         return state
     if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL, -signal.SIGXCPU):

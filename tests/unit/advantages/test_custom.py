@@ -3,7 +3,7 @@ import sys
 import pytest
 from advantage_groups import make_group
 
-from rltrain.advantages.custom import CustomConfig, custom
+from rltrain.advantages.custom import CustomAdvantageConfig, custom
 from rltrain.errors import ConfigError
 from rltrain.registry import part_of
 from rltrain.types import Context
@@ -41,7 +41,7 @@ def outside(tmp_path, monkeypatch):
 
 
 def test_a_function_from_outside_is_the_estimator(outside):
-    config = CustomConfig(import_path=f"{outside}.credit:scaled_reward", options={"scale": 3.0})
+    config = CustomAdvantageConfig(import_path=f"{outside}.credit:scaled_reward", options={"scale": 3.0})
     result = part_of(config).function([make_group([(1, 2), ()], [1.0, 0.5])], config, Context())
     assert [row.tolist() for row in result.values[0]] == [[3.0, 3.0], []]
     assert result.metrics["mine"].total == 3.0
@@ -62,7 +62,7 @@ def test_a_function_from_outside_is_the_estimator(outside):
 )
 def test_a_wrong_path_is_refused_in_one_line_when_the_config_is_made(outside, path, message):
     with pytest.raises(ConfigError) as caught:
-        CustomConfig(import_path=path)
+        CustomAdvantageConfig(import_path=path)
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"advantage.import_path={path}: ")
     assert "\n" not in str(caught.value)
@@ -70,11 +70,11 @@ def test_a_wrong_path_is_refused_in_one_line_when_the_config_is_made(outside, pa
 
 def test_what_the_users_module_lacks_is_shown_as_it_is(outside):
     with pytest.raises(ModuleNotFoundError, match="a_package_nobody_has") as caught:
-        CustomConfig(import_path=f"{outside}.broken:f")
+        CustomAdvantageConfig(import_path=f"{outside}.broken:f")
     assert not isinstance(caught.value, ConfigError)
 
 
 def test_values_that_do_not_fit_the_tokens_are_refused(outside):
-    config = CustomConfig(import_path=f"{outside}.credit:one_per_completion")
+    config = CustomAdvantageConfig(import_path=f"{outside}.credit:one_per_completion")
     with pytest.raises(ValueError, match=r"lengths \[\[1, 1\]\], expected \[\[2, 1\]\]; give one value per"):
         custom([make_group([(1, 2), (3,)], [1.0, 0.0])], config, Context())

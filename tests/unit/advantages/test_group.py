@@ -3,7 +3,8 @@ from advantage_groups import make_group
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rltrain.advantages.group import GroupConfig, as_rewards, group, group_advantages, has_signal
+from rltrain.advantages.group import GroupConfig, as_rewards, group, group_advantages
+from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.errors import ConfigError
 from rltrain.types import Context, Group
 
@@ -46,7 +47,7 @@ def test_abstaining_rewards_leave_the_statistics():
 @pytest.mark.parametrize("rewards", [[0.1] * 7, [1.0], [None, None], [None, 0.3], [], [0.1, None, 0.1, 0.1]])
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_no_difference_gives_exact_zeros(rewards, eps):
-    assert not has_signal(as_rewards(rewards))
+    assert is_zero_variance(as_rewards(rewards))
     assert group_advantages(rewards, eps=eps).tolist() == [0.0] * len(rewards)
 
 

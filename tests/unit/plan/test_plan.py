@@ -9,7 +9,7 @@ from tiny_run import config as tiny_run
 from rltrain import cli
 from rltrain.errors import ConfigError
 from rltrain.plan import memory
-from rltrain.plan.memory import Cluster, Footprint, Layout, Work
+from rltrain.plan.memory import Cluster, Footprint, RankLoad, ShardingPlan
 from rltrain.plan.model_shape import ModelShape, PeakBytes, _probe, activation_bytes, architecture, measure
 from rltrain.policy.load import load_policy
 
@@ -18,15 +18,15 @@ BF16 = ModelShape(
     trainable=T, frozen=0, largest=1000, vocabulary=100, hidden_size=64, intermediate_size=128, layers=2, kv_heads=3,
     head_dim=4, dtype_bytes=2,
 )  # fmt: skip
-WORK = Work(
+WORK = RankLoad(
     rows=2, tokens=30, loss_tokens=40, micro_batches=2, prompts=1, prompt_tokens=10, completions=4, new_tokens=20
 )
 
 
 def footprint(stage: int, *, ranks: int = 1, shape: ModelShape = BF16, offload: bool = False, **options) -> Footprint:
     config = cli.compose([])
-    layout = Layout(zero_stage=stage, offload_optimizer=offload, gradient_checkpointing=False)
-    return memory.footprint(config, shape, WORK, layout, ranks=ranks, activations=7, **options)
+    sharding = ShardingPlan(zero_stage=stage, offload_optimizer=offload, gradient_checkpointing=False)
+    return memory.footprint(config, shape, WORK, sharding, ranks=ranks, activations=7, **options)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -91,7 +91,7 @@ def test_the_peak_is_the_busiest_of_training_stepping_and_sampling():
 def test_the_work_of_a_rank():
     overrides = ["sampling.max_prompt_tokens=32", "sampling.max_new_tokens=48", "batch.token_budget=1000"]
     overrides += ["batch.prompts_per_step=16", "batch.group_size=8", "evaluation.problems=500", "rollout.max_rows=100"]
-    assert memory.work_of(cli.compose(overrides), 2) == Work(
+    assert memory.rank_load(cli.compose(overrides), 2) == RankLoad(
         rows=12, tokens=80, loss_tokens=576, micro_batches=6, prompts=100, prompt_tokens=32, completions=100,
         new_tokens=48,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def test_checkpointing_keeps_one_input_a_layer(tmp_path):
     assert sizes[1] - sizes[0] == 4 * 16 * 32 * 4
 
 
-def test_the_command_prints_every_layout_and_marks_the_chosen_one(tmp_path, capsys):
+def test_the_command_prints_every_sharding_plan_and_marks_the_chosen_one(tmp_path, capsys):
     cluster, rest = memory.cluster_of(["nodes=2", "gpus_per_node=2", "gpu_gib=16", "steps=3"])
     assert cluster == Cluster(nodes=2, gpus_per_node=2, gpu_gib=16)
     assert rest == ["steps=3"]

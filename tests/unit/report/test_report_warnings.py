@@ -12,7 +12,7 @@ from rltrain.report.warnings import (
     trend,
     truncated,
     verifier_trouble,
-    zero_signal,
+    zero_variance_groups,
 )
 
 
@@ -89,8 +89,8 @@ def test_shares_of_the_last_fifth():
     cut = [1.0] * 8 + [0.1, 0.3]
     assert truncated(rows(completions__clipped_ratio=cut)).startswith("20% of the completions ran into")
     assert truncated(rows(completions__clipped_ratio=[1.0] * 8 + [0.1, 0.1])) is None
-    assert zero_signal(rows(frac_reward_zero_std=[0.0] * 8 + [0.75, 0.85])).startswith("80% of the groups")
-    assert zero_signal(rows(frac_reward_zero_std=[1.0] * 8 + [0.7, 0.7])) is None
+    assert zero_variance_groups(rows(frac_reward_zero_std=[0.0] * 8 + [0.75, 0.85])).startswith("80% of the groups")
+    assert zero_variance_groups(rows(frac_reward_zero_std=[1.0] * 8 + [0.7, 0.7])) is None
 
 
 def test_verifier_trouble_names_what_failed():

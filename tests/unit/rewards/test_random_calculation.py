@@ -16,7 +16,7 @@ from rltrain.errors import ConfigError
 from rltrain.rewards.random_calculation import (
     RandomCalculationRewardConfig,
     continuous_reward,
-    parse_number,
+    parse_literal,
     random_calculation,
 )
 from rltrain.types import Completion, Context, Group, Mean, Problem, Prompt
@@ -96,7 +96,7 @@ def test_numbers_beyond_floats():
     ],
 )
 def test_literals(text, value):
-    assert parse_number(text) == value
+    assert parse_literal(text) == value
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_literals(text, value):
     ],
 )  # fmt: skip
 def test_everything_else_is_no_number(text):
-    assert parse_number(text) is None
+    assert parse_literal(text) is None
 
 
 def test_an_echo_of_the_question_earns_nothing():

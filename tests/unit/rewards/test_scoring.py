@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rltrain.errors import ConfigError
-from rltrain.rewards.custom import CustomConfig
+from rltrain.rewards.custom import CustomRewardConfig
 from rltrain.rewards.format import FormatConfig
 from rltrain.rewards.math import MathConfig
 from rltrain.rewards.scoring import score
@@ -71,7 +71,7 @@ def group(texts, answer="5", **meta):
 
 
 def user(name, **fields):
-    return CustomConfig(import_path=f"{__name__}:{name}", **fields)
+    return CustomRewardConfig(import_path=f"{__name__}:{name}", **fields)
 
 
 def value(metric):
@@ -188,4 +188,4 @@ def test_trls_own_reward_runs_here():
 @pytest.mark.parametrize("path", ["nocolon", "no_such_module:f", "math:no_such", "math:pi"])
 def test_wrong_import_paths_are_refused_at_once(path):
     with pytest.raises(ConfigError, match="reward.import_path="):
-        CustomConfig(import_path=path)
+        CustomRewardConfig(import_path=path)
