@@ -7,8 +7,9 @@ function under ``@register(group, name, Config)``; importing the file makes ``gr
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,3 +91,16 @@ def load_callable(import_path: str, *, key: str) -> Callable[..., Any]:
     function = getattr(module, attribute)
     require(callable(function), f"{setting}: {attribute} is {type(function).__name__}, not callable; name a function")
     return function
+
+
+def check_arguments(function: Callable[..., Any], names: Sequence[str], *, setting: str) -> None:
+    """``ConfigError`` unless ``function`` can be called with as many positional arguments as there are ``names``."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function written in C may have none
+        return
+    try:
+        signature.bind(*names)
+    except TypeError:
+        taken = ", ".join(signature.parameters)
+        raise ConfigError(f"{setting}: takes ({taken}); give it the arguments ({', '.join(names)})") from None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rltrain.config import MISSING, AdvantageConfig
-from rltrain.registry import load_callable, register
+from rltrain.registry import check_arguments, load_callable, register
 from rltrain.types import Advantages, Context, Group
+
+KEY = "advantage.import_path"
 
 
 @dataclass(kw_only=True)
-class CustomAdvantageConfig(AdvantageConfig):
-    """``import_path=my_package.my_module:estimator``, a function ``f(groups, options, context) -> Advantages``.
+class UserEstimatorConfig(AdvantageConfig):
+    """Base of estimators that run a user's function, named by ``import_path``.
 
     It is imported when the config is made, so a wrong path is refused before a model is loaded.
     """
@@ -23,22 +25,27 @@ class CustomAdvantageConfig(AdvantageConfig):
 
     def __post_init__(self) -> None:
         if self.import_path != MISSING:
-            load_callable(self.import_path, key="advantage.import_path")
+            self.check(self.load())
+
+    def load(self) -> Callable[..., Any]:
+        """The function; ``ConfigError`` where there is none."""
+        return load_callable(self.import_path, key=KEY)
+
+    def check(self, function: Callable[..., Any]) -> None:
+        """``ConfigError`` for a function that cannot be called as this kind of estimator is."""
+        raise NotImplementedError
 
 
-def _check_lengths(result: Advantages, groups: Sequence[Group], import_path: str) -> None:
-    expected = [[len(ids) for ids in group.completion_ids] for group in groups]
-    returned = [[len(values_T) for values_T in group] for group in result.values]
-    if returned != expected:
-        raise ValueError(
-            f"advantage.import_path={import_path}: returned values of lengths {returned}, expected {expected}; "
-            "give one value per completion token"
-        )
+@dataclass(kw_only=True)
+class CustomAdvantageConfig(UserEstimatorConfig):
+    """``import_path=my_package.my_module:estimator``, a function ``f(groups, options, context) -> Advantages``."""
+
+    def check(self, function: Callable[..., Any]) -> None:
+        """Three arguments."""
+        check_arguments(function, ("groups", "options", "context"), setting=f"{KEY}={self.import_path}")
 
 
 @register("advantage", "custom", CustomAdvantageConfig)
 def custom(groups: Sequence[Group], config: CustomAdvantageConfig, context: Context) -> Advantages:
-    """Call the estimator that ``config.import_path`` names and check that it gives one value per token."""
-    result = load_callable(config.import_path, key="advantage.import_path")(groups, config.options, context)
-    _check_lengths(result, groups, config.import_path)
-    return result
+    """Call the estimator that ``config.import_path`` names."""
+    return config.load()(groups, config.options, context)

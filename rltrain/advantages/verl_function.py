@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rltrain.advantages.check import EstimatorError
+from rltrain.advantages.custom import KEY, UserEstimatorConfig
 from rltrain.advantages.group import as_rewards
-from rltrain.config import MISSING, AdvantageConfig
 from rltrain.errors import require
-from rltrain.registry import load_callable, register
+from rltrain.registry import register
 from rltrain.types import Advantages, Context, Group
-
-KEY = "advantage.import_path"
 
 
 @dataclass(kw_only=True)
-class VerlFunctionConfig(AdvantageConfig):
+class VerlFunctionConfig(UserEstimatorConfig):
     """``import_path=my_package.my_module:estimator``, as it stands in verl.
 
     ``options`` are more keyword arguments (``norm_adv_by_std_in_grpo: false``); a ``config`` argument without a default
     gets them as a dictionary.
     """
 
-    import_path: str = MISSING
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.import_path != MISSING:
-            self.arguments(load_callable(self.import_path, key=KEY))
+    def check(self, function: Callable[..., Any]) -> None:
+        """All that it takes can be given."""
+        self.arguments(function)
 
     def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
         """``options`` as ``function`` takes them; ``ConfigError`` for an argument that nothing here can give."""
@@ -97,24 +93,34 @@ def verl_function(groups: Sequence[Group], config: VerlFunctionConfig, context: 
     """The function's advantages on each completion's own tokens; a completion that abstains gets 0.
 
     It sees the groups of this rank, in fp32, as one right-padded batch; ``index`` is the same for the completions of
-    one prompt. An answer of another shape is a ``ValueError``.
+    one prompt. An answer of another form or shape is an ``EstimatorError``.
     """
-    function = load_callable(config.import_path, key=KEY)
+    function = config.load()
     values = [[torch.zeros(len(ids)) for ids in group.completion_ids] for group in groups]
     batch, places = verl_batch(groups)
     if not places:
         return Advantages(values=values)
-    advantages_BT, _ = function(
+    returned = function(
         token_level_rewards=batch.token_level_rewards_BT,
         response_mask=batch.response_mask_BT,
         index=batch.index_B,
         **config.arguments(function),
     )
-    if advantages_BT.shape != batch.response_mask_BT.shape:
-        raise ValueError(
-            f"{KEY}={config.import_path}: returned advantages of shape {tuple(advantages_BT.shape)}, expected "
-            f"{tuple(batch.response_mask_BT.shape)}; give one value per token of the padded batch"
-        )
+    advantages_BT = _advantages_of(returned, tuple(batch.response_mask_BT.shape), f"{KEY}={config.import_path}")
     for row, (g, i) in enumerate(places):
         values[g][i] = advantages_BT[row, : len(values[g][i])].detach()
     return Advantages(values=values)
+
+
+def _advantages_of(returned: Any, shape: tuple[int, ...], name: str) -> Tensor:
+    """The first of verl's pair, if it is a tensor of the padded batch's shape."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise EstimatorError(f"{name}: returned {type(returned).__name__}, expected verl's pair (advantages, returns)")
+    advantages_BT = returned[0]
+    if not isinstance(advantages_BT, Tensor) or tuple(advantages_BT.shape) != shape:
+        found = tuple(advantages_BT.shape) if isinstance(advantages_BT, Tensor) else type(advantages_BT).__name__
+        raise EstimatorError(
+            f"{name}: returned advantages of shape {found}, expected {shape}; give one value per token of the padded "
+            "batch"
+        )
+    return advantages_BT

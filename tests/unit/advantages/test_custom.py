@@ -3,7 +3,9 @@ import sys
 import pytest
 from advantage_groups import make_group
 
-from rltrain.advantages.custom import CustomAdvantageConfig, custom
+from rltrain.advantages.check import EstimatorError
+from rltrain.advantages.custom import CustomAdvantageConfig
+from rltrain.advantages.estimator import estimator_of
 from rltrain.errors import ConfigError
 from rltrain.registry import part_of
 from rltrain.types import Context
@@ -76,5 +78,11 @@ def test_what_the_users_module_lacks_is_shown_as_it_is(outside):
 
 def test_values_that_do_not_fit_the_tokens_are_refused(outside):
     config = CustomAdvantageConfig(import_path=f"{outside}.credit:one_per_completion")
-    with pytest.raises(ValueError, match=r"lengths \[\[1, 1\]\], expected \[\[2, 1\]\]; give one value per"):
-        custom([make_group([(1, 2), (3,)], [1.0, 0.0])], config, Context())
+    message = (
+        "advantage.import_path=outside_package.credit:one_per_completion: group 0 (problem p), completion 0: has a "
+    )
+    with pytest.raises(EstimatorError) as caught:
+        estimator_of(config)([make_group([(1, 2), (3,)], [1.0, 0.0])], Context())
+    assert str(caught.value).startswith(
+        message + "tensor of shape (1,), expected a tensor of shape (2,), one value per"
+    )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from advantage_groups import make_group
 
+from rltrain.advantages.check import EstimatorError
 from rltrain.advantages.group import group_advantages
 from rltrain.advantages.verl_function import VerlFunctionConfig, verl_batch, verl_function
 from rltrain.errors import ConfigError
@@ -48,6 +49,18 @@ def needs_a_critic(token_level_rewards, response_mask, values):
 
 def one_value_per_row(token_level_rewards, response_mask, index):
     return token_level_rewards.sum(dim=-1), None
+
+
+def advantages_alone(token_level_rewards, response_mask, index):
+    return token_level_rewards
+
+
+def nothing(token_level_rewards, response_mask, index):
+    pass
+
+
+def lists(token_level_rewards, response_mask, index):
+    return token_level_rewards.tolist(), None
 
 
 def config_of(function, **options):
@@ -109,6 +122,15 @@ def test_what_cannot_be_given_is_refused_when_the_config_is_made():
         config_of(outcome, gamma=0.9)
 
 
-def test_another_shape_is_named():
-    with pytest.raises(ValueError, match=r"returned advantages of shape \(5,\), expected \(5, 4\)"):
-        verl_function(GROUPS, config_of(one_value_per_row), Context())
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (one_value_per_row, r"returned advantages of shape \(5,\), expected \(5, 4\); give one value per token"),
+        (advantages_alone, r"returned Tensor, expected verl's pair \(advantages, returns\)"),
+        (nothing, r"returned NoneType, expected verl's pair"),
+        (lists, r"returned advantages of shape list, expected \(5, 4\)"),
+    ],
+)
+def test_another_form_is_named(function, message):
+    with pytest.raises(EstimatorError, match=f"^advantage.import_path={NAME}:{function.__name__}: {message}"):
+        verl_function(GROUPS, config_of(function), Context())
