@@ -1,10 +1,14 @@
-"""Hooks of the docs site: what reads well in the repository, and what docstrings hold for Sphinx alone."""
+"""Hooks of the docs site: includes of README and other files, links to sources, roles that only Sphinx reads."""
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)[^)]*\)")
+TARGET = re.compile(r"(\]\()(?![a-z]+:|#)([^)#\s]+)")
+INCLUDE = re.compile(r"^<!-- include (\S+?)(?:: (.+))? -->$", re.MULTILINE)
 ROLE = re.compile(r":(?:func|mod|class|meth|data):(?=<code>)")
 
 
@@ -25,14 +29,47 @@ def listed(entry: Any) -> list[str]:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: object) -> str:
-    """Links to files outside ``docs``, such as sources, become their text."""
+    """Includes are filled in; links to files outside ``docs``, such as sources, become their text."""
     docs, folder = Path(config["docs_dir"]), Path(page.file.abs_src_path).parent
+
+    def included(found: re.Match[str]) -> str:
+        source = docs.parent / found[1]
+        return relinked(chosen(source.read_text(encoding="utf-8"), found[2]), source.parent, folder)
 
     def text_or_link(found: re.Match[str]) -> str:
         target = (folder / found[2]).resolve()
         return found[1] if target.exists() and docs not in target.parents else found[0]
 
-    return LINK.sub(text_or_link, markdown)
+    return LINK.sub(text_or_link, INCLUDE.sub(included, markdown))
+
+
+def chosen(text: str, headings: str | None) -> str:
+    """The sections under the named headings (``A, B``), each up to the next heading of level 1 or 2; None: all."""
+    if headings is None:
+        return text
+    by_heading = dict(sections(text))
+    return "\n".join(by_heading[heading] for heading in headings.split(", "))
+
+
+def sections(text: str) -> Iterator[tuple[str, str]]:
+    """Heading and text, heading included, of each section; a ``#`` in a fenced block is no heading."""
+    heading, lines, fenced = "", list[str](), False
+    for line in text.split("\n"):
+        fenced ^= line.startswith("```")
+        if not fenced and re.match(r"##? ", line):
+            yield heading, "\n".join(lines)
+            heading, lines = line.lstrip("# "), []
+        lines.append(line)
+    yield heading, "\n".join(lines)
+
+
+def relinked(text: str, source: Path, folder: Path) -> str:
+    """The text with its relative links, which start from ``source``, as links from ``folder``."""
+
+    def moved(found: re.Match[str]) -> str:
+        return found[1] + Path(os.path.relpath((source / found[2]).resolve(), folder)).as_posix()
+
+    return TARGET.sub(moved, text)
 
 
 def on_page_content(html: str, **_: object) -> str:

@@ -1,4 +1,4 @@
-"""The documentation site: every page is in the navigation, links lead somewhere, references and tables are true."""
+"""The documentation: every page is in the navigation; links, commands, paths and keys that a page names exist."""
 
 import ast
 import dataclasses
@@ -7,38 +7,150 @@ import re
 import shlex
 import subprocess
 import sys
+import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from rltrain import cli
+from rltrain import cli, config
+from rltrain.registry import discover, parts
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+READ = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "slurm/README.md"]
+SECTIONS = {field.name for field in dataclasses.fields(config.RunConfig)}
+WRITTEN_BY_THE_READER = {"rltrain/advantages/discounted.py"}
 FROM_TRL = (DOCS / "from_trl.md").read_text(encoding="utf-8")
 
+discover()
 
-def test_the_navigation_names_pages_once():
-    """What it does not name comes last by a hook; here only what it does."""
+
+@pytest.fixture(scope="module")
+def hooks():
     specification = importlib.util.spec_from_file_location("docs_hooks", ROOT / "scripts/docs_hooks.py")
-    hooks = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(hooks)
-    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    named = hooks.listed(navigation)
-    assert len(set(named)) == len(named)
-    assert set(named) <= {str(page.relative_to(DOCS)) for page in PAGES}
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def page_of_the_site(hooks, path: Path) -> str:
+    """The Markdown that the site makes of a page."""
+    page = SimpleNamespace(file=SimpleNamespace(abs_src_path=str(path)))
+    return hooks.on_page_markdown(path.read_text(encoding="utf-8"), page=page, config={"docs_dir": str(DOCS)})
+
+
+def test_every_page_is_in_the_navigation_once(hooks):
+    named = hooks.listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(named) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
+
+
+def test_a_page_that_the_navigation_does_not_name_comes_last(hooks):
+    named = [page.relative_to(DOCS).as_posix() for page in PAGES]
     unnamed = named.pop()
     filled = hooks.on_config({"docs_dir": str(DOCS), "nav": list(named)})["nav"]
-    assert unnamed in filled[-1]["More"]
+    assert filled[-1] == {"More": [unnamed]}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def relative_links(text: str) -> list[str]:
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [target for target in re.findall(r"\]\(([^)#\s]+)", text) if not target.startswith(("http", "mailto"))]
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    targets = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if not target.startswith(("http", "mailto"))]
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+    assert [target for target in relative_links(page.read_text()) if not (page.parent / target).exists()] == []
+
+
+def test_index_holds_the_head_of_the_readme(hooks):
+    text = page_of_the_site(hooks, DOCS / "index.md")
+    assert "<!-- include" not in text
+    readme = (ROOT / "README.md").read_text()
+    first = readme.split("\n\n")[1].splitlines()[0]
+    assert first in text and "make quickstart " in text and "](images/quickstart.png)" in text
+    assert "## Layout" in readme and "## Layout" not in text
+    assert [target for target in relative_links(text) if not (DOCS / target).exists()] == []
+
+
+def test_the_page_on_slurm_is_the_folders_readme(hooks):
+    text = page_of_the_site(hooks, DOCS / "slurm.md")
+    assert "train.sbatch" in text and "](results/slurm.md)" in text
+    assert [target for target in relative_links(text) if not (DOCS / target).exists()] == []
+
+
+def test_an_include_takes_the_named_sections(hooks):
+    text = "# A\nfirst\n```\n# no heading\n```\n## B\nsecond\n## C\nthird"
+    assert hooks.chosen(text, "A, C") == "# A\nfirst\n```\n# no heading\n```\n## C\nthird"
+    with pytest.raises(KeyError):
+        hooks.chosen(text, "D")
+
+
+def test_links_of_an_include_are_moved_to_its_page(hooks):
+    text = "[a](docs/x/a.md#there) ![b](docs/b.png) [c](https://c.d) [d](#here)"
+    moved = hooks.relinked(text, Path("/r"), Path("/r/docs/x"))
+    assert moved == "[a](a.md#there) ![b](../b.png) [c](https://c.d) [d](#here)"
+
+
+def code_of(text: str) -> str:
+    """Blocks and inline code of a page."""
+    return "\n".join(re.findall(r"```.*?```|^    .*$|`[^`\n]+`", text, flags=re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_and_paths_that_a_page_names_exist(page):
+    code = code_of(page.read_text())
+    modules = set(re.findall(r"-m (rltrain(?:\.\w+)+)", code))
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    places = r"(?<![\w/.])((?:rltrain|scripts|tests|configs|slurm|docs)/[\w./-]*\w)"
+    missing += [path for path in re.findall(places, code) if not exists(path)]
+    assert missing == []
+
+
+def exists(path: str) -> bool:
+    """A placeholder in capitals, such as ``rltrain/rewards/NAME.py``, is no path; the tutorial writes a file."""
+    return bool(re.search(r"[A-Z]{4}", Path(path).stem)) or (ROOT / path).exists() or path in WRITTEN_BY_THE_READER
+
+
+def keys_of(text: str) -> set[str]:
+    """The keys of a page's tables: the first column, where it holds dotted names in code."""
+    firsts = [line.split("|")[1] for line in text.splitlines() if re.match(r"\| `[a-z_]+\.[a-z_]+", line)]
+    names = {name for cell in firsts for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", cell)}
+    return {name for name in names if name.split(".")[0] in SECTIONS and not name.endswith(".py")}
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_keys_that_a_table_names_are_in_the_config(page):
+    unknown = [key for key in keys_of(page.read_text()) if not known(key)]
+    assert unknown == []
+
+
+def known(key: str) -> bool:
+    """Whether the config, or a registered part of its group, has the key."""
+    section, *rest = key.split(".")
+    group = {"rewards": "reward"}.get(section, section)
+    roots = [part.config for part in parts(group)] or [core_class(section)]
+    rest = rest[1:] if section == "rewards" else rest
+    return any(has_path(root, rest) for root in roots)
+
+
+def core_class(section: str) -> type:
+    return typing.get_type_hints(config.RunConfig)[section]
+
+
+def has_path(root: type, path: list[str]) -> bool:
+    """Whether a dataclass has the field, and where that is a dataclass the rest of the path."""
+    hints = typing.get_type_hints(root)
+    if path[0] not in hints:
+        return False
+    return len(path) == 1 or not dataclasses.is_dataclass(hints[path[0]]) or has_path(hints[path[0]], path[1:])
+
+
+def test_an_unknown_key_is_noticed():
+    assert known("batch.group_size") and known("rewards.answer.beta") and known("model.lora.rank")
+    assert known("rollout.max_rows") and known("advantage.xi")
+    assert not known("batch.groups") and not known("rewards.answer.gamma_ray") and not known("model.lora.ranks")
 
 
 def test_references_name_modules_that_exist():
@@ -82,12 +194,12 @@ def test_the_defaults_of_trl_are_those_of_the_installed_package():
 
 
 def test_our_defaults_are_those_of_the_config():
-    config = cli.compose([])
+    defaults = cli.compose([])
     for row in rows():
         key, value = row[2].strip("`"), row[3].strip("`")
         if key == "-":
             continue
-        actual = config
+        actual = defaults
         for name in key.split("."):
             actual = actual[name] if isinstance(actual, dict) else getattr(actual, name)
         assert ast.literal_eval(value) == actual, key
@@ -107,11 +219,11 @@ def test_the_command_composes(my_rewards):
     (block,) = re.findall(r"```bash\n(.*?)```", FROM_TRL, re.DOTALL)
     program, *arguments = shlex.split(block.replace("\\\n", " "))
     assert (program, arguments[:2]) == ("python", ["-m", "rltrain.train"])
-    config = cli.compose(arguments[2:])
-    assert config.batch.prompts_per_step * config.batch.group_size == 16 * 8
-    assert {name: reward.weight for name, reward in config.rewards.items()} == {"answer": 1.0, "short": 0.1}
-    assert (config.loss.aggregation, config.steps, config.model.dtype) == ("token", 500, "bfloat16")
-    assert config.data.prompt == "{prompt}"
+    composed = cli.compose(arguments[2:])
+    assert composed.batch.prompts_per_step * composed.batch.group_size == 16 * 8
+    assert {name: reward.weight for name, reward in composed.rewards.items()} == {"answer": 1.0, "short": 0.1}
+    assert (composed.loss.aggregation, composed.steps, composed.model.dtype) == ("token", 500, "bfloat16")
+    assert composed.data.prompt == "{prompt}"
 
 
 def test_the_reward_functions_give_what_they_say(my_rewards):

@@ -1,4 +1,4 @@
-"""The README's example, as a reader would try it: its file, and its command cut to one short step."""
+"""README as a reader would try it: its commands compose, its example trains, its numbers are those of the pages."""
 
 import os
 import re
@@ -7,16 +7,65 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_run import OVERRIDES, metrics
+
+from rltrain import cli
+from rltrain.registry import discover, parts
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "docs/results"
+
+
+discover()
 
 
 def block(language: str, containing: str) -> str:
     blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
     (found,) = [text for text in blocks if containing in text]
     return found
+
+
+def indented_commands() -> list[str]:
+    lines = [line.strip().split(" #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+    return [line for line in lines if re.match(r"(make|python|torchrun|sbatch) ", line)]
+
+
+def composes(overrides: list[str]) -> None:
+    cli.compose([one.replace("=NAME", "=quickstart") for one in overrides])
+
+
+@pytest.mark.parametrize("command", indented_commands())
+def test_the_commands_exist(command):
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in arguments)
+    elif program == "sbatch":
+        (script,) = [one for one in arguments if one.endswith(".sbatch")]
+        assert (ROOT / script).exists()
+        composes(arguments[arguments.index(script) + 1 :])
+    else:
+        assert "rltrain.train" in arguments
+        composes(arguments[arguments.index("rltrain.train") + 1 :])
+
+
+def test_commands_were_seen():
+    assert len(indented_commands()) >= 5
+
+
+@pytest.mark.parametrize("choice", re.findall(r"^\| `(algorithm=\w+|\+experiment=\w+)`", README, re.M))
+def test_the_choices_of_the_table_compose(choice):
+    cli.compose([choice] if choice.startswith("+") else ["+experiment=quickstart", choice])
+
+
+def test_every_preset_and_every_estimator_has_a_row():
+    rows = set(re.findall(r"^\| `(\S+)`", README, re.M))
+    presets = {path.stem for path in (ROOT / "configs/algorithm").glob("*.yaml")}
+    estimators = {part.name for part in parts("advantage")} - {"group"}  # the first rows are its settings
+    of_experiments = {"rlp", "conmax", "spae_lines"}  # the last is spae on a vocabulary of characters
+    for name in (presets | estimators) - of_experiments:
+        assert rows & {f"algorithm={name}", f"advantage={name}"}, name
 
 
 def test_the_estimator_and_reward_of_the_readme_train(tmp_path):
@@ -37,6 +86,23 @@ def test_the_estimator_and_reward_of_the_readme_train(tmp_path):
     assert line["reward"] == line["rewards/answer/mean"] + 0.1 * line["rewards/brevity/mean"]
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_pictures_numbers_are_those_of_its_table():
+    rows = re.findall(r"^\| \d \| ([\d.]+) % \| ([\d.]+) % \|", (RESULTS / "quickstart.md").read_text(), re.M)
+    before, after = ([float(row[side]) for row in rows] for side in (0, 1))
+    assert len(rows) == 5
+    expected = f"{min(before):.0f}-{max(before):.0f} % after the cold start to {min(after):.0f}-{max(after):.0f} %"
+    assert expected in " ".join(README.split())
+    assert f"{float(rows[0][0]) / 100:.4f}      {float(rows[0][1]) / 100:.4f}" in README  # seed 0, the last lines
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| [^|]*\|.*\(docs/results/\w+\.md\) \|$", README, re.M))
+def test_results_stand_on_the_page_they_name(row):
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    page = (ROOT / re.search(r"\((docs/results/\w+\.md)\)", cells[-1])[1]).read_text()
+    if cells[3].startswith("-"):
+        assert re.sub(r" (points|tokens)$", "", cells[2]) in page and cells[3] in page
+        return
+    stated = [abs(float(number)) for number in re.findall(r"\d+\.\d+", page)]
+    for number in re.findall(r"\d+(?:\.\d+)?", cells[2]):
+        rounding = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-9
+        assert any(abs(value - float(number)) <= rounding for value in stated), number
