@@ -16,6 +16,7 @@ import torch
 from rltrain.config import MISSING, LoraConfig, ModelConfig
 from rltrain.errors import ConfigError, require
 from rltrain.policy.lora import add_lora, load_lora
+from rltrain.policy.training_mode import only_lora_dropout, recompute_layers
 from rltrain.registry import discover, part_of, parts, register
 
 BASE_MODEL = "base_model.json"
@@ -70,9 +71,9 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
         model = load_lora(model, adapters, config.lora)
     elif config.lora.rank > 0:
         model = add_lora(model, config.lora)
+    only_lora_dropout(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # in evaluation mode, in which weights are loaded, nothing is recomputed
+        recompute_layers(model)
     return Policy(
         model=model,
         tokenizer=tokenizer,
