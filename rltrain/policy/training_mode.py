@@ -30,7 +30,7 @@ def recompute_layers(model: Any) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
             f"model.gradient_checkpointing=true: {type(model).__name__} has no layers that transformers can compute "
