@@ -29,8 +29,9 @@ def listed(entry: Any) -> list[str]:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: object) -> str:
-    """Includes are filled in; links to files outside ``docs``, such as sources, become their text."""
+    """Includes are filled in. Links out of ``docs`` lead to the page that includes the file, or become text."""
     docs, folder = Path(config["docs_dir"]), Path(page.file.abs_src_path).parent
+    pages = whole_includes(docs)
 
     def included(found: re.Match[str]) -> str:
         source = docs.parent / found[1]
@@ -38,9 +39,17 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: object) -> s
 
     def text_or_link(found: re.Match[str]) -> str:
         target = (folder / found[2]).resolve()
+        if target in pages:
+            return found[0].replace(found[2], Path(os.path.relpath(pages[target], folder)).as_posix())
         return found[1] if target.exists() and docs not in target.parents else found[0]
 
     return LINK.sub(text_or_link, INCLUDE.sub(included, markdown))
+
+
+def whole_includes(docs: Path) -> dict[Path, Path]:
+    """The files that a page includes as they are, and those pages."""
+    found = [(INCLUDE.search(page.read_text(encoding="utf-8")), page) for page in docs.rglob("*.md")]
+    return {(docs.parent / match[1]).resolve(): page for match, page in found if match and match[2] is None}
 
 
 def chosen(text: str, headings: str | None) -> str:
