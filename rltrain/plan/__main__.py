@@ -1,6 +1,93 @@
-"""``python -m rltrain.plan``."""
+"""Command line of the memory plan.
 
-from rltrain.plan.memory import main
+python -m rltrain.plan +experiment=NAME [key=value …] [nodes=1] [gpus_per_node=1] [gpu_gib=80] [--json]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from rltrain import cli
+from rltrain.config import RunConfig
+from rltrain.errors import ConfigError
+from rltrain.plan.memory import GIB, Cluster, Plan, as_json, naive_logits_bytes, plan
+
+COLUMNS = ("ZeRO", "offload", "checkpointing", "weights", "gradients", "optimiser", "frozen", "activations", "head")
+COLUMNS += ("buffers", "KV cache", "peak", "fits")
+
+
+def main() -> None:
+    """Arguments that are not of the cluster go to the config."""
+    with cli.errors_in_one_line():
+        cluster, rest = cluster_of([argument for argument in sys.argv[1:] if argument != "--json"])
+    task: Any = partial(report, cluster=cluster, as_text="--json" not in sys.argv)
+    sys.argv[1:] = rest
+    cli.run(task)
+
+
+def cluster_of(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
+    """The cluster that the command line names, and the arguments that are left for the config."""
+    types = {field.name: type(field.default) for field in dataclasses.fields(Cluster)}
+    values, rest = {}, []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in types:
+            rest.append(argument)
+            continue
+        try:
+            values[key] = types[key](value)
+        except ValueError:
+            raise ConfigError(f"{argument}: not a number; set for example {key}=8") from None
+    return Cluster(**values), rest
+
+
+def report(config: RunConfig, *, cluster: Cluster, as_text: bool) -> None:
+    """Print the plan of a config."""
+    made = plan(config, cluster)
+    if as_text:
+        show(made)
+    else:
+        print(as_json(made))
+
+
+def show(made: Plan) -> None:
+    """The table, in GiB per rank."""
+    from rich.console import Console
+
+    shape, load, cluster = made.shape, made.load, made.cluster
+    avoided = naive_logits_bytes(shape, load.loss_tokens) / GIB
+    print(
+        f"{shape.parameters / 1e6:,.1f} M parameters, {shape.trainable / 1e6:,.1f} M trained; {cluster.ranks} ranks of "
+        f"{cluster.gpu_gib:g} GiB\nmicro-batch: {load.rows} rows x {load.tokens} tokens; sampling: {load.completions} "
+        f"completions of {load.prompts} prompts; logits avoided: {avoided:.2f} GiB"
+    )
+    Console(width=max(Console().width, 150)).print(table_of(made))
+    host = max(footprint.host for footprint in made.footprints.values()) * cluster.gpus_per_node / GIB
+    print(f"* as configured. Offloading takes up to {host:.1f} GiB of a node's own memory.")
+
+
+def table_of(made: Plan) -> Any:
+    """One row per sharding plan."""
+    from rich.table import Table
+
+    table = Table(title="GiB per rank")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for sharding, footprint in made.footprints.items():
+        sizes = [
+            *(footprint.weights, footprint.gradients, footprint.optimizer, footprint.frozen, footprint.activations),
+            *(footprint.head, footprint.buffers, footprint.kv_cache, footprint.peak),
+        ]
+        switches = ["yes" if flag else "" for flag in (sharding.offload_optimizer, sharding.gradient_checkpointing)]
+        mark = "*" if sharding == made.chosen else ""
+        cells = [f"{sharding.zero_stage}{mark}", *switches, *(f"{size / GIB:.2f}" for size in sizes)]
+        table.add_row(*cells, "yes" if made.fits(sharding) else "no", style="bold" if mark else None)
+    return table
+
 
 if __name__ == "__main__":
     main()

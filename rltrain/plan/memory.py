@@ -1,6 +1,4 @@
-"""Memory per rank, per ZeRO stage, and what fits, from the config alone: no weights are read, no GPU is needed.
-
-python -m rltrain.plan +experiment=NAME [key=value …] [nodes=1] [gpus_per_node=1] [gpu_gib=80] [--json]
+"""Memory per rank under every ZeRO stage, from the config alone: no weights are read, and no GPU is needed.
 
 The assumptions, and predicted against measured peaks, are in docs/planner.md.
 """
@@ -10,15 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-from rltrain import cli
 from rltrain.config import Need, RunConfig
-from rltrain.errors import ConfigError, require
+from rltrain.errors import require
 from rltrain.plan.model_shape import ModelShape, activation_bytes, architecture, measure
 
 GIB = 2**30
@@ -305,67 +299,3 @@ def as_json(made: Plan) -> str:
     facts = {"cluster": made.cluster, "shape": made.shape, "work": made.load}
     avoided = naive_logits_bytes(made.shape, made.load.loss_tokens)
     return json.dumps({**facts, "logits_avoided": avoided, "layouts": rows}, indent=1, default=dataclasses.asdict)
-
-
-def show(made: Plan) -> None:
-    """The table, in GiB per rank."""
-    from rich.console import Console
-    from rich.table import Table
-
-    shape, load, cluster = made.shape, made.load, made.cluster
-    avoided = naive_logits_bytes(shape, load.loss_tokens) / GIB
-    print(
-        f"{shape.parameters / 1e6:,.1f} M parameters, {shape.trainable / 1e6:,.1f} M trained; {cluster.ranks} ranks of "
-        f"{cluster.gpu_gib:g} GiB\nmicro-batch: {load.rows} rows x {load.tokens} tokens; sampling: {load.completions} "
-        f"completions of {load.prompts} prompts; logits avoided: {avoided:.2f} GiB"
-    )
-    table = Table(title="GiB per rank")
-    for name in ("ZeRO", "offload", "checkpointing", "weights", "gradients", "optimiser", "frozen", "activations",
-                 "head", "buffers", "KV cache", "peak", "fits"):  # fmt: skip
-        table.add_column(name, justify="right")
-    for sharding, found in made.footprints.items():
-        sizes = [found.weights, found.gradients, found.optimizer, found.frozen, found.activations, found.head,
-                 found.buffers, found.kv_cache, found.peak]  # fmt: skip
-        switches = ["yes" if flag else "" for flag in (sharding.offload_optimizer, sharding.gradient_checkpointing)]
-        mark = "*" if sharding == made.chosen else ""
-        table.add_row(
-            f"{sharding.zero_stage}{mark}", *switches, *(f"{size / GIB:.2f}" for size in sizes),
-            "yes" if made.fits(sharding) else "no", style="bold" if mark else None,
-        )  # fmt: skip
-    Console(width=max(Console().width, 150)).print(table)
-    host = max(found.host for found in made.footprints.values()) * cluster.gpus_per_node / GIB
-    print(f"* as configured. Offloading takes up to {host:.1f} GiB of a node's own memory.")
-
-
-def cluster_of(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
-    """The cluster that the command line names, and the arguments that are left for the config."""
-    types = {field.name: type(field.default) for field in dataclasses.fields(Cluster)}
-    values, rest = {}, []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in types:
-            rest.append(argument)
-            continue
-        try:
-            values[key] = types[key](value)
-        except ValueError:
-            raise ConfigError(f"{argument}: not a number; set for example {key}=8") from None
-    return Cluster(**values), rest
-
-
-def report(config: RunConfig, *, cluster: Cluster, as_text: bool) -> None:
-    """Print the plan of a config."""
-    made = plan(config, cluster)
-    if as_text:
-        show(made)
-    else:
-        print(as_json(made))
-
-
-def main() -> None:
-    """The command line: what is not of the cluster goes to the config."""
-    with cli.errors_in_one_line():
-        cluster, rest = cluster_of([argument for argument in sys.argv[1:] if argument != "--json"])
-    task: Any = partial(report, cluster=cluster, as_text="--json" not in sys.argv)
-    sys.argv[1:] = rest
-    cli.run(task)

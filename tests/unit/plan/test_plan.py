@@ -9,6 +9,7 @@ from tiny_run import config as tiny_run
 from rltrain import cli
 from rltrain.errors import ConfigError
 from rltrain.plan import memory
+from rltrain.plan.__main__ import cluster_of, report
 from rltrain.plan.memory import Cluster, Footprint, RankLoad, ShardingPlan
 from rltrain.plan.model_shape import ModelShape, PeakBytes, _probe, activation_bytes, architecture, measure
 from rltrain.policy.load import load_policy
@@ -18,7 +19,7 @@ BF16 = ModelShape(
     trainable=T, frozen=0, largest=1000, vocabulary=100, hidden_size=64, intermediate_size=128, layers=2, kv_heads=3,
     head_dim=4, dtype_bytes=2,
 )  # fmt: skip
-WORK = RankLoad(
+LOAD = RankLoad(
     rows=2, tokens=30, loss_tokens=40, micro_batches=2, prompts=1, prompt_tokens=10, completions=4, new_tokens=20
 )
 
@@ -26,7 +27,7 @@ WORK = RankLoad(
 def footprint(stage: int, *, ranks: int = 1, shape: ModelShape = BF16, offload: bool = False, **options) -> Footprint:
     config = cli.compose([])
     sharding = ShardingPlan(zero_stage=stage, offload_optimizer=offload, gradient_checkpointing=False)
-    return memory.footprint(config, shape, WORK, sharding, ranks=ranks, activations=7, **options)
+    return memory.footprint(config, shape, LOAD, sharding, ranks=ranks, activations=7, **options)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -61,7 +62,7 @@ def test_offloading_moves_the_states_to_the_host_with_the_gradients_they_are_ste
 def test_zero_3_keeps_live_weights_and_gathers_all_to_sample():
     found = footprint(3, ranks=4)
     assert found.buffers == 2 * memory.BUCKET_ELEMENTS + 2 * T
-    assert found.sampling == 2 * T + found.kv_cache + memory.sampling_bytes(BF16, WORK)
+    assert found.sampling == 2 * T + found.kv_cache + memory.sampling_bytes(BF16, LOAD)
 
 
 def test_frozen_weights_of_adapters_have_no_gradient_and_no_state():
@@ -73,7 +74,7 @@ def test_frozen_weights_of_adapters_have_no_gradient_and_no_state():
 def test_keys_and_values_by_hand():
     assert BF16.kv_bytes(5) == 2 * 2 * 3 * 4 * 2 * 5
     # One prompt of 10 tokens, four completions of 20 in columns of 16, and one of two layers again while growing.
-    assert memory.kv_cache_bytes(BF16, WORK) == BF16.kv_bytes(10 + 4 * 32) * 3 // 2
+    assert memory.kv_cache_bytes(BF16, LOAD) == BF16.kv_bytes(10 + 4 * 32) * 3 // 2
 
 
 def test_the_logits_that_are_avoided():
@@ -88,7 +89,7 @@ def test_the_peak_is_the_busiest_of_training_stepping_and_sampling():
     assert Footprint(**parts, sampling=90, accumulates=True).peak == 35 + 90
 
 
-def test_the_work_of_a_rank():
+def test_the_load_of_a_rank():
     overrides = ["sampling.max_prompt_tokens=32", "sampling.max_new_tokens=48", "batch.token_budget=1000"]
     overrides += ["batch.prompts_per_step=16", "batch.group_size=8", "evaluation.problems=500", "rollout.max_rows=100"]
     assert memory.rank_load(cli.compose(overrides), 2) == RankLoad(
@@ -153,23 +154,23 @@ def test_checkpointing_keeps_one_input_a_layer(tmp_path):
 
 
 def test_the_command_prints_every_sharding_plan_and_marks_the_chosen_one(tmp_path, capsys):
-    cluster, rest = memory.cluster_of(["nodes=2", "gpus_per_node=2", "gpu_gib=16", "steps=3"])
+    cluster, rest = cluster_of(["nodes=2", "gpus_per_node=2", "gpu_gib=16", "steps=3"])
     assert cluster == Cluster(nodes=2, gpus_per_node=2, gpu_gib=16)
     assert rest == ["steps=3"]
     run_config = tiny_run(tmp_path, "deepspeed.zero_stage=2")
-    memory.report(run_config, cluster=cluster, as_text=False)
+    report(run_config, cluster=cluster, as_text=False)
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["layouts"]) == 14
     (chosen,) = [row for row in printed["layouts"] if row["chosen"]]
     assert (chosen["zero_stage"], chosen["offload_optimizer"], chosen["fits"]) == (2, False, True)
-    memory.report(run_config, cluster=cluster, as_text=True)
+    report(run_config, cluster=cluster, as_text=True)
     assert "2*" in capsys.readouterr().out
 
 
 def test_mistakes_name_the_remedy(tmp_path):
     with pytest.raises(ConfigError, match="nodes=two: not a number; set for example nodes=8"):
-        memory.cluster_of(["nodes=two"])
+        cluster_of(["nodes=two"])
     with pytest.raises(ConfigError, match="gpu_gib=-1.0: must be > 0"):
-        memory.cluster_of(["gpu_gib=-1"])
+        cluster_of(["gpu_gib=-1"])
     with pytest.raises(ConfigError, match="batch.prompts_per_step=4: not divisible by 3 ranks"):
         memory.plan(tiny_run(tmp_path), Cluster(gpus_per_node=3))
