@@ -33,14 +33,13 @@ from rltrain.rewards.compression import compressed_ids
 from rltrain.rewards.scoring import score
 from rltrain.runs import run_folder
 from rltrain.runtime import dist
-from rltrain.types import Completion, Context, Group, Problem, Prompt
+from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right
 
 log = logging.getLogger(__name__)
 
 # Sampling keys of a step that neither training nor evaluation reaches.
 COMPRESSION_STEP = -2
-RIGHT = 1 - 1e-9
-FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "steps")
+FREE_KEYS = tuple({*run_folder.FREE_KEYS, "steps"} - {"compress"})
 KEPT, WRONG, NO_TRACE, LEFT_OUT = "kept", "wrong", "no trace", "left out"
 TraceRow = dict[str, Any]
 
@@ -93,8 +92,8 @@ class Pipeline:
         scored, _ = score(groups, {"answer": self.config.compress.verifier}, context)
         for (prompt, ids), group in zip(short, scored, strict=True):
             assert group.rewards_G is not None
-            right = float(group.rewards_G[0]) >= RIGHT  # NaN, where the verifier cannot tell, is not
-            yield self._row(prompt, ids, group.completions[0], KEPT if right else WRONG)
+            status = KEPT if is_right(float(group.rewards_G[0])) else WRONG
+            yield self._row(prompt, ids, group.completions[0], status)
 
     def _row(self, prompt: TracePrompt, ids: tuple[int, ...], answer: Completion, status: str) -> TraceRow:
         trace, layout = prompt.problem, prompt.config

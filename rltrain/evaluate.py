@@ -28,7 +28,7 @@ from rltrain.registry import part_of
 from rltrain.rewards.scoring import score
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
-from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt
+from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, is_right
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def correct_G(group: Group) -> Tensor:
     """Which completions are right: the reward named ``answer`` (else the first one) gives them at least 1."""
     parts = group.reward_parts
     answers_G = parts["answer"] if "answer" in parts else next(iter(parts.values()))
-    return answers_G >= 1 - 1e-9
+    return is_right(answers_G)
 
 
 def evaluate(

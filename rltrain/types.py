@@ -14,7 +14,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from rltrain.errors import RunError
 
@@ -267,6 +267,18 @@ class Scores:
     scores: Sequence[Sequence[float | None]]
     metrics: Metrics = field(default_factory=dict)
     notes: Sequence[Notes] = ()
+
+
+@overload
+def is_right(score: float, *, above: float = ...) -> bool: ...
+@overload
+def is_right(score: Tensor, *, above: float = ...) -> Tensor: ...
+def is_right(score: float | Tensor, *, above: float = 1 - 1e-9) -> bool | Tensor:
+    """Whether a score says that the answer is right: it exceeds ``above``, by default 1 less rounding.
+
+    NaN, an abstention, is not right. Where a reward has values between 0 and 1, a metric may count from 0.5 on.
+    """
+    return score > above
 
 
 @dataclass(frozen=True, kw_only=True)

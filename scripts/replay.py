@@ -1,11 +1,11 @@
-"""Run the step of a bundle again on this CPU, and say which quantity differs first.
+"""Run a dumped step again on this CPU, and say which quantity differs first.
 
 python scripts/replay.py RUN/bundles/step_000003.safetensors [--policy FOLDER]
 
 Recomputed, in this order: advantages (where the estimator needs nothing but the groups), the micro-batches' share of
-them, the hash of the weights, log-probs, losses, gradient norm. The weights are those in the bundle, of ``--policy``,
+them, the hash of the weights, log-probs, losses, gradient norm. The weights are those in the dump, of ``--policy``,
 or of the checkpoint before the step. On one rank of a CPU like the one it was made on all must be equal bit for bit.
-Exit code 0: equal; 1: something differs or is not finite; 2: the bundle cannot be replayed.
+Exit code 0: equal; 1: something differs or is not finite; 2: the dump cannot be replayed.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def load_weights(made: StepDump, folder: str | None) -> tuple[nn.Module, str]:
         named = dict(policy.named_parameters())
         for name, value in made.weights.items():
             named[name].copy_(value)
-    return policy, "the bundle"
+    return policy, "the dump"
 
 
 def trainable(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -227,7 +227,7 @@ def replay(path: Path, folder: str | None) -> int:
     policy, source = load_weights(made, folder)
     digest = step_dump.weights_of(trainable(policy), keep=False).sha256
     if facts["weights_sha256"] and digest != facts["weights_sha256"]:
-        where = f"{source}: sha256 {digest[:12]}, the bundle's is {facts['weights_sha256'][:12]}"
+        where = f"{source}: sha256 {digest[:12]}, the dump's is {facts['weights_sha256'][:12]}"
         checks.append(Check(name="weights", difference=math.inf, where=where, equal=False))
     else:
         checks += [Check(name="weights", difference=0.0, where=source), *check_step(made, policy, rounding)]
@@ -245,13 +245,13 @@ def replay(path: Path, folder: str | None) -> int:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("dump", type=Path, help="RUN/bundles/step_….safetensors")
     parser.add_argument("--policy", help="a folder with the weights of the step")
     arguments = parser.parse_args()
     cli.setup_logging()
     cli.discover()
     with cli.errors_in_one_line():
-        sys.exit(replay(arguments.bundle, arguments.policy))
+        sys.exit(replay(arguments.dump, arguments.policy))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rltrain.advantages import whitening
 from rltrain.advantages.group import as_rewards
 from rltrain.advantages.spae_steps import Steps, check_delimiter, split_steps
 from rltrain.batching.zero_variance import is_zero_variance
@@ -17,10 +18,11 @@ from rltrain.errors import require
 from rltrain.registry import register
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings, vocabulary
 from rltrain.runtime import dist
-from rltrain.types import Advantages, Context, Group, Mean, Need, Notes
+from rltrain.types import Advantages, Context, Group, Mean, Need, Notes, is_right
 
 Floats = Sequence[float] | Tensor
 Nested = Sequence[Sequence[Floats]]
+WHITENING_EPS = 1e-8
 
 
 @dataclass(kw_only=True)
@@ -94,16 +96,6 @@ def _saturation(potential_K: Tensor, *, alpha: float, eps_sat: float) -> Tensor:
     return 1 - alpha * (1 - (saturated_K - saturated_K.cumsum(0)).exp())
 
 
-def _whitened(rows: Sequence[Tensor]) -> list[Tensor]:
-    """``(A - mean) / (std + 1e-8)``, population std, over the tokens of all rows and ranks."""
-    flat = torch.cat([*rows, torch.empty(0, dtype=torch.float64)])
-    sums = dist.all_sum(torch.stack([flat.sum(), _float64(len(flat))]), name="SPAE: token mean of the advantages")
-    count = sums[1].clamp(min=1)
-    centred = flat - sums[0] / count
-    squares = dist.all_sum(centred.square().sum(), name="SPAE: token variance of the advantages")
-    return list((centred / ((squares / count).sqrt() + 1e-8)).split([len(row_T) for row_T in rows]))
-
-
 def spae_advantages(
     rewards: Sequence[Sequence[float | None] | Tensor],
     step_tokens: Sequence[Sequence[Sequence[int]]],
@@ -148,7 +140,9 @@ def spae_advantages(
         credit_K1 = torch.cat([bases[i] * shrink_K + xi * gain_K, bases[i][None]])
         credits.append(credit_K1.repeat_interleave(torch.tensor([*steps[i], tails[i]])))
     rows = [torch.zeros(sum(row) + tail).double() for row, tail in zip(steps, tails, strict=True)]
-    for i, row_T in zip(counted, _whitened(credits) if whiten else credits, strict=True):
+    if whiten:
+        credits = whitening.whiten(credits, eps=WHITENING_EPS, name="SPAE's advantages")
+    for i, row_T in zip(counted, credits, strict=True):
         rows[i] = row_T
     remaining = iter(rows)
     return [[next(remaining) for _ in range(size)] for size in sizes]
@@ -234,7 +228,7 @@ def _diagnostics(
     their think block.
     """
     first_saturated = [_first(phi_K > config.eps_sat) for phi_K in potentials]
-    right = [reward > config.correct_above for reward in rewards]
+    right = [is_right(reward, above=config.correct_above) for reward in rewards]
     lost = [float(first is not None and not is_right) for first, is_right in zip(first_saturated, right, strict=True)]
     solving_and_think = [
         (sum(steps.step_tokens[: first + 1]), steps.think_tokens)
@@ -307,10 +301,10 @@ def _of_kept(groups: Sequence[Group], config: SpaeConfig, context: Context) -> A
 
 @register("advantage", "spae", SpaeConfig, needs={Need.PROBES})
 def spae(groups: Sequence[Group], config: SpaeConfig, context: Context) -> Advantages:
-    """:func:`spae_advantages` of the groups with a signal, the policy probed at the end of every step.
+    """:func:`spae_advantages` of the groups with unequal rewards; the policy is probed at the end of every step.
 
-    Groups whose rewards are all equal (dynamic sampling replaces them) are dropped first: not probed, in no statistic
-    of the global batch (minmax, means, whitening), and exactly 0.
+    Zero-variance groups are dropped first: they are not probed, are in no statistic of the global batch (minmax, means,
+    whitening), and get exactly 0.
     """
     check_delimiter(context.tokenizer, config.delimiter)
     kept = [group for group in groups if not is_zero_variance(as_rewards(group.rewards_G))]

@@ -17,11 +17,9 @@ from rltrain.compare.statistics import (
     interquartile_mean,
     paired,
 )
-from rltrain.runs.run_folder import differences
+from rltrain.runs.run_folder import FREE_KEYS, differences
 
 LEVEL = 0.95
-# They do not bear on what training computes.
-FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "compress")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +238,8 @@ def _notes(curves: Sequence[Curve], names: Sequence[str]) -> list[str]:
 
 
 def _changed(curves: Sequence[Curve], ignored: Sequence[str]) -> list[str]:
-    found = {key for curve in curves[1:] for key in differences(curves[0].config, curve.config)}
-    return sorted(key for key in found if key.split(".")[0] not in (*FREE_KEYS, *ignored))
+    first, ignored = curves[0].config, [*FREE_KEYS, *ignored]
+    return sorted({key for curve in curves[1:] for key in differences(first, curve.config, ignored=ignored)})
 
 
 def _listed(items: Sequence[object]) -> str:

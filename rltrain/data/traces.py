@@ -11,7 +11,7 @@ from rltrain.config import MISSING, DataConfig
 from rltrain.data.hub import HubConfig, hub
 from rltrain.errors import ConfigError, require
 from rltrain.registry import Part, parts, register
-from rltrain.types import Completion, Context, Group, Problem, Prompt, TokenProblem
+from rltrain.types import Completion, Context, Group, Problem, Prompt, TokenProblem, is_right
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ Question: {question}
 
 Solution: {trace}
 """
-RIGHT = 1 - 1e-9
 TRACES_PER_BATCH = 256
 
 
@@ -185,7 +184,7 @@ def traces(config: TracesConfig, split: str) -> list[Trace]:
     """The right traces of ``split``; wrong ones, and those the verifier cannot judge, are counted and left out."""
     solved = list(hub(config.rows(), split))
     scores = grades(solved, config)
-    right = [one for one, score in zip(solved, scores, strict=True) if score is not None and score >= RIGHT]
+    right = [one for one, score in zip(solved, scores, strict=True) if score is not None and is_right(score)]
     abstained = sum(score is None for score in scores)
     log.info(
         "%s %s: %d traces kept, left out: %d wrong, %d not gradeable",

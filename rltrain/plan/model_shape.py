@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from rltrain.config import ModelConfig
 from rltrain.errors import ConfigError
+from rltrain.policy import capabilities
 from rltrain.policy.load import PretrainedConfig, located
 from rltrain.policy.lora import add_lora
 from rltrain.policy.tiny import tiny_architecture
@@ -89,17 +90,16 @@ def measure(config: ModelConfig, shape: Any) -> ModelShape:
     model = build(config, shape, device="meta")
     text = shape.get_text_config()
     parameters = list(model.parameters())
-    heads = text.num_attention_heads
     return ModelShape(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         frozen=sum(p.numel() for p in parameters if not p.requires_grad),
         largest=max(p.numel() for p in parameters if p.requires_grad),
         vocabulary=text.vocab_size,
         hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        intermediate_size=capabilities.intermediate_size(text),
         layers=text.num_hidden_layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=capabilities.kv_heads(text),
+        head_dim=capabilities.head_size(text),
         dtype_bytes=getattr(torch, config.dtype).itemsize,
     )
 
@@ -149,10 +149,7 @@ def activation_bytes(config: ModelConfig, shape: Any, *, rows: int, tokens: int,
 
 def _with_layers(shape: Any, count: int) -> Any:
     cut = copy.deepcopy(shape)
-    text = cut.get_text_config()
-    text.num_hidden_layers = count
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:count]
+    capabilities.with_layers(cut.get_text_config(), count)
     return cut
 
 

@@ -14,6 +14,7 @@ from rltrain.config import LossConfig
 from rltrain.kernels import TokenLoss, fused_token_loss, prefers_fused, token_logprobs
 from rltrain.loss import is_separable, policy_loss, policy_metrics, token_losses
 from rltrain.policy import packed_attention
+from rltrain.policy.capabilities import cannot_pack
 from rltrain.policy.packed_attention import gather
 from rltrain.types import LossOutput, TokenBatch
 
@@ -48,7 +49,7 @@ class LogprobModel(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.cannot_pack = packed_attention.unsupported(model)
+        self.cannot_pack = cannot_pack(model)
         if self.cannot_pack is None:
             packed_attention.enable(model)
 

@@ -10,7 +10,6 @@ A row's padding lies to the right of its tokens, where the causal mask hides it.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,22 +186,6 @@ def arguments(model: Any, batch: TokenBatch) -> dict[str, Any]:
     # Four axes tell the model that the mask is made already; segments are used instead.
     no_mask = torch.zeros(1, 1, 1, 1, device=device)
     return {"attention_mask": no_mask, "segments": SegmentAttention(batch, config.hidden_size)}
-
-
-def unsupported(model: Any) -> str | None:
-    """Why packed tokens cannot be attended in this model; None if they can."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    reasons = {
-        "its attention is not dispatched by transformers": not getattr(model, "_supports_attention_backend", False),
-        "it takes no positions": "position_ids" not in inspect.signature(model.get_decoder().forward).parameters,
-        f"it has layers of kinds {sorted(kinds)}": not kinds <= {"full_attention", "sliding_attention"},
-        "its layers share keys and values": bool(getattr(config, "num_kv_shared_layers", 0)),
-        "it attends through latent keys": hasattr(config, "kv_lora_rank"),
-        "it has attention sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
-        "it is not causal": bool(getattr(config, "use_bidirectional_attention", False)),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def enable(model: Any) -> None:

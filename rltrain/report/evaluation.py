@@ -9,6 +9,7 @@ from typing import Any
 from rltrain.report.folder import HELD_OUT, RecordedRun
 from rltrain.report.samples import SampleRow
 from rltrain.runs.summary import MetricRows, series
+from rltrain.types import is_right
 
 TAIL_CHARACTERS = 600
 
@@ -92,7 +93,7 @@ def _right(row: SampleRow) -> bool:
     """As :func:`rltrain.evaluate.correct_G` has it: the reward ``answer``, else the first part, is at least 1."""
     parts = [key for key in row if key.startswith("reward/")]
     name = "reward/answer" if "reward/answer" in parts else next(iter(parts), "reward")
-    return (row.get(name) or 0.0) >= 1 - 1e-9
+    return is_right(row.get(name) or 0.0)
 
 
 def _tells(samples: Mapping[Any, SampleRow], accuracy: float) -> bool:

@@ -23,11 +23,11 @@ from rltrain.errors import ConfigError
 from rltrain.registry import part_of
 from rltrain.rewards.custom import UserRewardConfig
 from rltrain.runtime import dist, watchdog
-from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std
+from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std, is_right
 
 log = logging.getLogger(__name__)
 
-RIGHT = 0.5
+RIGHT_ABOVE = 0.5  # of the shares groups/*, so that a reward with values between 0 and 1 has all three
 _busy: dict[str, Future[Scores]] = {}
 
 
@@ -194,7 +194,7 @@ def _metrics(groups: Sequence[Group], parts: Mapping[str, ScoredReward]) -> dict
     metrics["reward_std"] = Mean.of([float(_std(total)) for total in totals])
     metrics["frac_reward_zero_std"] = Mean.of([float(total.min() == total.max()) for total in totals])
     first = next(iter(parts.values()))
-    right = [counted > RIGHT for row in first.scores if len(counted := _counted(row))]
+    right = [is_right(counted, above=RIGHT_ABOVE) for row in first.scores if len(counted := _counted(row))]
     all_right, all_wrong = [bool(row.all()) for row in right], [not bool(row.any()) for row in right]
     metrics["groups/all_right"], metrics["groups/all_wrong"] = Mean.of(all_right), Mean.of(all_wrong)
     metrics["groups/mixed"] = Mean.of([not (a or b) for a, b in zip(all_right, all_wrong, strict=True)])

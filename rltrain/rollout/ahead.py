@@ -28,6 +28,7 @@ from rltrain.policy.load import Policy, load_policy
 from rltrain.registry import part_of
 from rltrain.rollout import Rollout, RolloutLost, probes
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
+from rltrain.runs import completions
 from rltrain.runtime import dist
 from rltrain.types import Completion, Group, Mean, Metric, Metrics, Prompt
 
@@ -167,12 +168,12 @@ class Ahead:
         mine = [(group.prompt.problem.id, group.completions) for group in batch.groups]
         ranks = dist.gather_objects(mine, name="completions sampled ahead, for the checkpoint")
         groups = [group for groups in ranks for group in groups]
-        every = [completion for _, completions in groups for completion in completions]
+        flat = [completion for _, sampled in groups for completion in sampled]
         tensors = {
-            TOKEN_IDS: torch.tensor([token for one in every for token in one.token_ids], dtype=torch.int32),
-            LOGPROBS: torch.tensor([value for one in every for value in one.logprobs], dtype=torch.float64),
+            TOKEN_IDS: completions.flat_ids(flat, torch.int32),
+            LOGPROBS: completions.flat_logprobs(flat, torch.float64),
         }
-        entries = [{"id": name, "completions": [_facts(one) for one in completions]} for name, completions in groups]
+        entries = [{"id": name, "completions": list(map(completions.facts_of, sampled))} for name, sampled in groups]
         return {"weights_step": batch.weights_step, "groups": entries}, tensors
 
     def restore(
@@ -198,26 +199,11 @@ class Ahead:
         self._ready = Batch(step=step, weights_step=state["weights_step"], groups=groups)
 
 
-def _facts(completion: Completion) -> dict[str, Any]:
-    return {"tokens": len(completion.token_ids), "finish": completion.finish, "text": completion.text}
-
-
 def _completions(entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> list[tuple[Completion, ...]]:
     """The inverse of what :meth:`Ahead.state` makes of completions."""
-    sizes = [facts["tokens"] for entry in entries for facts in entry["completions"]]
-    ids, logprobs = iter(tensors[TOKEN_IDS].split(sizes)), iter(tensors[LOGPROBS].split(sizes))
-    return [
-        tuple(
-            Completion(
-                token_ids=tuple(next(ids).tolist()),
-                logprobs=tuple(next(logprobs).tolist()),
-                finish=facts["finish"],
-                text=facts["text"],
-            )
-            for facts in entry["completions"]
-        )
-        for entry in entries
-    ]
+    facts = [fact for entry in entries for fact in entry["completions"]]
+    sampled = iter(completions.restored(facts, tensors[TOKEN_IDS], tensors[LOGPROBS]))
+    return [tuple(next(sampled) for _ in entry["completions"]) for entry in entries]
 
 
 def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, initial: str | None) -> Any:

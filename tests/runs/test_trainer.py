@@ -256,6 +256,14 @@ def test_checkpoint_of_another_config_is_refused_by_key(unbroken):
         trainer.fit(config(unbroken, "optimizer.learning_rate=0.01"))
 
 
+@pytest.mark.parametrize("free", ["compress.batch_size=7", "debug.bundle_weights=true", "watchdog.train_s=99"])
+def test_a_key_that_training_does_not_depend_on_may_change(unbroken, free):
+    saved = checkpoint.list_checkpoints(unbroken)[-1]
+    now = config(unbroken, free)
+    assert free.split("=")[0] in run_folder.differences(saved.manifest["config"], run_folder.resolved(now))
+    assert checkpoint.resume_point(unbroken, now) == saved
+
+
 def test_a_key_that_a_checkpoint_is_older_than_counts_as_its_default(unbroken):
     """As if rltrain had got three keys since: one of a part, one of a reward, a whole group."""
     newest = checkpoint.list_checkpoints(unbroken)[-1]

@@ -31,6 +31,7 @@ from rltrain.config import BatchConfig, LossConfig
 from rltrain.errors import ConfigError
 from rltrain.loss import policy_loss
 from rltrain.policy import packed_attention
+from rltrain.policy.capabilities import cannot_pack
 from rltrain.policy.layout_check import difference_from_padded, usable_layouts
 from rltrain.policy.logprobs import LogprobModel, loss_and_logprobs
 from rltrain.runtime import dist
@@ -70,7 +71,7 @@ def plain_gradients(model, batches, config):
 )  # fmt: skip
 def test_gradients_of_every_layout_are_those_of_each_sequence_alone(name, atol):
     model, config = tiny(name).eval(), LossConfig(entropy_coef=0.1)
-    assert packed_attention.unsupported(model) is None
+    assert cannot_pack(model) is None
     expected = plain_gradients(model, batches_of("padded"), config)
     assert max(value.abs().max() for value in expected.values()) > 0.01
     for layout, budget in itertools.product(("padded", "packed", "shared"), (400, 22)):
@@ -102,7 +103,7 @@ def test_sequence_ratios_in_every_layout():
     ("GptOss", "attention sinks"), ("Mamba", "not dispatched"), ("Bloom", "not dispatched"),
 ])  # fmt: skip
 def test_models_whose_attention_cannot_are_named(name, reason):
-    assert reason in packed_attention.unsupported(tiny(name))
+    assert reason in cannot_pack(tiny(name))
 
 
 def test_the_check_passes_models_that_pack_and_stops_those_that_do_not(caplog):

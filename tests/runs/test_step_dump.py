@@ -1,4 +1,4 @@
-"""Step bundles: replayed bit for bit, and what was changed in one is named."""
+"""Step dumps: replayed bit for bit, and what was changed in one is named."""
 
 import hashlib
 import importlib.util
@@ -42,7 +42,7 @@ def test_a_step_replays_bit_for_bit(run_dir, step, capsys):
     assert "equal bit for bit" in capsys.readouterr().out
 
 
-def test_a_bundle_holds_what_the_step_used(run_dir):
+def test_a_step_dump_holds_what_the_step_used(run_dir):
     made = step_dump.read(path_of(run_dir, 2))
     (record,) = made.records
     assert [len(group.completions) for group in record.groups] == [4] * 4
@@ -140,7 +140,7 @@ def test_a_nan_reward_that_an_estimator_spreads_is_shown_first(tmp_path, capsys)
     assert lines[1].startswith("not finite: advantages: ")
 
 
-def test_two_ranks_write_one_bundle_that_one_process_replays_to_rounding(tmp_path, capsys):
+def test_two_ranks_write_one_dump_that_one_process_replays_to_rounding(tmp_path, capsys):
     options = ["steps=1", "debug.bundle_steps=[1]", "evaluation.every_steps=0", "checkpoint.every_steps=0"]
     result = train(tmp_path / "run", 2, *options)
     assert result.returncode == 0, result.stderr
@@ -149,12 +149,12 @@ def test_two_ranks_write_one_bundle_that_one_process_replays_to_rounding(tmp_pat
     assert "equal within a relative rounding of 0.0001" in capsys.readouterr().out
 
 
-def test_a_file_that_is_no_bundle_is_refused(tmp_path):
+def test_a_file_that_is_no_step_dump_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ConfigError, match="not a step bundle of version 1"):
+    with pytest.raises(ConfigError, match="not a step dump of version 1"):
         step_dump.read(tmp_path / "other")
 
 
-def test_steps_of_bundles_count_from_one(tmp_path):
+def test_steps_of_dumps_count_from_one(tmp_path):
     with pytest.raises(ConfigError, match="steps count from 1, as in metrics.jsonl"):
         config(tmp_path, "debug.bundle_steps=[0]")
