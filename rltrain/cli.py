@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rltrain import keys, overrides
 from rltrain.config import RunConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.registry import discover, parts
@@ -50,16 +51,18 @@ def to_config(composed: Any) -> RunConfig:
         raise ConfigError(f"{missing[0]}: has no value; set {missing[0]}=… on the command line or in the experiment")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
+    if added := keys.unknown_in(config):
+        raise keys.unknown(added[0])
     return config
 
 
-def compose(overrides: list[str]) -> RunConfig:
+def compose(words: list[str]) -> RunConfig:
     """The config that these command-line overrides give, for tests and notebooks."""
     import hydra
 
     store_nodes()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        return to_config(hydra.compose("config", overrides=overrides))
+        return to_config(hydra.compose("config", overrides=words))
 
 
 def one_line(error: BaseException) -> str:
@@ -67,39 +70,42 @@ def one_line(error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None and type(cause).__module__.startswith(("hydra", "omegaconf")):
         cause = cause.__cause__
+    if said := _about_unknown(f"{error}\n{cause}"):
+        return said
     outer, inner = _first_lines(error), _first_lines(cause)
     message = outer if inner in outer else f"{outer}: {inner}"
-    return message + _suggestion(message)
+    return message + _about_choices(message)
+
+
+def _about_unknown(text: str) -> str | None:
+    """What to say about a key that is not there, named by Hydra's or OmegaConf's text; None about anything else."""
+    missing = re.search(r"Key '[^']+' (?:is not in struct|not in '\w+')", text)
+    reward = re.search(r"(?:eval_)?rewards\.(\w+)", text)
+    if reward and (f"full_key: {reward[0]}\n" in f"{text}\n" or "not a subclass of RewardConfig" in text):
+        return f"{reward[0]}: no reward is chosen by this name; choose it first: +reward@{reward[0]}=NAME"
+    full, typed = re.search(r"full_key: (\S+)", text), re.search(r"Could not override '([^']+)'", text)
+    named = typed if full is None or (typed and typed[1].startswith(f"{full[1]}.")) else full
+    if not missing or not named:
+        return None
+    place = re.search(r"^In '([^']+)'", text)
+    return (f"{place[1]}: " if place else "") + str(keys.unknown(named[1]))
+
+
+def _about_choices(message: str) -> str:
+    """What to add about a choice that is not there."""
+    choice = re.search(r"Could not find '([^']+)/([^'/]+)'(?: Available options in '[^']*': ([\w ]+))?", message)
+    close = difflib.get_close_matches(choice[2], (choice[3] or "").split(), n=1) if choice else []
+    if choice and close:
+        return f"; did you mean {choice[1]}={close[0]}?"
+    return "; --help lists the choices" if "Could not find" in message else ""
 
 
 def _first_lines(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(UNSAID)]
-    keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
+    named = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
     text = " ".join(kept) or type(error).__name__
-    return f"{keys[0]}: {text}" if keys and keys[0] and keys[0] not in text else text
-
-
-def _suggestion(message: str) -> str:
-    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')", message)
-    choice = re.search(r"Could not find '([^']+)'|In '[^']*': Could not find", message)
-    if unknown:
-        close = difflib.get_close_matches(unknown[1].split(".")[-1], _known_keys(), n=1)
-        return f"; did you mean {close[0]}?" if close else "; --help lists the keys"
-    return "; --help lists the choices" if choice else ""
-
-
-def _known_keys() -> list[str]:
-    from dataclasses import fields, is_dataclass
-    from typing import get_type_hints
-
-    keys: set[str] = set()
-    pending: list[type] = [RunConfig, *(part.config for part in parts())]
-    while pending:
-        owner = pending.pop()
-        keys |= {field.name for field in fields(owner)}
-        pending += [hint for hint in get_type_hints(owner).values() if is_dataclass(hint) and isinstance(hint, type)]
-    return sorted(keys)
+    return f"{named[0]}: {text}" if named and named[0] and named[0] not in text else text
 
 
 def setup_logging() -> None:
@@ -148,9 +154,11 @@ def run(task: Callable[[RunConfig], None]) -> None:
 
     # Hydra prints a line of its own about whatever is raised inside it, so the work is done once it has returned.
     configs: list[RunConfig | ConfigError] = []
+    words: list[str] = []
 
     def compose_only(composed: DictConfig) -> None:
         try:
+            overrides.check_texts(words, composed)
             configs.append(to_config(composed))
         except ConfigError as error:
             configs.append(error)
@@ -159,7 +167,9 @@ def run(task: Callable[[RunConfig], None]) -> None:
     code: str | int | None = None
     try:
         with errors_in_one_line():
-            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(compose_only)()
+            words += checked_overrides(sys.argv[1:])
+            with _hydra_errors_of_other_types():
+                hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(compose_only)()
             for config in configs:
                 if isinstance(config, ConfigError):
                     raise config
@@ -171,6 +181,37 @@ def run(task: Callable[[RunConfig], None]) -> None:
         _leave()
     if code is not None:
         raise SystemExit(code)
+
+
+def checked_overrides(arguments: list[str]) -> list[str]:
+    """The overrides of a command line, without Hydra's flags; none where it sweeps, whose values are lists of values.
+
+    Raises ``ConfigError`` where they cannot be read.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if argument.startswith("-") and not any(known.startswith(flag) for known in parser._option_string_actions):
+            raise ConfigError(f"{argument}: not a flag; write {argument.lstrip('-').replace('-', '_')}, without dashes")
+    flags = parser.parse_args(arguments)
+    own = [Path(flags.config_dir)] if flags.config_dir else []
+    overrides.check(flags.overrides, folders=[config_folder(), *own], multirun=flags.multirun)
+    return [] if flags.multirun else flags.overrides
+
+
+@contextmanager
+def _hydra_errors_of_other_types() -> Iterator[None]:
+    """Hydra lets some of its own errors, and those of YAML, out as they are."""
+    import yaml
+
+    try:
+        yield
+    except (AssertionError, ValueError, yaml.YAMLError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"the command line or its YAML cannot be composed: {' '.join(str(error).split())}") from error
 
 
 def _leave() -> None:

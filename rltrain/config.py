@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,6 +143,11 @@ class LossConfig:
         require(
             self.dual_clip is None or self.dual_clip > 1,
             f"loss.dual_clip={self.dual_clip}: must be > 1 (3.0 is usual), or null to turn it off",
+        )
+        require(
+            self.kl_coef == 0 or self.kl_estimator != "k1",
+            f"loss.kl_estimator=k1 with loss.kl_coef={self.kl_coef}: in a loss its gradient is the score function, "
+            "whose mean is zero, so it does not pull towards the reference; set loss.kl_estimator=k3 (or k2)",
         )
         require(self.kl_coef >= 0, f"loss.kl_coef={self.kl_coef}: must be >= 0; 0 needs no reference model")
         require(self.entropy_coef >= 0, f"loss.entropy_coef={self.entropy_coef}: must be >= 0; 0 adds no entropy bonus")
@@ -377,6 +383,8 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
+        require(bool(self.run_dir.strip()), "run_dir: is empty; set a folder, for example run_dir=runs/first")
+        self.run_dir = os.path.expanduser(self.run_dir)  # noqa: PTH111 - Path's raises for an unknown user
         require(self.steps >= 0, f"steps={self.steps}: must be >= 0")
         require(self.deadline_s > 0, f"deadline_s={self.deadline_s}: must be > 0; 1800 is usual")
         longest = self.sampling.max_prompt_tokens + self.sampling.max_new_tokens

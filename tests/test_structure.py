@@ -19,7 +19,7 @@ LAYERS = [
     {"runtime/"},
     {"registry"},
     {"config"},
-    {"kernels/", "loss", "cli"},
+    {"kernels/", "loss", "keys", "overrides", "cli"},
     {"batching/", "engine/"},
     {"policy/"},
     {"data/", "rollout/", "runs/"},

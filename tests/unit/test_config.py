@@ -100,6 +100,12 @@ def test_needs_follow_from_the_parts():
         ["reward@rewards.answer=custom", "rewards.answer.import_path=json:dumps", "rewards.answer.deadline_s=1000"],
         "set it to half of that or less",
     ),
+    (
+        ["loss.kl_coef=0.1", "loss.kl_estimator=k1"],
+        "loss.kl_estimator=k1 with loss.kl_coef=0.1: in a loss its gradient is the score function, whose mean is zero, "
+        "so it does not pull towards the reference; set loss.kl_estimator=k3 (or k2)",
+    ),
+    (["run_dir=''"], "run_dir: is empty; set a folder"),
     (["optimizer.schedule=step"], "set one of constant, linear, cosine"),
 ])  # fmt: skip
 def test_impossible_combinations_name_key_cause_and_remedy(overrides, message):
@@ -107,6 +113,11 @@ def test_impossible_combinations_name_key_cause_and_remedy(overrides, message):
         cli.compose(overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_folder_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert cli.compose(["run_dir='~/runs/first'"]).run_dir == "/somewhere/runs/first"
 
 
 def test_two_parts_under_one_name_are_refused():
@@ -125,7 +136,7 @@ def command(*arguments: str, module: str = "rltrain.train") -> subprocess.Comple
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
-    (["batch.groupsize=4"], ["batch.groupsize", "did you mean group_size?"]),
+    (["batch.groupsize=4"], ["batch.groupsize", "did you mean batch.group_size?"]),
     (["batch.group_size=four"], ["batch.group_size", "four", "Integer"]),
     (["advantage=tempoo"], ["advantage/tempoo", "tempo"]),
     (["+experiment=nothing"], ["experiment/nothing"]),

@@ -126,9 +126,9 @@ def test_kl_and_entropy_enter_with_their_coefficients():
     one = batch([0.0, 0.0], weights=[0.5, 0.5], reference=[-1.0, -1.0])
     logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64)
     entropy = torch.tensor([0.2, 0.4], dtype=torch.float64)
-    config = LossConfig(kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01)
+    config = LossConfig(kl_coef=0.1, kl_estimator="k2", entropy_coef=0.01)
     loss = policy_loss(logprobs, dataclasses.replace(one, old_logprobs_N=logprobs), config, entropy_N=entropy).loss
-    torch.testing.assert_close(loss, torch.tensor(0.1 * (0 - 1) / 2 - 0.01 * 0.3, dtype=torch.float64))
+    torch.testing.assert_close(loss, torch.tensor(0.1 * (0 + 0.5) / 2 - 0.01 * 0.3, dtype=torch.float64))
 
 
 def test_importance_weights_truncate_and_mask():
