@@ -178,6 +178,7 @@ def greedy_completer(config: RunConfig) -> Callable[[Sequence[str]], list[str]]:
     from dataclasses import replace
 
     from rltrain.policy.load import load_policy
+    from rltrain.policy.tokenizer import text_ids
     from rltrain.runtime import dist
 
     policy = load_policy(config.model)
@@ -189,7 +190,7 @@ def greedy_completer(config: RunConfig) -> Callable[[Sequence[str]], list[str]]:
         prompts = [
             Prompt(
                 problem=Problem(id=str(index), prompt=text, answer=""),
-                token_ids=tuple(policy.tokenizer(text)["input_ids"]),
+                token_ids=text_ids(policy.tokenizer, text),
             )
             for index, text in enumerate(texts)
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import Any
 
 from rltrain.errors import ConfigError as ConfigError
@@ -16,6 +17,19 @@ from rltrain.types import Need
 
 MISSING: Any = "???"
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+# What ``apply_chat_template`` gets from us.
+TEMPLATE_KEYS = ("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message")
+TEMPLATE_KEYS += ("tokenize", "return_dict")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(kw_only=True)
@@ -63,13 +77,16 @@ class ModelConfig:
     """Base of every model source's config; the function is ``f(config) -> (model, tokenizer)``.
 
     ``chat`` puts a problem's text into the tokenizer's chat template, after the ``system`` message and the
-    ``examples``: pairs of a question and its answer, as earlier turns.
+    ``examples``: pairs of a question and its answer, as earlier turns. The template also gets
+    ``chat_template_kwargs``, and ``template_date`` where it asks for the time.
     """
 
     dtype: str = "float32"
     chat: bool = False
     system: str | None = None
     examples: list[list[str]] = field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_date: str | None = None
     gradient_checkpointing: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -85,6 +102,12 @@ class ModelConfig:
         require(
             self.chat or not (self.examples or self.system),
             "model.examples and model.system: need a chat template; set model.chat=true",
+        )
+        for key in self.chat_template_kwargs:
+            require(key not in TEMPLATE_KEYS, f"model.chat_template_kwargs.{key}: is set by rltrain; take it out")
+        require(
+            self.template_date is None or _is_date(self.template_date),
+            f"model.template_date={self.template_date}: not a date; give it as 2024-07-26",
         )
 
 

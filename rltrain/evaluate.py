@@ -18,9 +18,8 @@ from torch import Tensor
 
 from rltrain import cli
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
-from rltrain.data.prompts import LIMITS
 from rltrain.errors import ConfigError
-from rltrain.policy.encode import encode_all, prompt_limit
+from rltrain.policy.encode import encode_all, prompt_limit, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import load_scorer
@@ -110,16 +109,14 @@ def _group_metrics(group: Group, samples: int) -> Metrics:
 
 
 def held_out_prompts(config: RunConfig, policy: Policy) -> list[Prompt]:
-    """Encoded held-out problems; those over the prompt limit are named and left out."""
+    """Encoded held-out problems; those over the prompt limit, or refused by the chat template, are left out."""
     limit = prompt_limit(policy, config.sampling)
     prompts, dropped = encode_all(policy, held_out_problems(config), config.model, max_prompt_tokens=limit)
     if dropped:
-        log.warning(
-            "%d held-out prompts are over %d tokens (%s) and left out, the first is %s",
-            len(dropped), limit, LIMITS, dropped[0].id,
-        )  # fmt: skip
-    if not prompts:
-        raise ConfigError(f"evaluation: every held-out prompt is over {limit} tokens ({LIMITS}); raise the limit")
+        reason = why_left_out(policy, dropped[0], config.model, max_prompt_tokens=limit)
+        if not prompts:
+            raise ConfigError(f"evaluation: no held-out problem makes a prompt, the first is {reason}")
+        log.warning("%d held-out prompts are left out, the first is %s", len(dropped), reason)
     return prompts
 
 

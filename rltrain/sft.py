@@ -113,6 +113,9 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
             f"cold_start.solution_field={field}: {len(missing)} problems have no such field, the first is "
             f"{missing[0]}; choose data with worked solutions or set cold_start.steps=0"
         )
+    other = next((problem.id for problem in problems if not isinstance(problem.meta[field], str)), None)
+    if other is not None:
+        raise ConfigError(f"cold_start.solution_field={field}: of {other} is no text; choose a field that holds text")
     rows = []
     for problem in problems:
         encoded = encode(policy, problem, config.model)

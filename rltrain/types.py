@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Finish = Literal["stop", "length"]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role, content (text), and what else the chat template reads
 # What a part wants kept with the samples of a group: by name, one list per completion.
 Notes = Mapping[str, Sequence[Sequence[float | str]]]
 

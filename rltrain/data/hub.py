@@ -1,19 +1,20 @@
-"""Existing data sets: a hub name or folder through ``datasets``, a JSONL, JSON or parquet file, or an arrow folder."""
+"""Existing data sets: a hub name or folder through ``datasets``, or a file."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
 from rltrain.config import MISSING, DataConfig
 from rltrain.data.boxed import last_boxed
+from rltrain.data.columns import BadRow, Row, messages_at, options_at, require_option, text_of, value_at
+from rltrain.data.files import BadLine, column_names, names_a_file, read_file
 from rltrain.errors import ConfigError, require
 from rltrain.registry import register
 from rltrain.types import Problem
@@ -22,10 +23,9 @@ log = logging.getLogger(__name__)
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 CHOICES = "choices"
-JSON_SUFFIXES = (".json", ".jsonl")
-FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+SPLITS = ("train", "validation", "test")
 IDS_IN_WARNING = 5
-Row = Mapping[str, Any]
+RAW = "; as it is, for a trl_function: data.answer=null '+data.meta.answer={path}'"
 
 
 @dataclass(kw_only=True)
@@ -33,9 +33,11 @@ class HubConfig(DataConfig):
     r"""Where the rows are, and which columns become a problem. A dot reaches into one: ``reward_model.ground_truth``.
 
     ``prompt`` is a template over columns, such as ``"{question}"``; ``{choices}`` stands for the options of column
-    ``choices`` (a mapping from letter to text, or a list), printed ``(A) text`` one a line. Alternatively ``messages``
-    names a column of chat messages. ``answer_boxed`` takes the content of the answer's last ``\boxed{}``;
-    ``answer_pattern`` the first group of a regex's last match. ``meta`` maps names to columns.
+    ``choices`` (a mapping from letter to text, a list, or ``[{key, value}]``), printed ``(A) text`` one a line.
+    Alternatively ``messages`` names a column of chat messages; one that ends with the assistant is a bad row, or
+    continued with ``continue_final_message``. ``answer_boxed`` takes the content of the answer's last ``\boxed{}``;
+    ``answer_pattern`` the first group of a regex's last match; ``answer=null`` is for rewards that need no gold.
+    ``meta`` maps names to columns, whose values rewards get as they are.
 
     A split without a name in the data (null) is a fixed share ``holdout`` of the training rows, chosen by hash of id.
     """
@@ -48,7 +50,8 @@ class HubConfig(DataConfig):
     holdout: float = 0.05
     prompt: str | None = None
     messages: str | None = None
-    answer: str = "answer"
+    continue_final_message: bool = False
+    answer: str | None = "answer"
     answer_pattern: str | None = None
     answer_boxed: bool = False
     id: str | None = None
@@ -71,6 +74,19 @@ class HubConfig(DataConfig):
             f"{{{CHOICES}}}" not in (self.prompt or "") or self.choices is not None,
             "data.prompt: uses {choices}; set data.choices to the column of options",
         )
+        require(
+            not self.continue_final_message or self.messages is not None,
+            "data.continue_final_message: has no effect on data.prompt; set data.messages, or leave it out",
+        )
+        require(
+            self.answer is not None or not (self.answer_boxed or self.answer_pattern),
+            "data.answer=null: nothing for data.answer_boxed or data.answer_pattern to read; unset them",
+        )
+        require(
+            self.answer is None or self.answer not in PLACEHOLDER.findall(self.prompt or ""),
+            f"data.prompt: {{{self.answer}}} is data.answer, so that the gold would stand in the prompt; take it out "
+            "(an empty box is written \\boxed{})",
+        )
         if self.answer_pattern is not None:
             require(_has_group(self.answer_pattern), f"data.answer_pattern={self.answer_pattern!r}: needs a (group)")
 
@@ -87,10 +103,6 @@ def _has_group(pattern: str) -> bool:
         return re.compile(pattern).groups >= 1
     except re.error:
         return False
-
-
-class BadRow(ValueError):
-    """Why a row cannot be a problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,51 +130,30 @@ class HubProblems(Sequence[Problem]):
         return self.problems[index]
 
 
-def _json_rows(path: Path) -> list[Row]:
-    """The rows of a file; a line that is no JSON object becomes an empty row, to be reported like any bad row."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        values = json.loads(text)
-    else:
-        values = [_json_line(line) for line in text.split("\n") if line.strip()]
-    return [value if isinstance(value, dict) else {} for value in values]
-
-
-def _json_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
 def _open(config: HubConfig) -> Any:
     """A mapping from split to rows, or the rows of a source that knows no splits."""
     import datasets
-    import pyarrow.parquet
 
-    path = Path(config.path)
-    if path.suffix in FILE_SUFFIXES:
-        require(path.is_file(), f"data.path={path}: no such file; give a file, a folder or a hub name")
-        if path.suffix in JSON_SUFFIXES:
-            return _json_rows(path)
-        # Not through the builder, which would write a second copy of the file to the cache.
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
+    path = Path(config.path).expanduser()
+    if names_a_file(path):
+        return read_file(path)
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    require(
+        path.is_dir() or not looks_local or "://" in config.path,
+        f"data.path={config.path}: no such file or folder; give a file, a folder or a hub name",
+    )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(config.path, config.subset)
+    return datasets.load_dataset(str(path) if path.is_dir() else config.path, config.subset)
 
 
-def _rows(config: HubConfig, name: str) -> Sequence[Row]:
+def _rows(config: HubConfig, name: str) -> Sequence[Row | BadLine]:
     try:
         source = _open(config)
     except ConfigError:
         raise
     except Exception as error:  # files and networks fail in many ways; the message must be one line
-        cause = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"data.path={config.path}: cannot be read ({type(error).__name__}: {cause});"
-            " check the name, data.subset and the network"
-        ) from error
+        raise _unreadable(config, error, "check the name, data.subset and the network") from error
     if not isinstance(source, dict):
         require(
             name == "train", f"data.*_split={name}: {config.path} has no named splits; set it to null to hold rows out"
@@ -172,14 +163,12 @@ def _rows(config: HubConfig, name: str) -> Sequence[Row]:
     return source[name]
 
 
-def _column_names(rows: Any) -> list[str]:
-    if hasattr(rows, "column_names"):
-        return list(rows.column_names)
-    return sorted({name for row in rows for name in row})
+def _unreadable(config: HubConfig, error: Exception, remedy: str) -> ConfigError:
+    cause = (str(error).splitlines() or [""])[0]
+    return ConfigError(f"data.path={config.path}: cannot be read ({type(error).__name__}: {cause}); {remedy}")
 
 
-def _check_columns(config: HubConfig, rows: Sequence[Row]) -> None:
-    names = _column_names(rows)
+def _check_columns(config: HubConfig, names: Sequence[str]) -> None:
     for path, key in config.columns().items():
         column = path.split(".")[0]
         require(
@@ -188,28 +177,20 @@ def _check_columns(config: HubConfig, rows: Sequence[Row]) -> None:
         )
 
 
-def _value(row: Row, path: str) -> Any:
-    """The non-empty value at a dotted path."""
-    value: Any = row.get(path)
-    if value is None:
-        value = row
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-    is_empty = not value.strip() if isinstance(value, str) else isinstance(value, (list, dict)) and not value
-    if value is None or is_empty:
-        raise BadRow(f"empty {path}")
-    return value
-
-
-def _choices(row: Row, path: str) -> dict[str, str]:
-    options = _value(row, path)
-    if not isinstance(options, Mapping):
-        options = {chr(ord("A") + i): option for i, option in enumerate(options)}
-    return {str(letter): str(text) for letter, text in options.items() if text is not None}
+def _mapped_columns(config: HubConfig, rows: Sequence[Row | BadLine]) -> Sequence[Row | BadLine]:
+    """A table without the columns that are not read, which may be images, as plain Python values."""
+    if not hasattr(rows, "select_columns"):
+        return rows
+    names = column_names(rows)
+    used = [name for name in names if any(name in (path, path.split(".")[0]) for path in config.columns())]
+    return rows.select_columns(used).with_format(None)  # type: ignore[attr-defined]
 
 
 def _answer(row: Row, config: HubConfig) -> str:
-    text = str(_value(row, config.answer))
+    if config.answer is None:
+        return ""
+    path = config.answer
+    text = text_of(value_at(row, path), path, instead=RAW.format(path=path))
     if config.answer_boxed:
         answer = last_boxed(text)
     elif config.answer_pattern is not None:
@@ -218,43 +199,50 @@ def _answer(row: Row, config: HubConfig) -> str:
     else:
         answer = text
     if answer is None or not answer.strip():
-        raise BadRow(f"no answer in {config.answer}")
+        raise BadRow(f"no answer in {path}")
     return answer.strip()
 
 
-def _messages(row: Row, path: str) -> list[dict[str, str]]:
-    messages = _value(row, path)
-    if isinstance(messages, str) or not all(
-        isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in messages
-    ):
-        raise BadRow(f"{path} is no list of messages with role and content")
-    return [{"role": str(one["role"]), "content": str(one["content"])} for one in messages]
-
-
 def _problem(row: Row, row_id: str, config: HubConfig) -> Problem:
-    meta: dict[str, Any] = {name: _value(row, path) for name, path in config.meta.items()}
+    meta: dict[str, Any] = {name: value_at(row, path) for name, path in config.meta.items()}
     if config.choices is not None:
-        meta[CHOICES] = _choices(row, config.choices)
+        meta[CHOICES] = options_at(row, config.choices)
 
     def fill(match: re.Match[str]) -> str:
         if match[1] == CHOICES and config.choices is not None:
             return "\n".join(f"({letter}) {text}" for letter, text in meta[CHOICES].items())
-        return str(_value(row, match[1]))
+        return text_of(value_at(row, match[1]), match[1])
 
     if config.messages is not None:
-        prompt: Any = _messages(row, config.messages)
+        prompt: Any = messages_at(row, config.messages, continued=config.continue_final_message)
     else:
         prompt = PLACEHOLDER.sub(fill, config.prompt or "")
-    return Problem(id=row_id, prompt=prompt, answer=_answer(row, config), meta=meta)
+    answer = _answer(row, config)
+    if config.choices is not None and config.answer is not None:
+        require_option(answer, meta[CHOICES], config.answer)
+    return Problem(id=row_id, prompt=prompt, answer=answer, meta=meta)
 
 
-def _identified(rows: Iterable[Row], config: HubConfig, name: str) -> Iterator[tuple[str, Row]]:
+def _identified(rows: Sequence[Row | BadLine], config: HubConfig, name: str) -> Iterator[tuple[str, Row | BadLine]]:
     """Each row with its id: the mapped column, or split and row number (from 0) where there is none."""
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_iterated(rows, config)):
         try:
-            yield (f"{name}-{number}" if config.id is None else str(_value(row, config.id))), row
+            yield _row_id(row, number, config, name), row
         except BadRow:
             yield f"{name}-{number} (no {config.id})", {}
+
+
+def _iterated(rows: Sequence[Row | BadLine], config: HubConfig) -> Iterator[Row | BadLine]:
+    try:
+        yield from rows
+    except Exception as error:  # of the source alone: what is done with a row is not inside
+        raise _unreadable(config, error, "mend the data") from error
+
+
+def _row_id(row: Row | BadLine, number: int, config: HubConfig, name: str) -> str:
+    if isinstance(row, BadLine):
+        return f"line {row.line}"
+    return f"{name}-{number}" if config.id is None else text_of(value_at(row, config.id), config.id)
 
 
 def _share(row_id: str) -> float:
@@ -275,13 +263,18 @@ def _membership(config: HubConfig, split: str) -> Callable[[str], bool]:
     return lambda row_id: low <= _share(row_id) < high
 
 
-def _select(identified: Iterable[tuple[str, Row]], config: HubConfig, belongs: Callable[[str], bool]) -> HubProblems:
+def _select(
+    identified: Iterable[tuple[str, Row | BadLine]], config: HubConfig, belongs: Callable[[str], bool]
+) -> HubProblems:
     problems: list[Problem] = []
     left_out: list[LeftOut] = []
     times_seen: Counter[str] = Counter()
     for row_id, row in identified:
         if config.limit is not None and len(problems) == config.limit:
             break
+        if isinstance(row, BadLine):
+            left_out.append(LeftOut(id=row_id, reason=row.reason))
+            continue
         if not belongs(row_id):
             continue
         times_seen[row_id] += 1
@@ -299,25 +292,28 @@ def _reasons(left_out: Sequence[LeftOut]) -> str:
     by_reason: dict[str, list[str]] = {}
     for row in left_out:
         by_reason.setdefault(row.reason, []).append(row.id)
-    return "; ".join(
-        f"{len(ids)} {reason} ({', '.join(ids[:IDS_IN_WARNING])}{', …' if len(ids) > IDS_IN_WARNING else ''})"
-        for reason, ids in by_reason.items()
-    )
+    return "; ".join(f"{len(ids)} row{'s' * (len(ids) > 1)} ({_first(ids)}): {why}" for why, ids in by_reason.items())
+
+
+def _first(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:IDS_IN_WARNING]) + ", …" * (len(ids) > IDS_IN_WARNING)
 
 
 @register("data", "hub", HubConfig)
 def hub(config: HubConfig, split: str) -> HubProblems:
     """The problems of ``split`` (train, validation or test). Rows that cannot be one are logged and left out.
 
-    Bad: an empty or missing field, an answer that does not parse, an id seen before (listed once). ConfigError if a
-    mapped column does not exist, if the source cannot be read, or if no row is left.
+    Bad: an empty or missing field, a value that is no text where text is needed, an answer that does not parse, an id
+    seen before (listed once); a line of the file that is no row counts for every split. ConfigError if a mapped column
+    does not exist, if the source cannot be read or holds nothing, or if no row is left.
     """
-    require(split in ("train", "validation", "test"), f"split={split}: unknown; choose train, validation or test")
+    require(split in SPLITS, f"split={split}: unknown; choose train, validation or test")
     name = getattr(config, f"{split}_split") or config.train_split
     rows = _rows(config, name)
-    if len(rows):
-        _check_columns(config, rows)
-    found = _select(_identified(rows, config, name), config, _membership(config, split))
+    require(len(rows) > 0, f"data.path={config.path}: holds no row; give a file with at least one")
+    if names := column_names(rows):  # none where every line is bad
+        _check_columns(config, names)
+    found = _select(_identified(_mapped_columns(config, rows), config, name), config, _membership(config, split))
     reasons = _reasons(found.left_out)
     require(
         len(found) > 0,
@@ -325,5 +321,6 @@ def hub(config: HubConfig, split: str) -> HubProblems:
         + (reasons or f"none falls to it; raise data.holdout or name data.{split}_split"),
     )
     if reasons:
-        log.warning("%s %s: %d rows kept, left out: %s", config.path, split, len(found), reasons)
+        count = len(found.left_out)
+        log.warning("%s %s: %d rows kept, %d left out: %s", config.path, split, len(found), count, reasons)
     return found

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rltrain.config import RunConfig
 from rltrain.data.sampler import occurrences, problem_indices
 from rltrain.errors import ConfigError
-from rltrain.policy.encode import encode_all, prompt_limit
+from rltrain.policy.encode import encode_all, prompt_limit, why_left_out
 from rltrain.policy.load import Policy
 from rltrain.registry import part_of
 from rltrain.runtime import dist
@@ -18,7 +18,7 @@ from rltrain.types import Problem, Prompt
 
 log = logging.getLogger(__name__)
 
-LIMITS = "sampling.max_prompt_tokens, or the model's positions less sampling.max_new_tokens"
+TRIED = 1000  # problems, before a data set counts as unusable
 
 
 class PromptSource:
@@ -35,9 +35,26 @@ class PromptSource:
             raise ConfigError(
                 "data: the training split holds no problem; check the path, the split and the field mapping"
             )
+        self._require_a_prompt()
+
+    def _require_a_prompt(self) -> None:
+        """Some problem, of up to ``TRIED`` from all over the data, makes a prompt within the limit."""
+        size = len(self._problems)
+        indices = range(0, size, max(1, size // TRIED))[:TRIED]
+        if not any(self._encoded([self._problems[index]])[0] for index in indices):
+            raise ConfigError(
+                f"data: none of {len(indices)} training problems makes a prompt, the first is "
+                f"{self._reason(self._problems[0])}"
+            )
+
+    def _encoded(self, problems: Sequence[Problem]) -> tuple[list[Prompt], list[Problem]]:
+        return encode_all(self._policy, problems, self._config.model, max_prompt_tokens=self._limit)
+
+    def _reason(self, problem: Problem) -> str:
+        return why_left_out(self._policy, problem, self._config.model, max_prompt_tokens=self._limit)
 
     def next(self, step: int, *, attempt: int = 0) -> tuple[list[Prompt], list[Problem]]:
-        """This rank's prompts, and its problems that were left out because they exceed the prompt limit."""
+        """This rank's prompts, and its problems that were left out because of their length or template."""
         if self._asked != (step, attempt):  # twice in a row, where a step is sampled ahead
             self._asked, self._answer = (step, attempt), self._make(step, attempt)
         return self._answer
@@ -49,12 +66,10 @@ class PromptSource:
         mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
         problems = [self._problems[index] for index in problem_indices(len(self._problems), count, **drawn)[mine]]
         repeats = occurrences(len(self._problems), count, **drawn)[mine]
-        prompts, dropped = encode_all(self._policy, problems, self._config.model, max_prompt_tokens=self._limit)
+        prompts, dropped = self._encoded(problems)
         if dropped:
-            log.warning(
-                "step %d: %d prompts are empty or over %d tokens (%s) and left out, the first is %s",
-                step, len(dropped), self._limit, LIMITS, dropped[0].id,
-            )  # fmt: skip
+            reason = self._reason(dropped[0])
+            log.warning("step %d: %d prompts are left out, the first is %s", step, len(dropped), reason)
         return _numbered(prompts, problems, repeats), dropped
 
 

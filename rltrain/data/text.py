@@ -11,6 +11,7 @@ from typing import Any, overload
 from rltrain.config import MISSING, DataConfig
 from rltrain.data.hub import HubConfig, hub
 from rltrain.errors import require
+from rltrain.policy.tokenizer import start_ids
 from rltrain.registry import register
 from rltrain.types import Problem, Prompt, TokenProblem
 
@@ -79,7 +80,8 @@ class Document(TokenProblem):
             return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         assert isinstance(self.prompt, str)
-        start, body = tuple(tokenizer("")["input_ids"]), ids(self.prompt)
+        start, body = start_ids(tokenizer), ids(self.prompt)
+        start = () if start == body[: len(start)] else start  # the text writes it itself
         config = self.config
         cut = self.position(len(body), least_prefix(tokenizer, body, config.after))
         prefix, rest = (body[:cut], body[cut:]) if cut is not None else ((), ())
@@ -158,7 +160,7 @@ def text(config: TextConfig, split: str) -> Documents:
         test_split=config.test_split,
         holdout=config.holdout,
         prompt=f"{{{config.column}}}",
-        answer=config.column,
+        answer=None,
         id=config.id,
         limit=config.limit,
     )

@@ -16,6 +16,7 @@ import torch
 from rltrain.config import MISSING, LoraConfig, ModelConfig
 from rltrain.errors import ConfigError, require
 from rltrain.policy.lora import add_lora, load_lora
+from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer
 from rltrain.policy.training_mode import only_lora_dropout, recompute_layers
 from rltrain.registry import discover, part_of, parts, register
 
@@ -65,8 +66,7 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
     adapters = _adapters(config)
     base = config if adapters is None else _base_of(adapters, config)
     model, tokenizer = part_of(base).function(base)
-    if config.chat and tokenizer.chat_template is None:
-        raise ConfigError("model.chat=true: the tokenizer has no chat template; set model.chat=false")
+    check_tokenizer(tokenizer, model, config)
     if adapters is not None:
         model = load_lora(model, adapters, config.lora)
     elif config.lora.rank > 0:
@@ -135,6 +135,7 @@ def load_frozen(config: ModelConfig, *, path: str | None = None) -> Policy:
     plain = copy.copy(config)
     plain.lora = LoraConfig()
     plain.gradient_checkpointing = False
+    plain.chat, plain.chat_template_kwargs, plain.template_date = False, {}, None  # prompts are the policy's
     frozen = load_policy(plain, path=path)
     frozen.model.requires_grad_(False).eval()
     return frozen
@@ -150,7 +151,7 @@ def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 @register("model", "pretrained", PretrainedConfig)
 def pretrained(config: PretrainedConfig) -> tuple[Any, Any]:
     """Load from the hub, a folder, or a GGUF file. A GGUF model comes out as plain weights, ready to train."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     source = located(config)
     common = {
@@ -159,7 +160,6 @@ def pretrained(config: PretrainedConfig) -> tuple[Any, Any]:
         **({"gguf_file": config.gguf_file} if config.gguf_file else {}),
     }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation, **common
         )
@@ -168,7 +168,7 @@ def pretrained(config: PretrainedConfig) -> tuple[Any, Any]:
             f"model.path={config.path}: cannot be loaded ({str(error).splitlines()[0]}); "
             "give a folder with config.json and weights, or a hub name this machine can reach"
         ) from error
-    return _unquantised(model), tokenizer
+    return _unquantised(model), load_tokenizer(source, f"model.path={config.path}", **common)
 
 
 def located(config: PretrainedConfig) -> str:

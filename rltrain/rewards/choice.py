@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rltrain.config import RewardConfig
+from rltrain.data.columns import lettered
 from rltrain.registry import register
 from rltrain.rewards.format import opens_thinking
 from rltrain.rewards.math import Verdict
@@ -34,12 +35,9 @@ _NEGATION = re.compile(
 
 
 def options_of(meta: Mapping[str, object]) -> dict[str, str]:
-    """``meta["choices"]`` or ``meta["options"]`` as letter -> text; a list is lettered A, B, C, …."""
-    options = meta.get("choices") or meta.get("options") or {}
-    if isinstance(options, Mapping):
-        return {str(letter).strip().upper(): str(text) for letter, text in options.items()}
-    assert isinstance(options, Sequence)
-    return {chr(ord("A") + index): str(text) for index, text in enumerate(options)}
+    """``meta["choices"]`` or ``meta["options"]`` as letter -> text, in any form that :func:`lettered` reads."""
+    options = meta.get("choices") or meta.get("options")
+    return {letter.upper(): text for letter, text in lettered(options, "options").items()} if options else {}
 
 
 def verify_choice(

@@ -12,7 +12,10 @@ from rltrain.types import Context, Group, Scores
 
 @dataclass(kw_only=True)
 class TrlFunctionConfig(UserRewardConfig):
-    """``import_path`` names the function. Columns: ``answer`` and ``solution`` (the gold), and the keys of ``meta``."""
+    """``import_path`` names the function. Columns: the keys of ``meta``, whose values are passed as they are.
+
+    ``answer`` and ``solution`` are the gold as text, unless ``meta`` holds them.
+    """
 
 
 def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
@@ -24,7 +27,7 @@ def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
     columns = {key for problem, _ in rows for key in problem.meta}
     arguments: dict[str, list] = {key: [problem.meta.get(key) for problem, _ in rows] for key in sorted(columns)}
     return arguments | {
-        "answer": [problem.answer for problem, _ in rows],
+        "answer": [problem.meta.get("answer", problem.answer) for problem, _ in rows],
         "solution": [problem.meta.get("solution", problem.answer) for problem, _ in rows],
         "prompts": [problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt) for problem, _ in rows],
         "completions": [

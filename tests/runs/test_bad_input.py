@@ -113,15 +113,15 @@ def test_disk_full_while_saving_leaves_the_old_checkpoint_and_resumes(tmp_path):
 
 
 def test_every_prompt_over_the_limit(tmp_path):
-    assert "every held-out prompt is over 2 tokens (sampling.max_prompt_tokens" in refused(
-        tmp_path / "run", "sampling.max_prompt_tokens=2"
-    )
+    message = refused(tmp_path / "run", "sampling.max_prompt_tokens=2")
+    assert message.startswith("data: none of ")
+    assert " tokens, over 2 (sampling.max_prompt_tokens" in message
 
 
 def test_prompts_leave_room_for_completions_in_the_positions_of_the_model(tmp_path):
     """A learned position table has no row past its end, and rotations past it were never trained."""
     assert (
-        "over 2 tokens (sampling.max_prompt_tokens, or the model's positions less sampling.max_new_tokens)"
+        " tokens, over 2 (sampling.max_prompt_tokens, or the model's positions less sampling.max_new_tokens)"
         in refused(tmp_path / "run", "model.max_positions=14", "sampling.max_new_tokens=12")
     )
     assert "sampling.max_new_tokens=12: leaves no room for a prompt in the model's 12 positions; lower it" in refused(

@@ -167,11 +167,16 @@ def test_bad_rows_are_reported_by_id_and_left_out(tmp_path, caplog):
         ("missing", "empty a"),
         ("good", "repeated id"),
         ("train-6 (no id)", "empty q"),
-        ("train-7 (no id)", "empty q"),
-        ("train-8 (no id)", "empty q"),
+        ("line 8", "not JSON"),
+        ("line 10", "no JSON object"),
     }
     (line,) = caplog.messages
-    assert "2 rows kept" in line and "1 no answer in a (no answer)" in line and "\n" not in line
+    assert (
+        "2 rows kept" in line
+        and "7 left out" in line
+        and "1 row (no answer): no answer in a" in line
+        and "\n" not in line
+    )
 
 
 def test_the_warning_names_the_first_ids_only(tmp_path, caplog):
@@ -179,7 +184,7 @@ def test_the_warning_names_the_first_ids_only(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = hub(HubConfig(path=str(path), prompt="{q}", answer="a", holdout=1e-9), "train")
     assert found.left_out[0] == LeftOut(id="train-0", reason="empty a")
-    assert "7 empty a (train-0, train-1, train-2, train-3, train-4, …)" in caplog.messages[0]
+    assert "7 rows (train-0, train-1, train-2, train-3, train-4, …): empty a" in caplog.messages[0]
 
 
 def test_limit_takes_the_first_usable_rows(tmp_path):
@@ -218,15 +223,17 @@ def test_unusable_sources_are_one_line(tmp_path):
     assert "no such file" in failure(path=str(tmp_path / "absent.jsonl"))
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    assert "no usable row for train among 0" in failure(path=str(empty))
+    assert "empty.jsonl: the file is empty (0 bytes)" in failure(path=str(empty))
     broken = tmp_path / "broken.json"
     broken.write_text("[1, 2")
-    assert "cannot be read (JSONDecodeError" in failure(path=str(broken))
+    assert "cannot be read as json (JSONDecodeError: Expecting ',' delimiter: line 1 column 6" in failure(
+        path=str(broken)
+    )
     fake = tmp_path / "fake.parquet"
     fake.write_text("no parquet")
-    assert "cannot be read" in failure(path=str(fake))
+    assert "cannot be read as parquet (ArrowInvalid" in failure(path=str(fake))
     unanswered = write([{"q": "x", "answer": ""}], tmp_path / "unanswered.jsonl")
-    assert "1 empty answer (train-0)" in failure(path=str(unanswered), holdout=1e-9)
+    assert "1 row (train-0): empty answer" in failure(path=str(unanswered), holdout=1e-9)
     assert "raise data.holdout or name data.test_split" in failure("test", path=str(unanswered), holdout=1e-9)
     assert "set it to null" in failure("test", path=str(unanswered), test_split="test")
 
