@@ -113,6 +113,25 @@ def exists(path: str) -> bool:
     return bool(re.search(r"[A-Z]{4}", Path(path).stem)) or (ROOT / path).exists() or path in WRITTEN_BY_THE_READER
 
 
+def trainings(text: str) -> list[str]:
+    """The overrides of a page's ``rltrain.train`` commands, but those left open (…) or with a file of the reader's."""
+    lines = re.findall(r"-m rltrain\.train (.*)", text.replace("\\\n", " "))
+    return [line for line in lines if not re.search(r"…|--help|import_path|`", line)]
+
+
+TRAININGS = sorted({line for page in READ for line in trainings(page.read_text())})
+
+
+@pytest.mark.parametrize("overrides", TRAININGS)
+def test_training_commands_compose(overrides):
+    cli.compose(shlex.split(overrides.replace("=NAME", "=quickstart"), comments=True))
+
+
+def test_training_commands_were_seen():
+    assert len(TRAININGS) > 20
+    assert trainings("    python -m rltrain.train a=1 \\\n        b=2\n") == ["a=1          b=2"]
+
+
 def keys_of(text: str) -> set[str]:
     """The keys of a page's tables: the first column, where it holds dotted names in code."""
     firsts = [line.split("|")[1] for line in text.splitlines() if re.match(r"\| `[a-z_]+\.[a-z_]+", line)]
