@@ -1,13 +1,13 @@
-"""Any registered estimator inside TRL's GRPOTrainer: the only module that touches that trainer.
+"""Any estimator inside TRL's GRPOTrainer: the only module that touches that trainer.
 
 from rltrain.compat.trl import GRPOTrainer                      # instead of: from trl import GRPOTrainer
-trainer = GRPOTrainer(..., advantage=TempoConfig())             # or advantage="tempo"
+trainer = GRPOTrainer(..., advantage=TempoConfig())             # or advantage="tempo", or a function
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.config import AdvantageConfig
+from rltrain.advantages.estimator import Estimator, EstimatorLike, estimator_of
 from rltrain.errors import require
 from rltrain.policy.load import Policy, stop_token_ids
-from rltrain.registry import discover, part_of, parts
 from rltrain.rollout.probes import PolicyProber
-from rltrain.types import Completion, Context, Group, Mean, Need, Problem, Prompt
+from rltrain.types import Completion, Context, Group, Mean, Need, Problem, Prompt, UnknownLogprobs
 
 try:
     import trl
@@ -57,30 +56,42 @@ class _Scored:
     rewards_per_function: Tensor
 
 
-def resolve(advantage: AdvantageConfig | str) -> AdvantageConfig:
-    """An estimator's config, or its name for the defaults; ``ConfigError`` for one that TRL's trainer cannot serve."""
-    discover()
-    if isinstance(advantage, str):
-        known = {part.name: part.config for part in parts("advantage")}
-        require(advantage in known, f"advantage={advantage}: unknown; set one of {', '.join(known)}")
-        return resolve(known[advantage]())
-    unmet = part_of(advantage).needs - {Need.PROBES}
-    require(not unmet, f"advantage={part_of(advantage).name}: needs {unmet}, which TRL's trainer cannot give")
-    return advantage
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """A completion with its prompt, as it is gathered from the processes."""
+
+    prompt: Any
+    answer: str
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+
+
+def resolve(advantage: EstimatorLike, options: Mapping[str, Any] | None = None) -> Estimator:
+    """The estimator; ``ConfigError`` for one that needs what TRL's trainer cannot give."""
+    estimator = estimator_of(advantage, options)
+    unmet = ", ".join(sorted(need.name for need in estimator.needs - {Need.PROBES}))
+    require(not unmet, f"{estimator.name}: needs {unmet}, which TRL's trainer cannot give; train with rltrain.train")
+    return estimator
 
 
 class GRPOTrainer(trl.GRPOTrainer):
-    """TRL's trainer with ``advantage=``; all other arguments are TRL's.
+    """TRL's trainer with ``advantage=``: a config, a registered name or a function ``f(groups, options, context)``.
 
-    The weighted sum of the reward functions goes to the estimator; a row for which all return None abstains and gets 0.
-    ``scale_rewards`` has no effect: the estimator scales. Estimators that probe read the reference answer from the
-    data set's column ``answer_column``. With several processes each computes all groups, as TRL itself does.
+    ``advantage_options`` are the settings of a name, or what a function gets as ``options``. All other arguments are
+    TRL's. The weighted sum of the reward functions goes to the estimator; a row for which all return None abstains and
+    gets 0. ``scale_rewards`` has no effect: the estimator scales. Estimators that probe read the reference answer from
+    the data set's column ``answer_column``. With several processes each computes all groups, as TRL itself does.
     """
 
     def __init__(
-        self, *args: Any, advantage: AdvantageConfig | str, answer_column: str = "answer", **kwargs: Any
+        self,
+        *args: Any,
+        advantage: EstimatorLike,
+        advantage_options: Mapping[str, Any] | None = None,
+        answer_column: str = "answer",
+        **kwargs: Any,
     ) -> None:
-        self.advantage = resolve(advantage)
+        self.estimator = resolve(advantage, advantage_options)
         self.answer_column = answer_column
         super().__init__(*args, **kwargs)
         require(
@@ -99,8 +110,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = dict(super()._generate_and_score_completions(inputs))
         mode = "train" if self._module.training else "eval"
-        estimated = part_of(self.advantage).function(self._groups(mode), self.advantage, self._context())
-        rows = [row_T for group in estimated.values for row_T in group]
+        groups = self._groups(output, mode)
+        estimated = self.estimator(groups, self._context())
+        rows = _without_abstentions(groups, estimated.values)
         self._log(rows, estimated.metrics, mode)
 
         first = self.accelerator.process_index * len(inputs)
@@ -110,33 +122,61 @@ class GRPOTrainer(trl.GRPOTrainer):
         output["advantages"] = advantages_BT
         return output
 
-    def _groups(self, mode: str) -> list[Group]:
+    def _groups(self, output: Mapping[str, Any], mode: str) -> list[Group]:
         """All processes' rows, which are contiguous by group."""
         from accelerate.utils import gather_object
 
-        scored = self._scored
-        prompt_ids = self._tokenize_prompts(list(scored.prompts))[0] if self._probes else [()] * len(scored.prompts)
-        answers = [str(row.get(self.answer_column, "")) for row in scored.rows]
-        local = list(zip(prompt_ids, answers, scored.completion_ids, strict=True))
-        rows = gather_object(local)
-        rewards = scored.rewards_per_function
+        samples: list[_Sample] = gather_object(self._samples(output))
+        rewards = self._scored.rewards_per_function
         rewards_B = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         rewards_B = rewards_B.masked_fill(rewards.isnan().all(dim=1), torch.nan).cpu()
         size: Any = self.num_generations if mode == "train" else self.num_generations_eval
-        stop_ids = set(stop_token_ids(self._module, self._tokenizer))
         return [
-            _group(str(start // size), rows[start : start + size], rewards_B[start : start + size], stop_ids)
-            for start in range(0, len(rows), size)
+            _group(str(start // size), samples[start : start + size], rewards_B[start : start + size])
+            for start in range(0, len(samples), size)
         ]
+
+    def _samples(self, output: Mapping[str, Any]) -> list[_Sample]:
+        """This process's rows."""
+        scored, fed = self._scored, (output["prompt_ids"], output["prompt_mask"])
+        tokenizer: Any = self._tokenizer
+        stop_ids = set(stop_token_ids(self._module, tokenizer))
+        prompt_ids = [ids_T[mask_T.bool()] for ids_T, mask_T in zip(*fed, strict=True)]
+        texts = tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True)
+        lengths = [len(ids) for ids in scored.completion_ids]
+        logprobs = sampled_logprobs(output, lengths, not_the_samplers=self._why_old_logprobs_differ())
+        return [
+            _Sample(
+                prompt=prompt,
+                answer=str(row.get(self.answer_column, "")),
+                prompt_ids=tuple(prompt_ids_T.tolist()),
+                completion=Completion(
+                    token_ids=tuple(ids),
+                    logprobs=logprobs_T,
+                    finish="stop" if len(ids) and ids[-1] in stop_ids else "length",
+                    text=text,
+                ),
+            )
+            for row, prompt, prompt_ids_T, ids, logprobs_T, text in zip(
+                scored.rows, scored.prompts, prompt_ids, scored.completion_ids, logprobs, texts, strict=True
+            )
+        ]
+
+    def _why_old_logprobs_differ(self) -> str:
+        """Why the model's log-probs at generation are not those of the distribution sampled from; empty if they are."""
+        if self.use_vllm:
+            return "vLLM sampled, and TRL keeps only the model's here"
+        arguments: Any = self.args
+        if self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1 or arguments.generation_kwargs:
+            return "top_k, top_p, min_p, repetition_penalty or generation_kwargs change the distribution sampled from"
+        model = self._module
+        dropout = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
+        return "dropout is on while TRL samples (set disable_dropout=True)" if dropout and model.training else ""
 
     @property
     def _module(self) -> Any:
         """The model itself, whatever it is wrapped in."""
         return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def _probes(self) -> bool:
-        return Need.PROBES in part_of(self.advantage).needs
 
     def _context(self) -> Context:
         model = self._module
@@ -152,7 +192,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             seed=self.args.seed,
             max_new_tokens=self.max_completion_length or 0,
             tokenizer=tokenizer,
-            rollout=PolicyProber(policy=policy) if self._probes else None,
+            rollout=PolicyProber(policy=policy) if Need.PROBES in self.estimator.needs else None,
         )
 
     def _log(self, rows: Sequence[Tensor], metrics: Any, mode: str) -> None:
@@ -166,18 +206,56 @@ class GRPOTrainer(trl.GRPOTrainer):
                 self._metrics[mode][name].append(metric.total / metric.count)
 
 
-def _group(problem_id: str, rows: Sequence[tuple[Any, str, Any]], rewards_G: Tensor, stop_ids: set[int]) -> Group:
-    """One group of rows (prompt ids, answer, completion ids); TRL keeps no log-probs, estimators read none."""
-    prompt_ids, answer, _ = rows[0]
-    completions = tuple(
-        Completion(
-            token_ids=tuple(ids),
-            logprobs=(0.0,) * len(ids),
-            finish="stop" if len(ids) and ids[-1] in stop_ids else "length",
-        )
-        for _, _, ids in rows
-    )
-    problem = Problem(id=problem_id, prompt="", answer=answer)
+NOT_KEPT = (
+    "TRL keeps none where each batch trains the weights that sampled it (num_iterations=2 or use_vllm=True keeps them)"
+)
+
+
+def sampled_logprobs(
+    output: Mapping[str, Any], lengths: Sequence[int], *, not_the_samplers: str
+) -> list[tuple[float, ...] | UnknownLogprobs]:
+    """The sampler's log-probs of each row of TRL's output, where TRL kept them; else :class:`UnknownLogprobs`.
+
+    TRL's ``sampling_per_token_logps`` are the sampler's (vLLM, or a ``rollout_func``). ``old_per_token_logps`` are the
+    model's at generation, which are the sampler's unless ``not_the_samplers`` says why not. A row with a token that was
+    not sampled (a tool's answer), or without a log-prob (NaN), is unknown.
+    """
+    source = "sampling_per_token_logps" if "sampling_per_token_logps" in output else "old_per_token_logps"
+    if source not in output:
+        return [UnknownLogprobs(reason=NOT_KEPT)] * len(lengths)
+    if source == "old_per_token_logps" and not_the_samplers:
+        return [UnknownLogprobs(reason=not_the_samplers)] * len(lengths)
+    logprobs_BT: Tensor = output[source]
+    sampled_BT = output.get("tool_mask", torch.ones_like(logprobs_BT)).bool()
+    return [
+        _row_logprobs(logprobs_T[:length], sampled_T[:length])
+        for logprobs_T, sampled_T, length in zip(logprobs_BT, sampled_BT, lengths, strict=True)
+    ]
+
+
+def _row_logprobs(logprobs_T: Tensor, sampled_T: Tensor) -> tuple[float, ...] | UnknownLogprobs:
+    if not bool(sampled_T.all()):
+        return UnknownLogprobs(reason="a tool wrote some of the completion's tokens")
+    if bool(logprobs_T.isnan().any()):
+        return UnknownLogprobs(reason="the sampler gave none for some of the completion's tokens")
+    return tuple(logprobs_T.tolist())
+
+
+def _without_abstentions(groups: Sequence[Group], values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """One row per completion; zeros where the reward is NaN."""
+    return [
+        torch.zeros_like(row_T) if abstains else row_T
+        for group, rows in zip(groups, values, strict=True)
+        for row_T, abstains in zip(rows, torch.as_tensor(group.rewards_G).isnan().tolist(), strict=True)
+    ]
+
+
+def _group(problem_id: str, samples: Sequence[_Sample], rewards_G: Tensor) -> Group:
+    """One group."""
+    first = samples[0]
+    problem = Problem(id=problem_id, prompt=first.prompt, answer=first.answer)
     return Group(
-        prompt=Prompt(problem=problem, token_ids=tuple(prompt_ids)), completions=completions, rewards_G=rewards_G
+        prompt=Prompt(problem=problem, token_ids=first.prompt_ids),
+        completions=tuple(sample.completion for sample in samples),
+        rewards_G=rewards_G,
     )

@@ -1,5 +1,6 @@
 """TRL's GRPOTrainer with our estimators, and its loss as an oracle for ours on one fixed batch."""
 
+import dataclasses
 import os
 import socket
 
@@ -9,17 +10,20 @@ import torch
 import trl
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from rltrain import registry
+from rltrain.advantages.check import EstimatorError
 from rltrain.advantages.group import GroupConfig, group_advantages
 from rltrain.advantages.spae import SpaeConfig
 from rltrain.advantages.tempo import TempoConfig, tempo_advantages
 from rltrain.batching.collate import collate
-from rltrain.compat.trl import GRPOTrainer, check_hooks, resolve
-from rltrain.config import LossConfig
-from rltrain.errors import ConfigError
+from rltrain.compat.trl import GRPOTrainer, check_hooks, resolve, sampled_logprobs
+from rltrain.config import AdvantageConfig, LossConfig
+from rltrain.errors import ConfigError, RunError
 from rltrain.loss import policy_loss
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.tiny import character_tokenizer
-from rltrain.types import Completion, Group, Problem, Prompt
+from rltrain.registry import register
+from rltrain.types import Advantages, Completion, Group, Need, Problem, Prompt, UnknownLogprobs
 
 TOKENIZER = character_tokenizer("0123456789+-*={}\\boxed?.\n ")
 MAX_TOKENS = 12
@@ -98,14 +102,16 @@ class Recording(GRPOTrainer):
         return output
 
 
-def trained(folder, advantage, trainer=Recording, **options):
+def trained(folder, advantage, trainer=Recording, advantage_options=None, rollout_func=None, **options):
+    ours = {} if advantage is None else {"advantage": advantage, "advantage_options": advantage_options}
     one = trainer(
         model=tiny_model(),
         reward_funcs=reward,
         args=arguments(folder, **options),
         train_dataset=dataset(),
         processing_class=TOKENIZER,
-        **({} if advantage is None else {"advantage": advantage}),
+        rollout_func=rollout_func,
+        **ours,
     )
     one.train()
     return one
@@ -177,9 +183,147 @@ def test_a_group_spread_over_two_processes_is_one_group(tmp_path):
 
 
 def test_estimators_are_found_by_name_or_refused():
-    assert resolve("tempo") == TempoConfig()
+    assert resolve("tempo").name == resolve(TempoConfig()).name == "advantage=tempo"
     with pytest.raises(ConfigError, match="advantage=nonsense: unknown; set one of"):
         resolve("nonsense")
+
+    @dataclasses.dataclass(kw_only=True)
+    class NeedyConfig(AdvantageConfig):
+        pass
+
+    register("advantage", "needy", NeedyConfig, needs={Need.SCORER, Need.PROBES})(lambda groups, config, context: None)
+    try:
+        with pytest.raises(
+            ConfigError, match="^advantage=needy: needs SCORER, which TRL's trainer cannot give; train w"
+        ):
+            resolve(NeedyConfig())
+    finally:
+        del registry._PARTS["advantage", "needy"]
+
+
+# --- a plain function, and what it is given ------------------------------------------------------------------------
+
+
+def spread(groups, value):
+    """``value(group, completion)`` on each token."""
+    return Advantages(
+        values=[
+            [torch.full((len(one.token_ids),), float(value(group, one))) for one in group.completions]
+            for group in groups
+        ]
+    )
+
+
+class Seen:
+    """An estimator that keeps the groups it is given."""
+
+    def __init__(self, value=lambda group, one: 1.0):
+        self.value, self.groups, self.options = value, [], None
+
+    def __call__(self, groups, options, context):
+        self.groups.append(groups)
+        self.options = options
+        return spread(groups, self.value)
+
+
+def test_a_plain_function_is_given_groups_and_its_options(tmp_path):
+    seen = Seen()
+    trainer = trained(tmp_path, seen, advantage_options={"gamma": 0.5}, max_steps=1)
+    (groups,), (output, scored, _) = seen.groups, trainer.outputs[0]
+    assert seen.options == {"gamma": 0.5}
+    assert [one.token_ids for group in groups for one in group.completions] == list(map(tuple, scored.completion_ids))
+    for group, row in zip(groups, scored.rows[::4], strict=True):
+        assert (group.prompt.problem.prompt, group.prompt.problem.answer) == (row["prompt"], row["answer"])
+        assert group.prompt.token_ids == tuple(TOKENIZER(row["prompt"])["input_ids"])
+        for one in group.completions:
+            assert one.text == TOKENIZER.decode(one.token_ids, skip_special_tokens=True)
+            assert one.finish == ("stop" if one.token_ids[-1] == TOKENIZER.eos_token_id else "length")
+    abstains = torch.arange(8) == 2  # its reward is None: 0, whatever the function says
+    assert output["advantages"][:, 0].tolist() == (~abstains).float().tolist()
+
+
+def test_a_function_that_returns_nonsense_is_named(tmp_path):
+    with pytest.raises(
+        EstimatorError, match=r": group 0 \(problem 0\), completion 0: the value of token 0 is nan, exp"
+    ):
+        trained(tmp_path, Seen(lambda group, one: float("nan")))
+
+
+def reads_logprobs(groups, options, context):
+    return spread(groups, lambda group, one: sum(one.logprobs))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "TRL keeps none where each batch trains the weights that sampled it"),
+        ({"num_iterations": 2, "top_k": 5}, "top_k, top_p, min_p, repetition_penalty or generation_kwargs change the"),
+        (
+            {"num_iterations": 2, "top_p": 0.9},
+            "top_k, top_p, min_p, repetition_penalty or generation_kwargs change the",
+        ),
+        (
+            {"num_iterations": 2, "generation_kwargs": {"no_repeat_ngram_size": 3}},
+            "top_k, top_p, min_p, repetition_pen",
+        ),
+    ],
+)
+def test_log_probs_that_trl_does_not_keep_are_unknown_and_not_zero(options, reason, tmp_path):
+    with pytest.raises(RunError) as caught:
+        trained(tmp_path, reads_logprobs, **options)
+    assert str(caught.value).startswith(f"Completion.logprobs: unknown, {reason}")
+    assert str(caught.value).endswith("; what reads sampled log-probs cannot run here")
+
+
+def test_log_probs_of_the_model_at_generation_are_the_samplers_where_nothing_truncates(tmp_path):
+    """With two passes over a batch TRL keeps them; an independent forward of the untrained model agrees."""
+    seen = Seen()
+    trained(tmp_path, seen, num_iterations=2, temperature=0.7, max_steps=1)
+    model = tiny_model()
+    for group in seen.groups[0]:
+        for one in group.completions:
+            ids, start = torch.tensor([[*group.prompt.token_ids, *one.token_ids]]), len(group.prompt.token_ids)
+            with torch.no_grad():
+                logprobs_TV = (model(ids).logits[0, start - 1 : -1] / 0.7).log_softmax(-1)
+            expected_T = logprobs_TV.gather(-1, ids[0, start:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(one.logprobs), expected_T, atol=1e-5, rtol=0)
+
+
+def test_dropout_makes_the_models_log_probs_another_distributions(tmp_path):
+    trainer = trained(tmp_path, Seen(), num_iterations=2, max_steps=1)
+    assert trainer._why_old_logprobs_differ() == ""
+    trainer.model.add_module("adapter_dropout", torch.nn.Dropout(0.1))
+    assert trainer._why_old_logprobs_differ() == "dropout is on while TRL samples (set disable_dropout=True)"
+    trainer.model.eval()
+    assert trainer._why_old_logprobs_differ() == ""
+
+
+def test_a_samplers_own_log_probs_reach_the_estimator(tmp_path):
+    """A ``rollout_func`` returns what vLLM does: ids and the log-probs they were drawn with."""
+
+    def rollout(prompts, trainer):
+        ids = [[5, 6, TOKENIZER.eos_token_id] if i % 2 else [5, 7] for i in range(len(prompts))]
+        logprobs = [[-0.25 * i, float("nan") if i == 4 else -0.5, -1.0][: len(row)] for i, row in enumerate(ids)]
+        prompt_ids = [TOKENIZER(prompt)["input_ids"] for prompt in prompts]
+        return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": logprobs}
+
+    seen = Seen()
+    trained(tmp_path, seen, rollout_func=rollout, max_steps=1)
+    logprobs = [one.logprobs for group in seen.groups[0] for one in group.completions]
+    assert logprobs[:2] == [(0.0, -0.5), (-0.25, -0.5, -1.0)] and logprobs[7] == (-1.75, -0.5, -1.0)
+    assert logprobs[4] == UnknownLogprobs(reason="the sampler gave none for some of the completion's tokens")
+
+
+def test_a_row_that_a_tool_wrote_into_is_unknown():
+    output = {
+        "old_per_token_logps": torch.tensor([[-1.0, -2.0, 0.0], [-3.0, -4.0, -5.0]]),
+        "sampling_per_token_logps": torch.tensor([[-1.5, -2.5, 0.0], [-3.5, -4.5, -5.5]]),
+        "tool_mask": torch.tensor([[1, 1, 0], [1, 0, 1]]),
+    }
+    first, second = sampled_logprobs(output, [2, 3], not_the_samplers="")
+    assert first == (-1.5, -2.5)
+    assert second == UnknownLogprobs(reason="a tool wrote some of the completion's tokens")
+    assert sampled_logprobs({}, [1], not_the_samplers="")[0].reason.startswith("TRL keeps none where")
 
 
 def test_another_trl_is_refused_with_the_remedy():
