@@ -41,7 +41,7 @@ format: $(installed)
 bench: $(installed)
 	$(python) scripts/bench/random_calculation.py --rounds 3
 	$(python) scripts/bench/prefix_tree.py --rounds 2
-	$(python) scripts/bench/estimators.py --groups 4 --completions 1024
+	$(python) -m rltrain.compare.gradients --groups 4 --completions 1024
 	$(python) scripts/bench/verifier.py --repeats 1
 	$(python) scripts/bench/rollout.py --rounds 3
 	$(python) scripts/bench/probes.py --short

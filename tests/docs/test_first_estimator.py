@@ -74,7 +74,7 @@ def test_the_page_from_top_to_bottom(folder):
         elif file_of(block) is None:
             outputs["script"] = run(folder, sys.executable, "-c", block)
     assert "2 passed" in outputs["python -m pytest"]
-    assert "discounted" in outputs["python scripts/bench/estimators.py --custom"]
+    assert "discounted" in outputs["python -m rltrain.compare.gradients"]
     assert "report.html" in outputs["python -m rltrain.report"]
     assert "discounted - grpo" in outputs["python -m rltrain.compare"]
     assert "1 shared seeds give no interval" in outputs["python -m rltrain.compare"]
