@@ -43,6 +43,10 @@ class RewardConfig:
 
     weight: float = 1.0
 
+    def longest_wait_s(self) -> float:
+        """How long a rank's batch may take by the reward's own deadline; 0 for one that waits for nothing."""
+        return 0.0
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -53,13 +57,24 @@ class DataConfig:
 class RolloutConfig:
     """Base of every rollout engine's config; the class is built as ``Engine(config, sampling, policy, seed)``.
 
-    One that has a field ``importance_correction`` says with it what ``loss.importance_correction=none`` becomes.
-    With ``ahead`` the next batch is sampled while this one is trained on, and where there is no such field it becomes
-    ``truncate``. An engine that samples with the policy then has a copy of it, ``device_offset`` GPUs after the rank's.
+    With ``ahead`` the next batch is sampled while this one is trained on. An engine that samples with the policy then
+    has a copy of it, ``device_offset`` GPUs after the rank's.
     """
 
     ahead: bool = False
     device_offset: int = 0
+
+    def needed_correction(self) -> str:
+        """What ``loss.importance_correction=auto`` becomes: ``truncate`` where the sampler's weights are older."""
+        return "truncate" if self.ahead else "none"
+
+    def decode_dtype(self) -> str:
+        """The precision that is decoded in: ``policy`` for the policy's own."""
+        return "policy"
+
+    def rows_in_flight(self, completions: int) -> int:
+        """How many of a rank's ``completions`` are decoded at once."""
+        return completions
 
 
 @dataclass(kw_only=True)
@@ -133,7 +148,10 @@ class SamplingConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """The policy loss; presets are the YAML files of ``configs/algorithm``. See :mod:`rltrain.loss`."""
+    """The policy loss; presets are the YAML files of ``configs/algorithm``. See :mod:`rltrain.loss`.
+
+    ``importance_correction=auto`` becomes what the rollout engine needs; without one it is ``none``.
+    """
 
     ratio: str = "token"
     surrogate: str = "clip"
@@ -144,7 +162,7 @@ class LossConfig:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
-    importance_correction: str = "none"
+    importance_correction: str = "auto"
     importance_cap: float = 2.0
 
     def __post_init__(self) -> None:
@@ -153,7 +171,7 @@ class LossConfig:
             "surrogate": ("clip", "cispo", "reinforce"),
             "aggregation": ("sequence", "token", "constant", "sequence_sum"),
             "kl_estimator": ("k1", "k2", "k3"),
-            "importance_correction": ("none", "truncate", "mask"),
+            "importance_correction": ("auto", "none", "truncate", "mask"),
         }
         for key, allowed in choices.items():
             require_one_of(allowed, f"loss.{key}", getattr(self, key))
@@ -175,6 +193,11 @@ class LossConfig:
         require(self.kl_coef >= 0, f"loss.kl_coef={self.kl_coef}: must be >= 0; 0 needs no reference model")
         require(self.entropy_coef >= 0, f"loss.entropy_coef={self.entropy_coef}: must be >= 0; 0 adds no entropy bonus")
         require(self.importance_cap >= 1, f"loss.importance_cap={self.importance_cap}: must be >= 1; 2.0 is usual")
+
+    @property
+    def corrects_importance(self) -> bool:
+        """Whether a token's loss is multiplied by pi_train / pi_sampler."""
+        return self.importance_correction in ("truncate", "mask")
 
 
 @dataclass(kw_only=True)
@@ -416,26 +439,25 @@ class RunConfig:
             f"batch.token_budget={self.batch.token_budget}: below one sequence of sampling.max_prompt_tokens + "
             f"max_new_tokens = {longest}; raise it, or lower these",
         )
-        ahead, offset = getattr(self.rollout, "ahead", False), getattr(self.rollout, "device_offset", 0)
+        ahead, offset = self.rollout.ahead, self.rollout.device_offset
         require(
             offset == 0 or (ahead and offset > 0),
             f"rollout.device_offset={offset}: must be >= 0, and has no effect without rollout.ahead=true; set 0",
         )
-        correction = getattr(self.rollout, "importance_correction", "truncate" if ahead else "none")
-        if self.loss.importance_correction == "none" and correction != "none":
-            self.loss = replace(self.loss, importance_correction=correction)
+        if self.loss.importance_correction == "auto":
+            self.loss = replace(self.loss, importance_correction=self.rollout.needed_correction())
         require(bool(self.rewards), "rewards: none is set; choose one, for example reward@rewards.answer=boxed")
         require(
-            self.loss.importance_correction == "none" or (self.sampling.top_k == 0 and self.sampling.top_p == 1),
+            not self.loss.corrects_importance or (self.sampling.top_k == 0 and self.sampling.top_p == 1),
             "loss.importance_correction with a truncated sampler: its support differs from the trainer's; "
             "set sampling.top_k=0 sampling.top_p=1" + (", or rollout.ahead=false" if ahead else ""),
         )
         for name, reward in self.rewards.items():
-            waits_s = getattr(reward, "deadline_s", 0.0)
+            waits_s = reward.longest_wait_s()
             require(
                 waits_s <= self.deadline_s / 2,
-                f"rewards.{name}.deadline_s={waits_s}: other ranks wait for at most deadline_s={self.deadline_s}; "
-                "set it to half of that or less",
+                f"rewards.{name}: may take {waits_s:g} s by its own deadline, and other ranks wait for at most "
+                f"deadline_s={self.deadline_s:g}; set it to half of that or less",
             )
         require(
             self.sampling.temperature > 0,

@@ -25,6 +25,7 @@ from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import load_scorer
 from rltrain.registry import part_of
 from rltrain.rewards.scoring import score
+from rltrain.rollout import Rollout, engine_of
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
 from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, is_right
@@ -70,7 +71,7 @@ def correct_G(group: Group) -> Tensor:
 
 
 def evaluate(
-    rollout: Any,
+    rollout: Rollout,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, RewardConfig],
     config: EvaluationConfig,
@@ -125,13 +126,15 @@ def main(config: RunConfig) -> None:
     dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
     policy = load_policy(config.model)
     policy.model.to(dist.device())
-    needs_scorer = Need.SCORER in config.needs()
-    rollout = part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed)
+    rollout = engine_of(config.rollout)(config.rollout, config.sampling, policy, seed=config.seed)
+    services: dict[str, Any] = {}
+    if Need.SCORER in config.needs():
+        services["scorer"] = load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0))
     context = Context(
         seed=config.seed,
         tokenizer=policy.tokenizer,
         max_new_tokens=config.sampling.max_new_tokens,
-        scorer=load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0)) if needs_scorer else None,
+        **services,
     )
     prompts = held_out_prompts(config, policy)
     with dist.stage("evaluation", config.deadline("evaluation")):

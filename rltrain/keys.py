@@ -113,7 +113,7 @@ def _keys_of(owner: type, prefix: str, choices: tuple[str, ...] = ()) -> Iterato
         assert isinstance(hint, type)
         yield from _keys_of(hint, f"{path}.", choices)
         for part in parts():
-            if part.config is not hint and issubclass(part.config, hint):
+            if part.config is not hint and hint in part.config.__mro__:
                 group = part.group if path == part.group else f"{part.group}@{path.replace(ANY, FIRST)}"
                 yield from _keys_of(part.config, f"{path}.", (f"{group}={part.name}",))
 

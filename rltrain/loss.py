@@ -22,7 +22,15 @@ def policy_loss(
     ``entropy_N`` when ``entropy_coef > 0``).
     """
     loss = token_losses(logprobs_N, batch, config, entropy_N=entropy_N).sum()
-    return LossOutput(loss=loss, metrics=policy_metrics(loss, logprobs_N, batch, config, entropy_N=entropy_N))
+    return loss_output(loss, logprobs_N, batch, config, entropy_N=entropy_N)
+
+
+def loss_output(
+    loss: Tensor, logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, *, entropy_N: Tensor | None
+) -> LossOutput:
+    """A loss with its metrics and the log-probs that it was computed from."""
+    metrics = policy_metrics(loss, logprobs_N, batch, config, entropy_N=entropy_N)
+    return LossOutput(loss=loss, metrics=metrics, logprobs_N=logprobs_N.detach())
 
 
 def is_separable(config: LossConfig) -> bool:
@@ -36,7 +44,7 @@ def token_losses(
     """The terms of :func:`policy_loss`, weights included."""
     log_ratio_N = log_ratios(logprobs_N, batch, config)
     loss_N = surrogate(logprobs_N, log_ratio_N, batch.advantages_N, config)
-    if config.importance_correction != "none":
+    if config.corrects_importance:
         loss_N = loss_N * importance_weights(old_logprobs(logprobs_N, batch) - batch.sampler_logprobs_N, config)
     if config.kl_coef > 0:
         loss_N = loss_N + config.kl_coef * kl_estimate(logprobs_N, _reference(batch), config.kl_estimator)

@@ -14,12 +14,15 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, cast, overload
 
 from rltrain.errors import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 
 Finish = Literal["stop", "length"]
 Message = Mapping[str, Any]  # role, content (text), and what else the chat template reads
@@ -236,16 +239,60 @@ Metric = Mean | Max | Min | Sum | Std
 Metrics = Mapping[str, Metric]
 
 
+class Prober(Protocol):
+    """The service behind ``Need.PROBES``, at ``context.rollout``."""
+
+    def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
+        """The policy's answer in mid-completion: one result per request, in order. All ranks call this together."""
+        ...
+
+
+class SpanScorer(Protocol):
+    """The service behind ``Need.SCORER``, at ``context.scorer``: per request and span the log-probs of its tokens.
+
+    Always at temperature 1, fp32, on the CPU. All ranks call these together.
+    """
+
+    def policy(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        """Under the policy as it is now."""
+        ...
+
+    def phi(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        """Under the model phi (``ScorerConfig``)."""
+        ...
+
+
+class Undeclared:
+    """In the place of a service whose ``Need`` was not declared: every use of it is an error that says how to."""
+
+    def __init__(self, field: str, need: Need) -> None:
+        self._field, self._need = field, need
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying and pickling ask for these
+            raise AttributeError(name)
+        remedy = f"register the part with needs={{Need.{self._need.name}}}"
+        raise RunError(f"context.{self._field}.{name}: nothing declared this service; {remedy}")
+
+
+NO_PROBER = cast(Prober, Undeclared("rollout", Need.PROBES))
+NO_SCORER = cast(SpanScorer, Undeclared("scorer", Need.SCORER))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What an estimator or a reward may use besides the groups; a service is None unless its ``Need`` was declared."""
+    """What an estimator or a reward may use besides the groups.
+
+    ``rollout`` and ``scorer`` are services: their use is a RunError unless their ``Need`` was declared.
+    ``tokenizer`` is None where there is no model, as in the bench.
+    """
 
     step: int = 0
     seed: int = 0
     max_new_tokens: int = 0
-    tokenizer: Any = None
-    rollout: Any = None
-    scorer: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    rollout: Prober = NO_PROBER
+    scorer: SpanScorer = NO_SCORER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +370,8 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutput:
-    """A differentiable scalar and the metrics of the micro-batch."""
+    """The loss of a micro-batch, its metrics, and the log-probs, without gradient, that it was computed from."""
 
     loss: Tensor
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics
+    logprobs_N: Tensor

@@ -25,7 +25,7 @@ from rltrain import cli
 from rltrain.config import LossConfig
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
-from rltrain.policy.logprobs import LogprobModel, loss_and_logprobs
+from rltrain.policy.logprobs import LogprobModel, micro_batch_loss
 from rltrain.registry import Part, parts
 from rltrain.runs import step_dump
 from rltrain.runs.step_dump import StepDump, StepRecord
@@ -199,11 +199,11 @@ def check_step(made: StepDump, policy: nn.Module, rounding: float) -> list[Check
     for rank, record in enumerate(made.records):
         torch.set_rng_state(record.generator_state)
         for index, batch in enumerate(record.batches):
-            output, logprobs_N = loss_and_logprobs(policy, batch, loss_config)
+            output = micro_batch_loss(policy, batch, loss_config)
             output.loss.backward()
             place = f"rank {rank} micro-batch {index}"
             if index < len(record.losses):
-                logprobs.append((place, record.logprobs[index], logprobs_N.detach()))
+                logprobs.append((place, record.logprobs[index], output.logprobs_N))
                 losses.append((place, record.losses[index], output.loss.detach()))
     checks = [compare("log-probs", iter(logprobs), rounding), compare("losses", iter(losses), rounding)]
     stored = made.records[0].grad_norm

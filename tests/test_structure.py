@@ -26,6 +26,7 @@ LAYERS = [
     {"advantages/"},
     {"rewards/"},
     {"evaluate", "sft"},
+    {"build"},
     {"trainer"},
     {"train", "audit", "compress", "compare/", "report/", "plan/", "compat/"},
 ]

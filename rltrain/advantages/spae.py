@@ -195,6 +195,7 @@ def _requests(group: Group, splits: Sequence[Steps], answer_ids: Sequence[int]) 
 
 
 def _token_ids(text: str, context: Context) -> tuple[int, ...]:
+    assert context.tokenizer is not None
     return tuple(context.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

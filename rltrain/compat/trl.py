@@ -19,7 +19,7 @@ from rltrain.advantages.estimator import Estimator, EstimatorLike, estimator_of
 from rltrain.errors import require
 from rltrain.policy.load import Policy, stop_token_ids
 from rltrain.rollout.probes import PolicyProber
-from rltrain.types import Completion, Context, Group, Mean, Need, Problem, Prompt, UnknownLogprobs
+from rltrain.types import NO_PROBER, Completion, Context, Group, Mean, Need, Problem, Prompt, UnknownLogprobs
 
 try:
     import trl
@@ -192,7 +192,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             seed=self.args.seed,
             max_new_tokens=self.max_completion_length or 0,
             tokenizer=tokenizer,
-            rollout=PolicyProber(policy=policy) if Need.PROBES in self.estimator.needs else None,
+            rollout=PolicyProber(policy=policy) if Need.PROBES in self.estimator.needs else NO_PROBER,
         )
 
     def _log(self, rows: Sequence[Tensor], metrics: Any, mode: str) -> None:

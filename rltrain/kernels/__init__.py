@@ -32,19 +32,23 @@ __all__ = [
 
 def choose_backend(hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
     """What ``backend="auto"`` takes: reference for few logits, else Triton on CUDA, else torch blocks."""
-    if len(hidden_ND) * len(weight_VD) <= SMALL_ELEMENTS:
+    if _is_small(len(hidden_ND), len(weight_VD)):
         return "reference"
     if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and importlib.util.find_spec("triton"):
         return "triton"
     return "blocked"
 
 
-def prefers_fused(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+def _is_small(rows: int, vocabulary: int) -> bool:
+    return rows * vocabulary <= SMALL_ELEMENTS
+
+
+def prefers_fused(rows: int, vocabulary: int, device: torch.device) -> bool:
     """Whether :func:`fused_token_loss` is the faster of the two: on a CPU, where the other would compute logits twice.
 
     It has not been timed on a GPU.
     """
-    return hidden_ND.device.type == "cpu" and choose_backend(hidden_ND, weight_VD) == "blocked"
+    return device.type == "cpu" and not _is_small(rows, vocabulary)
 
 
 def token_logprobs(

@@ -109,7 +109,7 @@ def rank_load(config: RunConfig, ranks: int) -> RankLoad:
     rows = min(completions, batch.token_budget // longest)
     evaluation = config.evaluation
     held_out = -(-evaluation.problems // ranks) * evaluation.samples if evaluation.every_steps else 0
-    in_flight = min(max(completions, held_out), getattr(config.rollout, "max_rows", completions))
+    in_flight = config.rollout.rows_in_flight(max(completions, held_out))
     share = batch.group_size if completions >= held_out else evaluation.samples
     return RankLoad(
         rows=rows,
@@ -207,7 +207,7 @@ def footprint(
     share = ranks if stage else 1
     whole = shape.parameters * shape.dtype_bytes
     states, kv_cache = optimizer_bytes(shape, stage, share), kv_cache_bytes(shape, load)
-    decodes_in_bf16 = getattr(config.rollout, "dtype", "policy") == "bfloat16" and shape.dtype_bytes != 2
+    decodes_in_bf16 = config.rollout.decode_dtype() == "bfloat16" and shape.dtype_bytes != 2
     return Footprint(
         weights=(whole // ranks if stage == 3 else whole) + (2 * shape.parameters if decodes_in_bf16 else 0),
         gradients=shape.trainable * shape.dtype_bytes // (share if stage >= 2 else 1),

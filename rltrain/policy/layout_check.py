@@ -10,7 +10,7 @@ import torch
 
 from rltrain.batching.bins import LAYOUTS, Layout
 from rltrain.batching.collate import NO_WEIGHTING, LossRow, Unit, token_batch
-from rltrain.policy.logprobs import inference, to_device
+from rltrain.policy.logprobs import inference, logprobs, to_device, unwrapped
 from rltrain.runtime import dist
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def usable_layouts(packing: str, models: Sequence[Any]) -> tuple[Layout, ...]:
 def _works(layout: Layout, model: Any, packing: str) -> bool:
     if layout == "padded":
         return True
-    module = getattr(model, "module", model)
+    module = unwrapped(model)
     name = type(module.model).__name__
     if module.cannot_pack is not None:
         level = logging.INFO if packing == "auto" else logging.WARNING
@@ -55,14 +55,14 @@ def difference_from_padded(model: Any, layout: Layout) -> float:
 
     Half the digits of the model's precision are what it should not exceed; the worst over ranks.
     """
-    module = getattr(model, "module", model)
+    module = unwrapped(model)
     units = check_units(module.model.config.get_text_config().vocab_size)
     alone: list[Unit] = [(row,) for unit in units for row in unit]
     batches = (token_batch(units if layout == "shared" else alone, NO_WEIGHTING, layout),)
     batches += (token_batch(alone, NO_WEIGHTING, "padded"),)
     with inference(module):
-        found, expected = (model(to_device(batch, dist.device()), entropy=False)[0] for batch in batches)
-    apart = (found - expected).abs().mean().nan_to_num(torch.inf)
+        heads = [logprobs(model, to_device(batch, dist.device()), entropy=False) for batch in batches]
+    apart = (heads[0].logprobs_N - heads[1].logprobs_N).abs().mean().nan_to_num(torch.inf)
     return float(dist.all_max(apart.cpu(), name="check of the packed layout"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from rltrain.config import LossConfig
 from rltrain.kernels import TokenLoss, fused_token_loss, prefers_fused, token_logprobs
-from rltrain.loss import is_separable, policy_loss, policy_metrics, token_losses
+from rltrain.loss import is_separable, loss_output, policy_loss, token_losses
 from rltrain.policy import packed_attention
 from rltrain.policy.capabilities import cannot_pack
 from rltrain.policy.packed_attention import gather
@@ -38,11 +39,23 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadOutput:
+    """What the head gives of a micro-batch: fp32 log-probs of its loss tokens, and entropies where they were asked for.
+
+    ``loss`` is set where the head was given the loss; it alone is then differentiable.
+    """
+
+    logprobs_N: Tensor
+    entropy_N: Tensor | None
+    loss: Tensor | None = None
+
+
 class LogprobModel(nn.Module):
     """Wraps a causal language model so that ``forward(batch)`` gives fp32 log-probs and entropies of its loss tokens.
 
     Log-probs are those of softmax(logits / temperature), the distribution that the sampler drew from, unless a call
-    asks for another temperature.
+    asks for another temperature. Callers go through :func:`logprobs` or :func:`micro_batch_loss`.
     """
 
     def __init__(self, model: Any, *, temperature: float) -> None:
@@ -53,6 +66,11 @@ class LogprobModel(nn.Module):
         if self.cannot_pack is None:
             packed_attention.enable(model)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head, also where ZeRO 3 has sharded it."""
+        return self.model.get_output_embeddings().out_features
+
     def forward(
         self,
         batch: TokenBatch,
@@ -60,12 +78,8 @@ class LogprobModel(nn.Module):
         entropy: bool = True,
         temperature: float | None = None,
         token_loss: TokenLoss | None = None,
-    ) -> tuple[Any, ...]:
-        """``(logprobs_N, entropy_N)`` of ``batch.targets_N``, differentiable; no entropy is None.
-
-        With a ``token_loss`` (:func:`rltrain.kernels.fused_token_loss`) it is ``(loss, logprobs_N, entropy_N)``, of
-        which the loss alone is differentiable: the head may then have made its gradient in the forward.
-        """
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The fields of :class:`HeadOutput`, as a tuple because DeepSpeed's hooks look into no record."""
         hidden_ND = loss_states(self.model, batch)
         head = self.model.get_output_embeddings()
         config = self.model.config.get_text_config()
@@ -76,32 +90,43 @@ class LogprobModel(nn.Module):
             "bias_V": getattr(head, "bias", None),
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
-        if token_loss is not None and prefers_fused(hidden_ND, head.weight):
-            return tuple(fused_token_loss(*arguments, token_loss, **options))
-        logprobs_N, entropy_N = token_logprobs(*arguments, **options)
-        if token_loss is None:
-            return logprobs_N, entropy_N
-        loss = token_loss(logprobs_N, entropy_N, slice(None)).sum()
-        return loss, logprobs_N.detach(), None if entropy_N is None else entropy_N.detach()
+        if token_loss is not None:
+            fused = fused_token_loss(*arguments, token_loss, **options)
+            return fused.logprobs_N, fused.entropy_N, fused.loss
+        return (*token_logprobs(*arguments, **options), None)
 
 
-def loss_and_logprobs(model: Any, batch: TokenBatch, config: LossConfig) -> tuple[LossOutput, Tensor]:
-    """The policy loss of a micro-batch and the log-probs, without gradient, that it was computed from.
+def unwrapped(model: Any) -> LogprobModel:
+    """The :class:`LogprobModel` in an engine of DeepSpeed, or itself."""
+    return model if isinstance(model, LogprobModel) else model.module
 
-    ``model`` is the :class:`LogprobModel` or the engine that holds it. Where tokens share a ratio the log-probs are
-    wanted all at once, else the head is given the loss as well.
+
+def logprobs(model: Any, batch: TokenBatch, *, entropy: bool = True, temperature: float | None = None) -> HeadOutput:
+    """Log-probs (and entropies) of a micro-batch under a :class:`LogprobModel` or the engine that holds it."""
+    logprobs_N, entropy_N, _ = model(batch, entropy=entropy, temperature=temperature)
+    return HeadOutput(logprobs_N=logprobs_N, entropy_N=entropy_N)
+
+
+def micro_batch_loss(model: Any, batch: TokenBatch, config: LossConfig) -> LossOutput:
+    """The policy loss of a micro-batch under a :class:`LogprobModel` or the engine that holds it.
+
+    Where the fused head is the faster path, and no tokens share a ratio, the head differentiates the loss itself.
     """
-    if not is_separable(config):
-        logprobs_N, entropy_N = model(batch)
-        return policy_loss(logprobs_N, batch, config, entropy_N=entropy_N), logprobs_N.detach()
+    vocabulary, device = unwrapped(model).vocabulary, batch.targets_N.device
+    if is_separable(config) and prefers_fused(len(batch.targets_N), vocabulary, device):
+        return fused_micro_batch_loss(model, batch, config)
+    head = logprobs(model, batch)
+    return policy_loss(head.logprobs_N, batch, config, entropy_N=head.entropy_N)
+
+
+def fused_micro_batch_loss(model: Any, batch: TokenBatch, config: LossConfig) -> LossOutput:
+    """The same with the gradient made in the head's forward (:func:`rltrain.kernels.fused_token_loss`)."""
 
     def token_loss(logprobs_n: Tensor, entropy_n: Tensor | None, rows: slice) -> Tensor:
         return token_losses(logprobs_n, loss_tokens(batch, rows), config, entropy_N=entropy_n)
 
-    loss, logprobs_N, entropy_N = model(batch, token_loss=token_loss)
-    return LossOutput(
-        loss=loss, metrics=policy_metrics(loss, logprobs_N, batch, config, entropy_N=entropy_N)
-    ), logprobs_N
+    logprobs_N, entropy_N, loss = model(batch, token_loss=token_loss)
+    return loss_output(loss, logprobs_N, batch, config, entropy_N=entropy_N)
 
 
 def loss_tokens(batch: TokenBatch, rows: slice | Tensor) -> TokenBatch:

@@ -19,7 +19,7 @@ from rltrain.engine.deepspeed import shard_frozen, sharded_loading
 from rltrain.errors import ConfigError
 from rltrain.policy.layout_check import usable_layouts
 from rltrain.policy.load import Policy, load_frozen, load_policy
-from rltrain.policy.logprobs import LogprobModel, inference, loss_tokens, to_device
+from rltrain.policy.logprobs import LogprobModel, inference, logprobs, loss_tokens, to_device, unwrapped
 from rltrain.runtime import dist
 from rltrain.types import Mean, Metrics, Need, SpanRequest, TokenBatch
 
@@ -72,10 +72,11 @@ def span_logprobs(
     is raised to the longest sequence. All ranks call this together, and make as many passes as the one with the most,
     so that a sharded model can gather its weights.
     """
-    hidden_size = getattr(model, "module", model).model.config.get_text_config().hidden_size
+    hidden_size = unwrapped(model).model.config.get_text_config().hidden_size
     results: list[list[Tensor]] = [[] for _ in requests]
     for order, batch in span_batches(requests, layouts, token_budget=token_budget, hidden_size=hidden_size):
-        logprobs_N = model(to_device(batch, dist.device()), entropy=False, temperature=1.0)[0].cpu()
+        batch = to_device(batch, dist.device())
+        logprobs_N = logprobs(model, batch, entropy=False, temperature=1.0).logprobs_N.cpu()
         sizes = [stop - start for i in order for start, stop in requests[i].spans]
         pieces = iter(logprobs_N.split(sizes) if order else ())
         for i in order:
@@ -111,7 +112,7 @@ class Scorer:
         return self._score(self._phi, requests)
 
     def _score(self, model: Any, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
-        with inference(getattr(model, "module", model)):
+        with inference(unwrapped(model)):
             return span_logprobs(model, requests, token_budget=self._token_budget, layouts=self._layouts)
 
     @torch.no_grad()

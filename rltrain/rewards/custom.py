@@ -27,6 +27,9 @@ class UserRewardConfig(RewardConfig):
         if self.import_path != MISSING:
             load_callable(self.import_path, key="reward.import_path")
 
+    def longest_wait_s(self) -> float:
+        return self.deadline_s
+
 
 @dataclass(kw_only=True)
 class CustomRewardConfig(UserRewardConfig):

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
-from rltrain.config import SamplingConfig
-from rltrain.errors import RunError
-from rltrain.runtime.interrupts import EXIT_INTERRUPTED
-from rltrain.types import Group, Prompt
-
-
-class RolloutLost(RunError):
-    """No engine is left to sample with; raised on every rank at once. The exit code tells a batch script to requeue."""
-
-    exit_code = EXIT_INTERRUPTED
+from rltrain.config import RolloutConfig, SamplingConfig
+from rltrain.errors import require
+from rltrain.registry import part_of
+from rltrain.runtime.interrupts import RolloutLost as RolloutLost
+from rltrain.types import Group, Prober, Prompt
 
 
-class Rollout(Protocol):
-    """Samples completions from the current policy; a pure function of (weights, seed, step, prompts).
+@runtime_checkable
+class Rollout(Prober, Protocol):
+    """Samples completions from the current policy; a pure function of (weights, seed, step, prompts)."""
 
-    ``same_distribution`` (True if missing): log-probs are the trainer's own, so it need not compute them again.
-    ``uses_policy`` (True if missing): it samples with the policy's own module, whose weights must then be whole.
-    """
+    @property
+    def same_distribution(self) -> bool:
+        """Whether the sampled log-probs are the trainer's own, so that it need not compute them again."""
+        ...
+
+    @property
+    def uses_policy(self) -> bool:
+        """Whether it samples with the policy's own module, whose weights must then be whole."""
+        ...
 
     def generate(
         self, prompts: Sequence[Prompt], *, step: int, group_size: int, sampling: SamplingConfig | None = None
@@ -33,3 +35,22 @@ class Rollout(Protocol):
     def sync(self, policy: Any) -> None:
         """Take over the policy's weights after an optimiser step."""
         ...
+
+
+class RolloutEngine(Protocol):
+    """A registered engine class; ``uses_policy`` is known before one is built."""
+
+    uses_policy: bool
+
+    def __call__(self, config: RolloutConfig, sampling: SamplingConfig, policy: Any, *, seed: int) -> Rollout:
+        """The engine, ready to sample."""
+        ...
+
+
+def engine_of(config: RolloutConfig) -> RolloutEngine:
+    """The engine class that a config belongs to."""
+    part = part_of(config)
+    contract = ("uses_policy", "same_distribution", "generate", "sync", "probe")
+    missing = [name for name in contract if not hasattr(part.function, name)]
+    require(not missing, f"rollout={part.name}: its class has no {', '.join(missing)}; see rltrain.rollout.Rollout")
+    return cast(RolloutEngine, part.function)

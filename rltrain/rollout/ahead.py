@@ -25,8 +25,7 @@ from torch import Tensor
 from rltrain.config import RunConfig, SamplingConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import Policy, load_policy
-from rltrain.registry import part_of
-from rltrain.rollout import Rollout, RolloutLost, probes
+from rltrain.rollout import Rollout, RolloutLost, engine_of, probes
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.runs import completions
 from rltrain.runtime import dist
@@ -206,18 +205,18 @@ def _completions(entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Ten
     return [tuple(next(sampled) for _ in entry["completions"]) for entry in entries]
 
 
-def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, initial: str | None) -> Any:
+def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, initial: str | None) -> Rollout:
     """The rollout engine of a run, around it :class:`Ahead` where asked for; all ranks call this together.
 
     ``parameters`` gives the trained weights by the names of ``LogprobModel``; ``initial`` is where the policy's first
     weights are.
     """
-    engine: Any = part_of(config.rollout).function
+    engine = engine_of(config.rollout)
     if not config.rollout.ahead:
         return engine(config.rollout, config.sampling, policy, seed=config.seed)
     # The library's tokenizers are not made for two threads.
     own = dataclasses.replace(policy, tokenizer=copy.deepcopy(policy.tokenizer))
-    if getattr(engine, "uses_policy", True):
+    if engine.uses_policy:
         own = dataclasses.replace(own, model=load_copy(config, initial))
         renew(own, policy, parameters)
     inner = engine(config.rollout, config.sampling, own, seed=config.seed)
@@ -227,7 +226,7 @@ def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, i
 
 def load_copy(config: RunConfig, initial: str | None) -> Any:
     """A second, whole model to sample with, adapters included, on this rank's GPU or ``device_offset`` further."""
-    dtype = getattr(config.rollout, "dtype", "policy")
+    dtype = config.rollout.decode_dtype()
     plain = dataclasses.replace(config.model, gradient_checkpointing=False)
     if dtype != "policy":
         plain.dtype = dtype

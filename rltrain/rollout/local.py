@@ -63,6 +63,12 @@ class LocalRolloutConfig(RolloutConfig):
         )
         require(self.speculate_rows >= 1, f"rollout.speculate_rows={self.speculate_rows}: set at least 1")
 
+    def decode_dtype(self) -> str:
+        return self.dtype
+
+    def rows_in_flight(self, completions: int) -> int:
+        return min(completions, self.max_rows)
+
 
 @dataclass(kw_only=True, slots=True)
 class _Row:
@@ -232,6 +238,8 @@ class LocalRollout:
     its key, its position and its logits (:mod:`rltrain.rollout.sampling`). Log-probs are fp32 and those of the
     distribution that was sampled from.
     """
+
+    uses_policy = True
 
     def __init__(self, config: LocalRolloutConfig, sampling: SamplingConfig, policy: Any, *, seed: int) -> None:
         self._config, self._sampling, self._policy, self._seed = config, sampling, policy, seed

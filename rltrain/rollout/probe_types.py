@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,14 +54,6 @@ class ProbeResult:
 
     accuracy_K: Tensor
     confidence_K: Tensor
-
-
-class Prober(Protocol):
-    """The service behind ``Need.PROBES``, found at ``context.rollout``."""
-
-    def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
-        """One result per request, in order. Every rank calls it, also with no requests."""
-        ...
 
 
 @functools.lru_cache(maxsize=4)

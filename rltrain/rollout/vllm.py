@@ -18,7 +18,6 @@ from rltrain.rollout.vllm_requests import Request, Sampled, SamplingEngine, requ
 from rltrain.types import Completion, Group, Prompt
 
 MODES = ("colocated", "server")
-CORRECTIONS = ("none", "truncate", "mask")
 _instances = itertools.count()
 
 
@@ -30,7 +29,7 @@ class VllmRolloutConfig(RolloutConfig):
     a server takes at most ``request_s``; when none is left, the step waits ``restart_s`` for one to come back. A rank
     has ``max_requests`` calls under way at once. A colocated engine keeps a cache of ``cache_gib``, gives its memory
     back while the rank trains (``sleep``, on GPUs), and gets ``engine`` as further arguments of ``vllm.LLM``.
-    ``importance_correction`` is what ``loss.importance_correction`` becomes where it is ``none``.
+    Its log-probs differ from the trainer's, by rounding at least: ``loss.importance_correction=auto`` is ``truncate``.
     """
 
     mode: str = "colocated"
@@ -42,7 +41,6 @@ class VllmRolloutConfig(RolloutConfig):
     cache_gib: float = 2.0
     sleep: bool = True
     engine: dict[str, Any] = field(default_factory=dict)
-    importance_correction: str = "truncate"
 
     def __post_init__(self) -> None:
         require(self.mode in MODES, f"rollout.mode={self.mode}: unknown; set one of {', '.join(MODES)}")
@@ -63,11 +61,9 @@ class VllmRolloutConfig(RolloutConfig):
             require(url.startswith(("http://", "https://")), f"rollout.urls: {url} is no address; write http://{url}")
         for key in ("request_s", "restart_s", "max_requests", "cache_gib"):
             require(getattr(self, key) > 0, f"rollout.{key}={getattr(self, key)}: must be > 0")
-        correction = self.importance_correction
-        require(
-            correction in CORRECTIONS,
-            f"rollout.importance_correction={correction}: unknown; set one of {', '.join(CORRECTIONS)}",
-        )
+
+    def needed_correction(self) -> str:
+        return "truncate"
 
 
 @register("rollout", "vllm", VllmRolloutConfig)

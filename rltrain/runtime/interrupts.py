@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rltrain.errors import RunError
 from rltrain.runtime import dist
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,12 @@ EXIT_INTERRUPTED = 75
 
 class Interrupted(SystemExit):
     """A signal ended the run after a saved step; the exit code tells a batch script to requeue."""
+
+
+class RolloutLost(RunError):
+    """No engine is left to sample with; raised on every rank at once. The exit code tells a batch script to requeue."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class SignalWatch:

@@ -44,7 +44,7 @@ from rltrain.batching.collate import collate, padding_share
 from rltrain.config import LossConfig
 from rltrain.loss import policy_loss
 from rltrain.policy.load import Policy, PretrainedConfig, load_policy
-from rltrain.policy.logprobs import LogprobModel, inference, loss_and_logprobs, loss_states
+from rltrain.policy.logprobs import LogprobModel, inference, loss_states, micro_batch_loss
 from rltrain.policy.tiny import TinyConfig
 from rltrain.types import Completion, Group, Problem, Prompt, TokenBatch
 
@@ -123,7 +123,7 @@ Head = Callable[[LogprobModel, TokenBatch], tuple[Tensor, Tensor]]
 HEADS: dict[str, Head] = {
     "every row": every_row,
     "loss rows": loss_rows,
-    "recomputed": lambda model, batch: model(batch),
+    "recomputed": lambda model, batch: model(batch)[:2],
 }
 SIDES = (*HEADS, *LAYOUTS, "auto")
 
@@ -136,7 +136,7 @@ def step_of(model: LogprobModel, batches: Sequence[TokenBatch], head: Head | Non
         model.zero_grad()
         for batch in batches:
             if head is None:
-                output, _ = loss_and_logprobs(model, batch, config)
+                output = micro_batch_loss(model, batch, config)
             else:
                 logprobs_N, entropy_N = head(model, batch)
                 output = policy_loss(logprobs_N, batch, config, entropy_N=entropy_N)

@@ -56,14 +56,14 @@ def resident_bytes(field: str) -> int:
 
 def run(overrides: list[str], folder: str) -> None:
     """Two steps without saving, of completions that never end early, since a plan is for the longest."""
-    from rltrain import cli, trainer
+    from rltrain import build, cli, trainer
     from rltrain.policy import load
 
     def load_policy(*arguments: Any, **options: Any) -> load.Policy:
         return dataclasses.replace(load.load_policy(*arguments, **options), stop_token_ids=())
 
-    trainer.maybe_save = lambda *_, **__: 0.0
-    trainer.load_policy = load_policy
+    build.Run.maybe_save = lambda *_, **__: 0.0
+    build.load_policy = load_policy
     trainer.fit(cli.compose([*COMMON, *overrides, f"run_dir={folder}"]))
 
 

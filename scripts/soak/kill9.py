@@ -31,6 +31,7 @@ from typing import Any
 import ranks
 
 from rltrain import trainer
+from rltrain.build import Run
 from rltrain.engine.deepspeed import Engine
 from rltrain.rollout.local import LocalRollout
 from rltrain.runs import checkpoint
@@ -87,12 +88,12 @@ class Phases:
     def watch(self, durations: Path | None) -> None:
         """Put the phases around what the trainer calls; in a forked rank, so the parent stays as it is."""
         for owner, attribute, name in (
-            (trainer.checkpoint, "load", "resume"),
+            (checkpoint, "load", "resume"),
             (LocalRollout, "generate", "rollout"),
             (trainer, "score", "reward"),
             (Engine, "backward", "backward"),
             (Engine, "step", "optimiser"),
-            (trainer, "maybe_save", "saving"),
+            (Run, "maybe_save", "saving"),
         ):
             setattr(owner, attribute, self.watched(name, getattr(owner, attribute), durations))
 

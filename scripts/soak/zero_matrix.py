@@ -22,7 +22,7 @@ from typing import Any
 import ranks
 import torch
 
-from rltrain import trainer
+from rltrain import build, trainer
 from rltrain.engine.deepspeed import Engine
 from rltrain.engine.zero_shards import Archive
 from rltrain.runs import checkpoint
@@ -95,7 +95,7 @@ def run(cell: Cell, folder: Path) -> Result:
     )
 
     def work() -> None:
-        trainer.Engine = Measured  # type: ignore[misc] - in the forked process alone
+        build.Engine = Measured  # type: ignore[misc] - in the forked process alone
         trainer.fit(config)
 
     log = folder.with_suffix(".log")

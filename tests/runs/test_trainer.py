@@ -19,6 +19,7 @@ from rltrain.batching.zero_variance import ZeroVarianceError
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
 from rltrain.runs import checkpoint, run_folder
+from rltrain.runtime.interrupts import EXIT_INTERRUPTED
 from rltrain.types import Need
 
 
@@ -229,7 +230,7 @@ def test_sigterm_finishes_the_step_saves_and_resumes_exactly(tmp_path):
     wait_for(lambda: len(metrics_if_any(tmp_path / "run")) >= 2, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == trainer.EXIT_INTERRUPTED
+    assert process.returncode == EXIT_INTERRUPTED
     (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
     assert f"SIGTERM: stopped after step {saved.step}, saved to {saved.path}; the same command resumes it" in errors
     overrides = [f"steps={saved.step + 2}", "evaluation.every_steps=0", "checkpoint.every_steps=0"]
@@ -247,7 +248,7 @@ def test_a_signal_during_the_cold_start_ends_it_too(tmp_path):
     wait_for((tmp_path / "run" / ".writing_cold_start").exists, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)  # returns once the child too has closed its end of the pipe
-    assert process.returncode == trainer.EXIT_INTERRUPTED
+    assert process.returncode == EXIT_INTERRUPTED
     assert "SIGTERM: stopped before the first step; the same command starts it" in errors
 
 

@@ -52,7 +52,6 @@ FIELDS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_tokens": 6, "stop_t
         ({"urls": ["http://a:1"]}, "set rollout.mode=server"),
         ({"mode": "server", "urls": ["a:1"]}, "write http://a:1"),
         ({"request_s": 0}, "rollout.request_s=0: must be > 0"),
-        ({"importance_correction": "clip"}, "set one of none, truncate, mask"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, remedy):
@@ -67,7 +66,7 @@ def test_the_importance_correction_is_on_unless_a_setting_says_otherwise(tmp_pat
     assert correction() == "none"
     assert correction("rollout=vllm") == "truncate"
     assert correction("rollout=vllm", "loss.importance_correction=mask") == "mask"
-    assert correction("rollout=vllm", "rollout.importance_correction=none") == "none"
+    assert correction("rollout=vllm", "loss.importance_correction=none") == "none"
     with pytest.raises(ConfigError, match="its support differs from the trainer's"):
         config(tmp_path, "rollout=vllm", "sampling.top_p=0.9")
 

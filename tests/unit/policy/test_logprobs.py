@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from rltrain import kernels
 from rltrain.config import LossConfig
 from rltrain.loss import policy_loss
-from rltrain.policy.logprobs import LogprobModel, inference, loss_and_logprobs, loss_tokens
+from rltrain.policy.logprobs import LogprobModel, inference, logprobs, loss_tokens, micro_batch_loss
 from rltrain.policy.scorer import span_logprobs
 from rltrain.rollout import probes
 from rltrain.rollout.probe_types import ProbeSettings
@@ -49,8 +49,7 @@ def test_in_training_and_under_a_reference(layout):
     assert len(batch.targets_N) == 40
     assert len(batch.input_ids_L) >= 50
     with HeadRows(61) as head:
-        output, _ = loss_and_logprobs(model, batch, LossConfig())
-        output.loss.backward()
+        micro_batch_loss(model, batch, LossConfig()).loss.backward()
     assert head.rows == 40
     with HeadRows(61) as head, torch.no_grad():
         model(batch, entropy=False)
@@ -94,13 +93,13 @@ def test_the_gradient_that_is_made_in_the_forward(config):
         model.zero_grad()
         for batch in batches:
             if one_pass:
-                output, logprobs_N = loss_and_logprobs(model, batch, config)
+                output = micro_batch_loss(model, batch, config)
             else:
-                logprobs_N, entropy_N = model(batch)
-                output = policy_loss(logprobs_N, batch, config, entropy_N=entropy_N)
+                head = logprobs(model, batch)
+                output = policy_loss(head.logprobs_N, batch, config, entropy_N=head.entropy_N)
             (2 * output.loss).backward()
             assert output.metrics.keys() >= {"loss", "entropy", "kl", "clip_ratio/low_mean"}
-            results.append((float(output.loss.detach()), output.metrics, logprobs_N.detach()))
+            results.append((float(output.loss.detach()), output.metrics, output.logprobs_N))
         results.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     (*made, gradients), (*expected, expected_gradients) = results[: len(results) // 2], results[len(results) // 2 :]
     assert len(made) > 1
@@ -118,12 +117,12 @@ def with_reference(batch):
 
 def test_many_logits_on_a_cpu_go_the_way_that_needs_three_products():
     model, (batch,) = model_of(30_000, torch.float32), batches_of("shared")
-    hidden_ND = torch.zeros(len(batch.targets_N), 16)
-    assert kernels.prefers_fused(hidden_ND, model.model.lm_head.weight)
-    assert not kernels.prefers_fused(hidden_ND[:5], model.model.lm_head.weight)
+    sizes = (30_000, torch.device("cpu"))
+    assert kernels.prefers_fused(len(batch.targets_N), *sizes)
+    assert not kernels.prefers_fused(5, *sizes)
     for ratio, rows in (("token", 4 * 40 * (30_000 // 4096)), ("sequence", 0)):
         with HeadRows(1024) as head:  # the fused path's blocks are four pieces so wide, the other's twice as wide
-            loss_and_logprobs(model, batch, LossConfig(ratio=ratio))[0].loss.backward()
+            micro_batch_loss(model, batch, LossConfig(ratio=ratio)).loss.backward()
         assert head.rows == rows
 
 

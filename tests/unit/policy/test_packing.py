@@ -33,7 +33,7 @@ from rltrain.loss import policy_loss
 from rltrain.policy import packed_attention
 from rltrain.policy.capabilities import cannot_pack
 from rltrain.policy.layout_check import difference_from_padded, usable_layouts
-from rltrain.policy.logprobs import LogprobModel, loss_and_logprobs
+from rltrain.policy.logprobs import LogprobModel, micro_batch_loss
 from rltrain.runtime import dist
 
 ROOT = Path(__file__).parents[3]
@@ -44,7 +44,7 @@ def gradients(model, batches, config):
     model.zero_grad()
     wrapped, total = LogprobModel(model, temperature=0.7), 0.0
     for batch in batches:
-        output, _ = loss_and_logprobs(wrapped, batch, config)
+        output = micro_batch_loss(wrapped, batch, config)
         output.loss.backward()
         total += output.loss.item()
     return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

@@ -11,7 +11,7 @@ from tiny_run import config, metrics
 
 from rltrain import cli, trainer
 from rltrain.config import ScorerConfig
-from rltrain.errors import ConfigError
+from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, inference
 from rltrain.policy.scorer import Scorer, check_same_vocabulary, load_scorer, span_logprobs
@@ -242,7 +242,8 @@ def test_no_scorer_is_built_unless_a_reward_needs_one(tmp_path):
     dist.setup(deadline_s=60)
     run = trainer.build(config(tmp_path / "run", "steps=1"))
     assert run.scorer is None
-    assert run.context(0).scorer is None
+    with pytest.raises(RunError, match="needs={Need.SCORER}"):
+        run.context(0).scorer.policy([])
 
 
 def test_the_checkpoint_holds_no_tensors_without_an_ema(tmp_path):

@@ -1,0 +1,219 @@
+"""A run: its parts, built once, and what is saved of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from rltrain import sft
+from rltrain.batching.bins import Layout
+from rltrain.config import RunConfig
+from rltrain.data.prompts import PromptSource
+from rltrain.engine.deepspeed import Engine, sharded_loading
+from rltrain.errors import ConfigError
+from rltrain.evaluate import held_out_prompts
+from rltrain.policy.layout_check import usable_layouts
+from rltrain.policy.load import Policy, load_policy
+from rltrain.policy.logprobs import LogprobModel
+from rltrain.policy.scorer import Scorer, load_reference, load_scorer
+from rltrain.rollout import Rollout, ahead
+from rltrain.rollout.ahead import Ahead
+from rltrain.runs import checkpoint, run_folder
+from rltrain.runs.metrics import Accumulator
+from rltrain.runs.scope import Scope
+from rltrain.runtime import dist
+from rltrain.runtime.interrupts import EXIT_INTERRUPTED, Interrupted
+from rltrain.types import Context, Need, Prompt
+
+log = logging.getLogger(__name__)
+
+OldLogprobs = Literal["sampler", "current", "trainer"]
+
+
+@dataclass
+class Progress:
+    """What a run remembers beside weights and optimiser."""
+
+    zero_signal_steps: int = 0
+    num_tokens: float = 0.0
+    best_accuracy: float = -1.0
+    best_step: int | None = None
+    unwritten: dict[str, float] = field(default_factory=dict)  # of the newest step, until its evaluation is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run, built once."""
+
+    config: RunConfig
+    policy: Policy
+    engine: Engine
+    reference: LogprobModel | None
+    scorer: Scorer | None
+    rollout: Rollout
+    source: PromptSource
+    held_out: Sequence[Prompt]
+    first_step: int
+    layouts: tuple[Layout, ...]
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """The rollout engine, if it samples the next batch while this one is trained on."""
+        return self.rollout if isinstance(self.rollout, Ahead) else None
+
+    @cached_property
+    def old_logprobs(self) -> OldLogprobs:
+        """Where the log-probs before the update come from.
+
+        The ``sampler``'s, where its distribution is the trainer's. Else the trainer's own: in the only update of a step
+        they are the ``current`` ones, because no weight moves before its last micro-batch; of several updates they are
+        the ``trainer``'s in a pass of their own.
+        """
+        sampling = self.config.sampling
+        if self.rollout.same_distribution and sampling.top_k == 0 and sampling.top_p == 1:
+            return "sampler"
+        return "trainer" if self.config.batch.update_epochs > 1 else "current"
+
+    def context(self, step: int) -> Context:
+        """What parts may use at a step; services only where they were declared."""
+        services: dict[str, Any] = {}
+        if Need.PROBES in self.config.needs():
+            services["rollout"] = self.rollout
+        if self.scorer is not None:
+            services["scorer"] = self.scorer
+        return Context(
+            step=step,
+            seed=self.config.seed,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            tokenizer=self.policy.tokenizer,
+            **services,
+        )
+
+    def scope(self, step: int) -> Scope:
+        """What surrounds the work of a step."""
+        return Scope(
+            step=step,
+            metrics=Accumulator(),
+            deadline_s=self.config.deadline,
+            weights=self._whole_weights,
+            save=lambda steps: self.save(steps).path if steps > self.first_step else None,
+        )
+
+    def _whole_weights(self) -> AbstractContextManager[None]:
+        """Whole weights, unless the rollout engine has its own and no part of the run asks the policy itself."""
+        asks_policy = self.scorer is not None or Need.PROBES in self.config.needs()
+        return self.engine.whole_weights() if asks_policy or self.rollout.uses_policy else nullcontext()
+
+    def save(self, step: int) -> checkpoint.Saved:
+        """A checkpoint of the run after ``step`` steps."""
+        parts, tensors = {"progress": dataclasses.asdict(self.progress)}, self.scorer.tensors() if self.scorer else {}
+        with dist.stage(f"checkpoint of step {step}", self.config.deadline("save")):
+            if self.ahead:
+                parts["ahead"], completions = self.ahead.state(step)
+                tensors = tensors | completions
+            saved = checkpoint.save(
+                self.folder,
+                step,
+                engine=self.engine,
+                policy=self.policy,
+                parts=parts,
+                tensors=tensors,
+                config=run_folder.resolved(self.config),
+            )
+            if dist.is_main():
+                best_step = self.progress.best_step
+                checkpoint.prune(self.folder, self.config.checkpoint, step=step, best_step=best_step)
+        return saved
+
+    def maybe_save(self, step: int, *, signal_name: str | None) -> float:
+        """Save where one is due, at a new best, at the end, and before an interrupted run leaves; returns seconds."""
+        config = self.config.checkpoint
+        last = step == self.config.steps
+        due = config.every_steps > 0 and step % config.every_steps == 0
+        best = config.keep_best and self.progress.best_step == step
+        if not (last or due or best or signal_name):
+            return 0.0
+        start = time.perf_counter()
+        saved = self.save(step)
+        if signal_name and not last:
+            if dist.is_main():
+                log.warning(
+                    "%s: stopped after step %d, saved to %s; the same command resumes it", signal_name, step, saved.path
+                )
+            raise Interrupted(EXIT_INTERRUPTED)
+        return time.perf_counter() - start
+
+
+def build(config: RunConfig) -> Run:
+    """Check what needs the number of ranks, load the models, and restore the newest intact checkpoint."""
+    _refuse_unequal_shares(config)
+    saved = checkpoint.resume_point(Path(config.run_dir), config)
+    if saved is None and dist.is_main():
+        run_folder.write_provenance(Path(config.run_dir), config)
+    initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
+    with sharded_loading(config.deepspeed, dtype=config.model.dtype):
+        policy = load_policy(config.model, path=initial)
+    source = PromptSource(config, policy)
+    held_out = held_out_prompts(config, policy) if config.evaluation.every_steps > 0 else []
+    model = LogprobModel(policy.model, temperature=config.sampling.temperature)
+    engine = Engine(model, config.optimizer, config.deepspeed, dtype=config.model.dtype)
+    reference = load_reference(config, path=config.reference or initial)
+    scorer = None
+    if Need.SCORER in config.needs():
+        scorer = load_scorer(config, policy, engine, initial=initial, reference=reference)
+        scorer.start(engine.full_parameters())
+    progress, parts, tensors = Progress(), {}, {}
+    if saved is not None:
+        parts, tensors = checkpoint.load(saved, engine=engine), checkpoint.load_tensors(saved)
+        progress = Progress(**parts["progress"])
+        if scorer is not None:
+            scorer.start((name, theta) for name, theta in tensors.items() if name not in ahead.TENSORS)
+        log.info("resumed from %s", saved.path)
+    rollout = ahead.load_rollout(config, policy, engine.full_parameters, initial=initial)
+    if isinstance(rollout, Ahead) and saved is not None:
+        rollout.restore(saved.step, parts.get("ahead", {}), tensors, source.next(saved.step)[0])
+    _log_correction(config)
+    return Run(
+        config=config,
+        policy=policy,
+        engine=engine,
+        reference=reference,
+        scorer=scorer,
+        rollout=rollout,
+        source=source,
+        held_out=held_out,
+        first_step=saved.step if saved else 0,
+        layouts=usable_layouts(config.batch.packing, [engine, *([reference] if reference else [])]),
+        progress=progress,
+    )
+
+
+def _refuse_unequal_shares(config: RunConfig) -> None:
+    ranks = dist.world_size()
+    if config.batch.prompts_per_step % ranks:
+        raise ConfigError(
+            f"batch.prompts_per_step={config.batch.prompts_per_step}: not divisible by {ranks} ranks; "
+            f"set a multiple of {ranks}"
+        )
+
+
+def _log_correction(config: RunConfig) -> None:
+    """Say which correction ``loss.importance_correction=auto`` became, or was set to."""
+    if config.loss.corrects_importance and dist.is_main():
+        log.info(
+            "loss.importance_correction=%s: each token's loss is weighted by pi_train / pi_sampler, capped at %g",
+            config.loss.importance_correction,
+            config.loss.importance_cap,
+        )

@@ -1,0 +1,58 @@
+"""The metrics of a step that belong to no part: lengths, tokens, the sampler's difference from the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rltrain.batching.collate import Denominators
+from rltrain.runs.metrics import Accumulator
+from rltrain.runtime import dist
+from rltrain.types import Group, Max, Mean, Metrics, Min, Sum, TokenBatch
+
+
+def sampler_difference(logprobs_N: Tensor, batch: TokenBatch) -> Metrics:
+    """How far the sampled log-probs are from the trainer's before the first update, in nats."""
+    real_N = batch.weights_N > 0
+    if not bool(real_N.any()):
+        return {}
+    difference_N = (logprobs_N - batch.sampler_logprobs_N)[real_N].abs()
+    return {
+        "sampling/sampling_logp_difference/mean": Mean.of(difference_N),
+        "sampling/sampling_logp_difference/max": Max(value=float(difference_N.max())),
+    }
+
+
+def completion_metrics(groups: Sequence[Group]) -> Metrics:
+    """Lengths of the completions, and the tokens of prompts and completions (``num_tokens``, of this step alone)."""
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    prompt_tokens = sum(len(group.prompt.token_ids) * len(group.completions) for group in groups)
+    metrics = {
+        "completions/mean_length": Mean.of(lengths),
+        "completions/clipped_ratio": Mean.of([completion.finish == "length" for completion in completions]),
+        "num_tokens": Sum(value=float(prompt_tokens + sum(lengths))),
+    }
+    if not lengths:
+        return metrics
+    longest, shortest = Max(value=float(max(lengths))), Min(value=float(min(lengths)))
+    return metrics | {"completions/max_length": longest, "completions/min_length": shortest}
+
+
+def step_values(
+    metrics: Accumulator, groups: Sequence[Group], denominators: Denominators, *, updates: int, tokens_before: float
+) -> dict[str, float]:
+    """The reduced metrics of a step of ``updates`` optimiser steps; ``num_tokens`` counts on from ``tokens_before``."""
+    metrics.add(completion_metrics(groups))
+    values = metrics.reduce()
+    step_s = sum(metrics.timing_s.values())
+    completion_tokens = sum(len(ids) for group in groups for ids in group.completion_ids)
+    return values | {
+        **{name: values[name] / updates for name in ("loss", "policy_tokens")},
+        "num_tokens": tokens_before + values["num_tokens"],
+        "loss_denominator/tokens": denominators.tokens,
+        "loss_denominator/rows": denominators.rows,
+        "timing_s/step": step_s,
+        "perf/throughput": completion_tokens * dist.world_size() / step_s,
+    }
