@@ -34,8 +34,7 @@ from typing import Any
 MEASURED = ("timing_s/", "perf/")  # what the clock says
 COMPARED = ("cold_start", "checkpoints", "samples")  # of a run's folder; weights on their way to a server are not
 LIMIT_S = 600.0
-SET = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-QUIET = dict.fromkeys(SET, "1") | {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
 SMALL = (
     "deadline_s=300",  # a run that hangs ends itself and says where
     "tracking.wandb=disabled",
@@ -199,8 +198,7 @@ def train(checkout: Checkout, name: str, case: Case) -> Path:
     """The finished run's folder."""
     folder = checkout.scratch / name
     if not case.cold_start and not checkout.weights.exists():
-        begun = overrides(RUNS["quickstart"], checkout.weights.parent, checkout.weights)
-        start(checkout, "-m", "rltrain.sft", *begun)
+        start(checkout, "-m", "rltrain.sft", *overrides(RUNS["quickstart"], checkout.weights.parent, checkout.weights))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
     command = [*(launcher if case.ranks > 1 else []), "-m", "rltrain.train"]
     with serving(checkout) if case.server else nullcontext([]) as urls:
