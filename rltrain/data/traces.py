@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rltrain.config import MISSING, DataConfig
+from rltrain.data.columns import BadRow, text_of
 from rltrain.data.hub import HubConfig, hub
 from rltrain.errors import ConfigError, require
 from rltrain.registry import Part, parts, register
@@ -171,7 +172,7 @@ def grades(solved: Sequence[Problem], config: TracesConfig) -> list[float | None
         groups = [
             Group(
                 prompt=Prompt(problem=one, token_ids=()),
-                completions=(Completion(token_ids=(), logprobs=(), finish="stop", text=str(one.meta["verified"])),),
+                completions=(Completion(token_ids=(), logprobs=(), finish="stop", text=one.meta["verified"]),),
             )
             for one in solved[start : start + TRACES_PER_BATCH]
         ]
@@ -179,10 +180,27 @@ def grades(solved: Sequence[Problem], config: TracesConfig) -> list[float | None
     return [score for (score,) in found]
 
 
+def with_texts(solved: Sequence[Problem], columns: Mapping[str, str]) -> list[Problem]:
+    """The problems whose columns of ``meta`` are text; the others are logged with the reason and left out."""
+    found, reasons = [], []
+    for problem in solved:
+        try:
+            texts = {name: text_of(problem.meta[name], path) for name, path in columns.items()}
+        except BadRow as error:
+            reasons.append(f"{problem.id}: {error}")
+        else:
+            found.append(replace(problem, meta={**problem.meta, **texts}))
+    if reasons:
+        require(bool(found), f"data.trace_column: no row has a trace, the first is {reasons[0]}")
+        log.warning("%d rows have no text for a trace and are left out, the first is %s", len(reasons), reasons[0])
+    return found
+
+
 @register("data", "traces", TracesConfig)
 def traces(config: TracesConfig, split: str) -> list[Trace]:
     """The right traces of ``split``; wrong ones, and those the verifier cannot judge, are counted and left out."""
-    solved = list(hub(config.rows(), split))
+    rows = config.rows()
+    solved = with_texts(list(hub(rows, split)), rows.meta)
     scores = grades(solved, config)
     right = [one for one, score in zip(solved, scores, strict=True) if score is not None and is_right(score)]
     abstained = sum(score is None for score in scores)
@@ -195,4 +213,4 @@ def traces(config: TracesConfig, split: str) -> list[Trace]:
             f"data.path={config.path}: none of {len(solved)} traces of {split} is right by data.verifier="
             f"{config.verifier}; check data.answer_column, or choose another verifier"
         )
-    return [trace_problem(one, question=str(one.prompt), trace=str(one.meta["trace"]), config=config) for one in right]
+    return [trace_problem(one, question=str(one.prompt), trace=one.meta["trace"], config=config) for one in right]

@@ -1,12 +1,15 @@
 """Mistakes of users: one clear line each, and nothing lost."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+from chat_tokenizers import DATED, NO_SYSTEM, character_tokenizer, small_model
 from tiny_run import OVERRIDES, config, metrics
 
 from rltrain import cli, trainer
@@ -70,6 +73,15 @@ def test_cold_start_without_solutions(tmp_path):
     assert not (tmp_path / "cold_start").exists()
 
 
+def test_cold_start_with_solutions_that_are_no_text(tmp_path):
+    rows = [{"question": f"{i}+1", "answer": str(i + 1), "worked": ["a", "b"]} for i in range(8)]
+    from rltrain import sft
+
+    overrides = [*hub(jsonl(tmp_path / "data.jsonl", rows)), "+data.meta.solution=worked", "cold_start.steps=1"]
+    with pytest.raises(ConfigError, match=r"cold_start.solution_field=solution: of train-\d is no text"):
+        sft.train(config(tmp_path / "run", *overrides, "cold_start.batch_size=2"), tmp_path / "cold_start")
+
+
 def test_cold_start_without_solutions_is_one_line_on_the_command_line(tmp_path):
     """The cold start runs in a process of its own, whose traceback nobody needs."""
     path = jsonl(tmp_path / "data.jsonl", [{"question": f"{i}+1", "answer": str(i + 1)} for i in range(8)])
@@ -116,6 +128,49 @@ def test_every_prompt_over_the_limit(tmp_path):
     message = refused(tmp_path / "run", "sampling.max_prompt_tokens=2")
     assert message.startswith("data: none of ")
     assert " tokens, over 2 (sampling.max_prompt_tokens" in message
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """Overrides that train a small model of a folder, whose chat template knows no system role."""
+    tokenizer = character_tokenizer(before="<s>", template=NO_SYSTEM)
+    small_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"question": f"{i}+1", "m": [{"role": "user", "content": f"{i}+1"}], "answer": "2"} for i in range(40)]
+    path = jsonl(tmp_path / "data.jsonl", rows)
+    chosen = ["model=pretrained", f"model.path={tmp_path / 'model'}", "reward@rewards.answer=random", "steps=1"]
+    chosen += ["data=hub", f"data.path={path}", "sampling.max_new_tokens=4", "sampling.max_prompt_tokens=64"]
+    return [*chosen, "batch.prompts_per_step=2", "batch.group_size=2", "tracking.wandb=disabled"]
+
+
+def test_prompts_that_a_model_cannot_be_asked_train_nothing(tmp_path, chat_model):
+    def message(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            trainer.fit(cli.compose([*chat_model, f"run_dir={tmp_path / 'run'}", *overrides]))
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        return str(error.value)
+
+    text, chat = 'data.prompt="{question}"', "data.messages=m"
+    assert "(System role not supported); if it knows no system role, unset model.system" in message(
+        text, "model.chat=true", "model.system=brief"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(DATED)
+    assert message(chat).startswith("model.template_date: the chat template writes the date into every prompt")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert message(chat).startswith("data.messages: the tokenizer has no chat template; ")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    assert f"model.path={tmp_path / 'model'}: no tokenizer" in message(text)
+
+
+def test_a_chat_that_is_asked_as_it_should_be_trains(tmp_path, chat_model):
+    overrides = ["data.messages=m", "evaluation.every_steps=0", "tracking.samples_every_steps=1"]
+    trainer.fit(cli.compose([*chat_model, f"run_dir={tmp_path / 'run'}", *overrides]))
+    rows = pyarrow.parquet.read_table(tmp_path / "run" / "samples" / "step_000001.parquet").to_pylist()
+    assert len(rows) == 4
+    assert all(re.fullmatch(r"<s><\|user\|>\d+\+1<\|end\|><\|assistant\|>", row["prompt"]) for row in rows)
+    assert all(row["prompt_ids"][:2] != [1, 1] for row in rows)
 
 
 def test_prompts_leave_room_for_completions_in_the_positions_of_the_model(tmp_path):

@@ -190,6 +190,19 @@ def test_wrong_traces_are_dropped_and_counted(tmp_path, caplog):
     assert "Question: 0+1\n\nSolution: 0+1 is \\boxed{1}" in kept[0].prompt
 
 
+def test_a_trace_that_is_a_list_is_left_out_or_taken_by_element(tmp_path, caplog):
+    rows = [{"question": f"{i}+1", "trace": [f"\\boxed{{{i + 1}}}", "other"], "answer": str(i + 1)} for i in range(3)]
+    path = write_traces(tmp_path / "traces.jsonl", rows)
+    with pytest.raises(ConfigError, match="data.trace_column: no row has a trace, the first is train-0: trace is a l"):
+        part_of(TracesConfig(path=path)).function(TracesConfig(path=path, holdout=1e-6, verifier="math"), "train")
+    config = TracesConfig(path=path, holdout=1e-6, verifier="math", trace_column="trace.0")
+    assert [one.trace for one in part_of(config).function(config, "train")] == [f"\\boxed{{{i + 1}}}" for i in range(3)]
+    write_traces(tmp_path / "traces.jsonl", [*rows, {"question": "3+1", "trace": "\\boxed{4}", "answer": "4"}])
+    config = TracesConfig(path=path, holdout=1e-6, verifier="math")
+    assert [one.question for one in part_of(config).function(config, "train")] == ["3+1"]
+    assert "3 rows have no text for a trace and are left out, the first is train-0: trace is a list" in caplog.text
+
+
 def test_no_right_trace_is_one_line(tmp_path):
     path = write_traces(tmp_path / "traces.jsonl", [{"question": "1", "trace": "\\boxed{2}", "answer": "1"}])
     config = TracesConfig(path=path, holdout=1e-6, verifier="math")

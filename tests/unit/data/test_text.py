@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from chat_tokenizers import character_tokenizer
 
 from rltrain import sft
 from rltrain.data.equations import EquationsConfig
@@ -39,6 +40,18 @@ def test_prompt_is_instruction_prefix_tag_and_the_target_follows_in_the_text(pol
     assert prompt.target_ids == ids(policy, "de")
     assert prompt.continuation_ids == ids(policy, "defg")
     assert prompt.closing_ids == ids(policy, "</think>")
+
+
+@pytest.mark.parametrize("written", ["", "<s>"])
+def test_a_document_begins_once_and_has_no_end_before_its_target(written):
+    """Also where the tokenizer puts EOS after every text, and where the document writes BOS itself."""
+    tokenizer = character_tokenizer(before="<s>", after="</s>")
+    config = CutConfig(min_prefix=3, max_prefix=3, horizon=2)
+    shown = Document(id="d", prompt=written + "abcdef", answer="", config=config).encode(tokenizer, render=None)
+    letters = tuple(tokenizer("abcdef", add_special_tokens=False)["input_ids"])
+    cut = 2 if written else 3  # the BOS of the document counts as one of its tokens
+    assert shown.context_ids == (1, *letters[:cut])
+    assert shown.target_ids == letters[cut : cut + 2]
 
 
 def test_cuts_are_uniform_over_all_admissible_positions():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rltrain.rewards.choice import ChoiceConfig, choice, verify_choice
+from rltrain.rewards.choice import ChoiceConfig, choice, options_of, verify_choice
 from rltrain.types import Completion, Context, Group, Problem, Prompt
 
 OPTIONS = {"A": "Aspirin", "B": "Beta blocker", "C": "Calcium", "D": "3"}
@@ -69,6 +69,20 @@ def test_text_that_two_options_share_chooses_neither():
 def test_lenient_reads_the_answer_line():
     assert verify_choice("Answer: (C)", "C", OPTIONS).score == 0.0
     assert verify_choice("Answer: (C)", "C", OPTIONS, strict=False).score == 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"a": "yes", "B": "no"},
+        ["yes", "no"],
+        [{"key": "A", "value": "yes"}, {"key": "b", "value": "no"}],
+        {"label": ["A", "B"], "text": ["yes", "no"]},
+    ],
+)
+def test_forms_of_options(options):
+    assert options_of({"options": options}) == {"A": "yes", "B": "no"}
+    assert options_of({"level": 3}) == {}
 
 
 @pytest.mark.parametrize("key", ["choices", "options"])

@@ -176,6 +176,20 @@ def test_trl_gets_chat_completions_for_chat_prompts():
     assert arguments["completion_ids"] == [[7, 8]] and arguments["solution"] == ["5"]
 
 
+def test_trl_gets_columns_of_meta_as_they_are():
+    meta = {"answer": ["5", "6"], "level": {"of": 3}, "image": b"\xff", "solution": 7.0}
+    raw = Problem(id="p", prompt="q", answer="", meta=meta)
+    text = Problem(id="t", prompt="q", answer="5")
+    groups = [
+        Group(prompt=Prompt(problem=one, token_ids=(1,)), completions=group(["x"]).completions) for one in (raw, text)
+    ]
+    arguments = trl_arguments(groups, Context())
+    assert arguments["answer"] == [["5", "6"], "5"]
+    assert arguments["solution"] == [7.0, "5"]
+    assert arguments["level"] == [{"of": 3}, None]
+    assert arguments["image"] == [b"\xff", None]
+
+
 def test_trls_own_reward_runs_here():
     config = TrlFunctionConfig(import_path="trl.rewards:think_format_reward")
     problem = Problem(id="p", prompt=[{"role": "user", "content": "q"}], answer="5")
