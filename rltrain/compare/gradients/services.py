@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from rltrain.compare.gradients.families import VOCABULARY, Family, TabularPolicy
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.types import Context, Need
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROVIDED = frozenset({Need.PROBES})
 
@@ -19,7 +22,9 @@ def context_of(policy: TabularPolicy) -> Context:
     """The context of an estimator's call, with every service of ``PROVIDED``."""
     family = policy.family
     return Context(
-        tokenizer=StepTokenizer(family=family), rollout=ExactProber(policy=policy), max_new_tokens=family.length
+        tokenizer=cast("PreTrainedTokenizerBase", StepTokenizer(family=family)),
+        rollout=ExactProber(policy=policy),
+        max_new_tokens=family.length,
     )
 
 
