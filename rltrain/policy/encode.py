@@ -16,6 +16,7 @@ from rltrain.policy.load import Policy
 from rltrain.policy.tokenizer import CLOCK, text_ids
 from rltrain.types import Message, Problem, Prompt, TokenProblem
 
+SYSTEM_ROLES = ("system", "developer")
 LIMITS = "sampling.max_prompt_tokens, or the model's positions less sampling.max_new_tokens"
 
 
@@ -54,7 +55,7 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], config: ModelCon
 def turns(prompt: str | Sequence[Message], config: ModelConfig) -> list[dict[str, Any]]:
     """System messages, the examples, the prompt. A row's own system message stands for ``config.system``."""
     rest = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-    head = list(itertools.takewhile(lambda turn: turn["role"] == "system", rest))
+    head = list(itertools.takewhile(lambda turn: turn["role"] in SYSTEM_ROLES, rest))
     rest = rest[len(head) :]
     if config.system is not None and not head:
         head = [{"role": "system", "content": config.system}]
@@ -106,7 +107,7 @@ def _macro(expression: str) -> str:
 def _remedy(messages: Sequence[dict[str, Any]], config: ModelConfig) -> str:
     if config.system is not None and messages[0].get("content") == config.system:
         return "if it knows no system role, unset model.system and put that text into data.prompt"
-    if messages[0]["role"] == "system":
+    if messages[0]["role"] in SYSTEM_ROLES:
         return "if it knows no system role, move that message's text into the user's"
     return "check the roles of data.messages and model.examples against the template"
 
