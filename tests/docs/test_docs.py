@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 READ = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "slurm/README.md"]
+INDEX = DOCS / "results/index.md"
 SECTIONS = {field.name for field in dataclasses.fields(config.RunConfig)}
 WRITTEN_BY_THE_READER = {"rltrain/advantages/discounted.py"}
 FROM_TRL = (DOCS / "from_trl.md").read_text(encoding="utf-8")
@@ -111,6 +112,15 @@ def test_commands_and_paths_that_a_page_names_exist(page):
 def exists(path: str) -> bool:
     """A placeholder in capitals, such as ``rltrain/rewards/NAME.py``, is no path; the tutorial writes a file."""
     return bool(re.search(r"[A-Z]{4}", Path(path).stem)) or (ROOT / path).exists() or path in WRITTEN_BY_THE_READER
+
+
+@pytest.mark.parametrize("page", sorted(set((DOCS / "results").glob("*.md")) - {INDEX}), ids=lambda page: page.stem)
+def test_a_result_has_its_answer_command_and_revision(page):
+    text = page.read_text()
+    assert text.startswith("# ") and re.search(r"^# .*\?$", text, re.M)
+    assert "**Answer.**" in text
+    assert re.search(r"^    .*(scripts/|-m (rltrain|pytest)|sbatch)", text, re.M)
+    assert re.search(r"\b[0-9a-f]{7}\b", text)
 
 
 def trainings(text: str) -> list[str]:

@@ -86,6 +86,29 @@ def test_the_estimator_and_reward_of_the_readme_train(tmp_path):
     assert line["reward"] == line["rewards/answer/mean"] + 0.1 * line["rewards/brevity/mean"]
 
 
+def test_the_reward_of_contributing_is_a_file_that_works(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = [one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "BrevityConfig" in one]
+    override = re.search(r"`(\+reward@rewards\.brief=brevity [^`]*)`", text)[1].split()
+    (tmp_path / "brevity_reward.py").write_text(code)
+    (tmp_path / "main.py").write_text(
+        "import brevity_reward\n"
+        "from advantage_groups import make_group\n"
+        "from rltrain import cli\n"
+        "from rltrain.types import Context\n"
+        f"config = cli.compose(['+experiment=quickstart', *{override!r}]).rewards['brief']\n"
+        "assert (config.tokens, config.weight) == (16, 0.1)\n"
+        "scores = brevity_reward.brevity([make_group([[1] * 8, [1] * 32], [0.0, 1.0])], config, Context()).scores\n"
+        "assert scores == [[1.0, 0.5]], scores\n"
+    )
+    paths = f"{tmp_path}:{ROOT}:{ROOT / 'tests/helpers'}"
+    result = subprocess.run(
+        [sys.executable, "main.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_pictures_numbers_are_those_of_its_table():
     rows = re.findall(r"^\| \d \| ([\d.]+) % \| ([\d.]+) % \|", (RESULTS / "quickstart.md").read_text(), re.M)
     before, after = ([float(row[side]) for row in rows] for side in (0, 1))
@@ -102,7 +125,7 @@ def test_results_stand_on_the_page_they_name(row):
     if cells[3].startswith("-"):
         assert re.sub(r" (points|tokens)$", "", cells[2]) in page and cells[3] in page
         return
-    stated = [abs(float(number)) for number in re.findall(r"\d+\.\d+", page)]
+    stated = [abs(float(number)) for number in re.findall(r"\d+(?:\.\d+)?", page)]
     for number in re.findall(r"\d+(?:\.\d+)?", cells[2]):
         rounding = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-9
         assert any(abs(value - float(number)) <= rounding for value in stated), number
