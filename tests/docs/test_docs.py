@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 READ = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "slurm/README.md"]
-INDEX = DOCS / "results/index.md"
+INDEX, LOG = DOCS / "results/index.md", DOCS / "log.md"
 SECTIONS = {field.name for field in dataclasses.fields(config.RunConfig)}
 WRITTEN_BY_THE_READER = {"rltrain/advantages/discounted.py"}
 FROM_TRL = (DOCS / "from_trl.md").read_text(encoding="utf-8")
@@ -92,6 +92,16 @@ def test_links_of_an_include_are_moved_to_its_page(hooks):
     text = "[a](docs/x/a.md#there) ![b](docs/b.png) [c](https://c.d) [d](#here)"
     moved = hooks.relinked(text, Path("/r"), Path("/r/docs/x"))
     assert moved == "[a](a.md#there) ![b](../b.png) [c](https://c.d) [d](#here)"
+
+
+UNCHECKED = re.compile(r"untested|never (been )?run|not been (run|tested|checked|tried|timed)", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("page", [p for p in READ if p not in (DOCS / "checked.md", LOG)], ids=lambda page: page.name)
+def test_what_was_not_run_stands_in_checked_alone(page):
+    """Another page may say so beside a link to the list."""
+    paragraphs = [paragraph for paragraph in page.read_text().split("\n\n") if UNCHECKED.search(paragraph)]
+    assert [paragraph for paragraph in paragraphs if "checked.md" not in paragraph] == []
 
 
 def code_of(text: str) -> str:
