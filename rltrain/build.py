@@ -84,7 +84,7 @@ class Run:
         sampling = self.config.sampling
         if self.rollout.same_distribution and sampling.top_k == 0 and sampling.top_p == 1:
             return "sampler"
-        return "trainer" if self.config.batch.update_epochs > 1 else "current"
+        return "trainer" if self.config.batch.updates > 1 else "current"
 
     def context(self, step: int) -> Context:
         """What parts may use at a step; services only where they were declared."""

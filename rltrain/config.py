@@ -242,6 +242,7 @@ class BatchConfig:
 
     prompts_per_step: int = 16
     group_size: int = 8
+    minibatches: int = 1
     update_epochs: int = 1
     token_budget: int = 16384
     packing: str = "auto"
@@ -249,13 +250,23 @@ class BatchConfig:
     max_sampling_attempts: int = 10
 
     def __post_init__(self) -> None:
-        for key in ("prompts_per_step", "update_epochs", "token_budget", "max_sampling_attempts"):
+        for key in ("prompts_per_step", "minibatches", "update_epochs", "token_budget", "max_sampling_attempts"):
             require(getattr(self, key) >= 1, f"batch.{key}={getattr(self, key)}: set at least 1")
         require(
             self.group_size >= 2,
             f"batch.group_size={self.group_size}: a group baseline needs at least 2 samples; set batch.group_size>=2",
         )
         require_one_of(("auto", "padded", "packed", "shared"), "batch.packing", self.packing)
+        require(
+            self.prompts_per_step % self.minibatches == 0,
+            f"batch.minibatches={self.minibatches}: does not divide batch.prompts_per_step={self.prompts_per_step}; "
+            "set a divisor of it",
+        )
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps on the completions of one step."""
+        return self.minibatches * self.update_epochs
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from rltrain.advantages.estimator import estimator_of
 from rltrain.batching import zero_variance
 from rltrain.batching.collate import Denominators, collate, padding_share
+from rltrain.batching.minibatches import split
 from rltrain.build import Run, build
 from rltrain.config import RunConfig
 from rltrain.engine.deepspeed import NonFiniteError, learning_rate
@@ -60,14 +63,12 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
                 groups = collect(run, scope)
                 advantages = estimate(run, scope, groups)
             with scope.stage("collate", "train"):
-                batches, denominators = micro_batches(run, groups, advantages.values)
-                scope.metrics.add({"padding_share": padding_share(batches)})
-                batches = with_fixed_logprobs(run, batches)
+                minibatches = make_minibatches(run, scope, groups, advantages)
             with scope.metrics.timed("train"):
-                for epoch in range(run.config.batch.update_epochs):
-                    update(run, scope, StepRecord(step + 1, epoch, groups, advantages.values, batches))
+                for epoch, index in itertools.product(range(run.config.batch.update_epochs), range(len(minibatches))):
+                    update(run, scope, minibatches[index].record(step + 1, epoch, index))
             renew_rollout(run, scope)
-            values = conclude(run, scope, recorder, groups, advantages, denominators)
+            values = conclude(run, scope, recorder, groups, advantages, minibatches)
             saving_s = run.maybe_save(step + 1, signal_name=signals.received())
     return values
 
@@ -137,6 +138,35 @@ def estimate(run: Run, scope: Scope, groups: Sequence[Group]) -> Advantages:
     return advantages
 
 
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """The groups of one optimiser step, and the micro-batches that they became."""
+
+    groups: Sequence[Group]
+    advantages: Sequence[Sequence[Tensor]]
+    batches: Sequence[TokenBatch]
+    denominators: Denominators
+
+    def record(self, step: int, epoch: int, index: int) -> StepRecord:
+        """What its update in ``epoch`` fills; ``step`` counts from 1, ``index`` from 0."""
+        return StepRecord(step, epoch, self.groups, self.advantages, self.batches, minibatch=index)
+
+
+def make_minibatches(run: Run, scope: Scope, groups: Sequence[Group], advantages: Advantages) -> list[Minibatch]:
+    """The rollout in ``batch.minibatches`` parts, each weighted by its own denominators.
+
+    Their old log-probs are those before the first update. Advantages were estimated over the whole rollout.
+    """
+    made = []
+    for part in split(len(groups), run.config.batch.minibatches, seed=run.config.seed, step=scope.step):
+        some, values = [groups[i] for i in part], [advantages.values[i] for i in part]
+        batches, denominators = micro_batches(run, some, values)
+        scope.metrics.add({"padding_share": padding_share(batches)})
+        batches = with_fixed_logprobs(run, batches)
+        made.append(Minibatch(groups=some, advantages=values, batches=batches, denominators=denominators))
+    return made
+
+
 def micro_batches(
     run: Run, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]
 ) -> tuple[list[TokenBatch], Denominators]:
@@ -179,7 +209,7 @@ def update(run: Run, scope: Scope, record: StepRecord) -> None:
                 run.engine.backward(output.loss, last=index == len(record.batches) - 1)
             record.add(output.loss, output.logprobs_N)
             scope.metrics.add(output.metrics)
-            if record.epoch == 0:
+            if record.is_first:
                 scope.metrics.add(sampler_difference(output.logprobs_N, batch))
         move_policy(run, scope, record)
 
@@ -224,12 +254,16 @@ def conclude(
     recorder: Recorder,
     groups: Sequence[Group],
     advantages: Advantages,
-    denominators: Denominators,
+    minibatches: Sequence[Minibatch],
 ) -> dict[str, float]:
     """Reduce the step's metrics, evaluate where due, and write; stop after too many steps without signal."""
-    steps, progress, updates = scope.step + 1, run.progress, run.config.batch.update_epochs
+    steps, progress = scope.step + 1, run.progress
     progress.unwritten = step_values(
-        scope.metrics, groups, denominators, updates=updates, tokens_before=progress.num_tokens
+        scope.metrics,
+        groups,
+        [minibatch.denominators for minibatch in minibatches],
+        updates=run.config.batch.updates,
+        tokens_before=progress.num_tokens,
     )
     progress.num_tokens = progress.unwritten["num_tokens"]
     progress.zero_signal_steps = zero_variance.count(progress.zero_signal_steps, groups)

@@ -131,8 +131,8 @@ def check_advantages(made: StepDump, rounding: float) -> Check:
     """Run the estimator again on the groups of each rank."""
     facts = made.facts
     part, config = part_config("advantage", facts["config"]["advantage"])
-    if part.needs or len(made.records) > 1:
-        return Check(name="advantages", difference=None, where="not recomputed: needs more than this rank's groups")
+    if part.needs or len(made.records) > 1 or facts["config"]["batch"].get("minibatches", 1) > 1:
+        return Check(name="advantages", difference=None, where="not recomputed: needs more than these groups")
     sampling = facts["config"]["sampling"]
     context = Context(step=facts["step"] - 1, seed=facts["config"]["seed"], max_new_tokens=sampling["max_new_tokens"])
     (record,) = made.records

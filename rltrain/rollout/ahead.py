@@ -221,7 +221,7 @@ def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, i
         renew(own, policy, parameters)
     inner = engine(config.rollout, config.sampling, own, seed=config.seed)
     deadline_s = config.deadline("rollout")
-    return Ahead(inner, policy, own, parameters, updates=config.batch.update_epochs, deadline_s=deadline_s)
+    return Ahead(inner, policy, own, parameters, updates=config.batch.updates, deadline_s=deadline_s)
 
 
 def load_copy(config: RunConfig, initial: str | None) -> Any:

@@ -37,8 +37,8 @@ HEADER = "rltrain_bundle"
 class StepRecord:
     """One optimiser step of one rank, filled micro-batch by micro-batch.
 
-    ``epoch`` counts the updates on the same completions. ``generator_state`` is torch's at the first micro-batch, from
-    which dropout follows.
+    ``epoch`` and ``minibatch`` count from 0 which update of the step it is. ``generator_state`` is torch's at the first
+    micro-batch, from which dropout follows.
     """
 
     step: int
@@ -50,6 +50,12 @@ class StepRecord:
     logprobs: list[Tensor] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     grad_norm: float | None = None
+    minibatch: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no weight has moved since the completions' old log-probs were taken."""
+        return self.epoch == 0 and self.minibatch == 0
 
     def add(self, loss: Tensor, logprobs_N: Tensor) -> None:
         """Add the results of the next micro-batch."""
@@ -94,7 +100,7 @@ def kept(
 
     ``parameters`` gives the trainable weights. All ranks enter together, and a NonFiniteError is raised on all.
     """
-    is_requested = record.epoch == 0 and record.step in config.debug.bundle_steps
+    is_requested = record.is_first and record.step in config.debug.bundle_steps
     before = weights_of(parameters(), keep=config.debug.bundle_weights) if is_requested else None
     try:
         yield
@@ -143,6 +149,7 @@ def _save(path: Path, config: RunConfig, records: Sequence[StepRecord], weights:
         "version": VERSION,
         "step": first.step,
         "epoch": first.epoch,
+        "minibatch": first.minibatch,
         "grad_norm": first.grad_norm,
         "weights_sha256": weights.sha256,
         "config": run_folder.resolved(config),
@@ -228,6 +235,7 @@ def _record(facts: Mapping[str, Any], entry: Mapping[str, Any], tensors: Mapping
     return StepRecord(
         step=facts["step"],
         epoch=facts["epoch"],
+        minibatch=facts.get("minibatch", 0),  # files of 0.1 have none
         grad_norm=facts["grad_norm"],
         groups=groups,
         advantages=[[next(values) for _ in group.completions] for group in groups],

@@ -41,9 +41,17 @@ def completion_metrics(groups: Sequence[Group]) -> Metrics:
 
 
 def step_values(
-    metrics: Accumulator, groups: Sequence[Group], denominators: Denominators, *, updates: int, tokens_before: float
+    metrics: Accumulator,
+    groups: Sequence[Group],
+    denominators: Sequence[Denominators],
+    *,
+    updates: int,
+    tokens_before: float,
 ) -> dict[str, float]:
-    """The reduced metrics of a step of ``updates`` optimiser steps; ``num_tokens`` counts on from ``tokens_before``."""
+    """The reduced metrics of a step of ``updates`` optimiser steps; ``num_tokens`` counts on from ``tokens_before``.
+
+    ``denominators`` are those of the minibatches; their mean is logged, as that of the losses is.
+    """
     metrics.add(completion_metrics(groups))
     values = metrics.reduce()
     step_s = sum(metrics.timing_s.values())
@@ -51,8 +59,8 @@ def step_values(
     return values | {
         **{name: values[name] / updates for name in ("loss", "policy_tokens")},
         "num_tokens": tokens_before + values["num_tokens"],
-        "loss_denominator/tokens": denominators.tokens,
-        "loss_denominator/rows": denominators.rows,
+        "loss_denominator/tokens": sum(each.tokens for each in denominators) / len(denominators),
+        "loss_denominator/rows": sum(each.rows for each in denominators) / len(denominators),
         "timing_s/step": step_s,
         "perf/throughput": completion_tokens * dist.world_size() / step_s,
     }

@@ -52,6 +52,13 @@ def one_rank(tmp_path_factory):
     return folder
 
 
+def test_two_ranks_make_the_minibatches_of_one(tmp_path):
+    for ranks in (1, 2):
+        result = train(tmp_path / str(ranks), ranks, "batch.minibatches=2", "steps=2")
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "2", tmp_path / "1")
+
+
 def test_two_ranks_equal_one(one_rank, tmp_path):
     result = train(tmp_path / "two", 2)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 """Whole runs of a very small policy: determinism, exact resume, micro-batch invariance, and what is written."""
 
+import copy
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ from tiny_run import OVERRIDES, config, metrics
 from whole_runs import assert_same_weights, final_weights, metrics_if_any, wait_for
 
 from rltrain import trainer
+from rltrain.batching.minibatches import split
 from rltrain.batching.zero_variance import ZeroVarianceError
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
@@ -177,6 +179,48 @@ def test_several_update_epochs_clip(tmp_path):
     line = metrics(tmp_path / "run")[1]
     assert line["clip_ratio/region_mean"] > 0
     assert 0 < line["policy_tokens"] <= line["loss_denominator/tokens"]
+
+
+def test_minibatches_are_optimiser_steps_of_a_plain_loop(tmp_path):
+    """Two AdamW steps on two halves of the rollout's groups, each a mean over its own tokens, by plain autograd."""
+    settings = config(
+        tmp_path / "run", "batch.minibatches=2", "steps=1", "algorithm=dapo", "batch.dynamic_sampling=false"
+    )
+    run = trainer.build(settings)
+    plain = copy.deepcopy(run.policy.model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=settings.optimizer.learning_rate, weight_decay=0.0)
+    scope = run.scope(0)
+    groups = trainer.collect(run, scope)
+    advantages = trainer.estimate(run, scope, groups).values
+    for part in split(len(groups), 2, seed=settings.seed, step=0):
+        pairs = [(groups[i], g, advantages[i][g]) for i in part for g in range(len(groups[i].completions))]
+        tokens = sum(len(advantages_T) for _, _, advantages_T in pairs)
+        loss = 0.0
+        for group, g, advantages_T in pairs:
+            ids, first = group.prompt.token_ids + group.completions[g].token_ids, len(group.prompt.token_ids)
+            logprobs_T = plain(torch.tensor([ids])).logits[0, first - 1 : -1].log_softmax(-1)
+            logprobs_T = logprobs_T.gather(1, torch.tensor(ids[first:])[:, None])[:, 0]
+            ratio_T = (logprobs_T - torch.tensor(group.completions[g].logprobs)).exp()
+            clipped_T = ratio_T.clamp(1 - settings.loss.clip_low, 1 + settings.loss.clip_high)
+            loss = loss - torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T).sum() / tokens
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), settings.optimizer.max_grad_norm)
+        optimizer.step()
+    trainer.fit(settings)
+    for name, value in final_weights(tmp_path / "run").items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=0, atol=2e-6)
+
+
+def test_minibatches_clip_and_resume_exactly(tmp_path):
+    overrides = ["batch.minibatches=4", "optimizer.learning_rate=1e-2"]
+    trainer.fit(config(tmp_path / "unbroken", *overrides))
+    trainer.fit(config(tmp_path / "run", *overrides, "steps=2"))
+    trainer.fit(config(tmp_path / "run", *overrides))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "unbroken")
+    assert_same_weights(final_weights(tmp_path / "run"), final_weights(tmp_path / "unbroken"))
+    lines = metrics(tmp_path / "unbroken")[1:]
+    assert max(line["clip_ratio/region_mean"] for line in lines) > 0
 
 
 def test_lora_trains_adapters_alone(tmp_path):
