@@ -23,6 +23,7 @@ from rltrain.config import RunConfig
 from rltrain.engine.deepspeed import NonFiniteError, learning_rate
 from rltrain.evaluate import evaluate, evaluation_rewards
 from rltrain.policy.logprobs import logprobs, micro_batch_loss, to_device
+from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.scoring import score
 from rltrain.runs import run_folder, step_dump
 from rltrain.runs.recorder import Recorder
@@ -116,6 +117,8 @@ def draw(run: Run, scope: Scope, attempt: int) -> list[Group]:
     with scope.stage("reward", "reward"):
         groups, scores = score(drawn, run.config.rewards, run.context(scope.step))
         scope.metrics.add(scores)
+        if scope.step == run.first_step:
+            refuse_broken(run.config.rewards)
     return groups
 
 

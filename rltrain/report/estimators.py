@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from rltrain import cli
-from rltrain.errors import ConfigError
+from rltrain.advantages.estimator import estimator_of
+from rltrain.errors import ConfigError, RunError
 from rltrain.registry import part_of, parts
 from rltrain.report.folder import RecordedRun
 from rltrain.report.samples import SampleRow, as_group, notes
@@ -83,8 +84,8 @@ class SampledStep:
                 if own.get("kind") == part.name and (part.needs or own == {"kind": part.name} | vars(config)):
                     return self.recorded(name)
                 context, source = self._context(part.needs)
-                found = part.function(self._groups, config, context)
-            except ConfigError as error:
+                found = estimator_of(config)(self._groups, context)
+            except (ConfigError, RunError) as error:
                 reasons.append(str(error))
                 continue
             return Estimate(

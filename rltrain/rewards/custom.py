@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rltrain.config import MISSING, RewardConfig
 from rltrain.errors import require
-from rltrain.registry import load_callable, register
+from rltrain.registry import check_arguments, load_callable, register
 from rltrain.types import Context, Group, Scores
+
+KEY = "reward.import_path"
 
 
 @dataclass(kw_only=True)
@@ -25,7 +27,14 @@ class UserRewardConfig(RewardConfig):
     def __post_init__(self) -> None:
         require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: must be > 0 seconds")
         if self.import_path != MISSING:
-            load_callable(self.import_path, key="reward.import_path")
+            self.check(self.load())
+
+    def load(self) -> Callable[..., Any]:
+        """The function; ``ConfigError`` where there is none."""
+        return load_callable(self.import_path, key=KEY)
+
+    def check(self, function: Callable[..., Any]) -> None:
+        """``ConfigError`` for a function that cannot be called as this kind of reward is."""
 
     def longest_wait_s(self) -> float:
         return self.deadline_s
@@ -37,9 +46,13 @@ class CustomRewardConfig(UserRewardConfig):
 
     options: dict[str, Any] = field(default_factory=dict)
 
+    def check(self, function: Callable[..., Any]) -> None:
+        """Three arguments."""
+        check_arguments(function, ("groups", "options", "context"), setting=f"{KEY}={self.import_path}")
+
 
 @register("reward", "custom", CustomRewardConfig)
 def custom(groups: Sequence[Group], config: CustomRewardConfig, context: Context) -> Scores:
     """Call the user's function."""
-    result = load_callable(config.import_path, key="reward.import_path")(groups, config.options, context)
+    result = config.load()(groups, config.options, context)
     return result if isinstance(result, Scores) else Scores(scores=result)

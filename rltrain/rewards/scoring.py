@@ -1,8 +1,9 @@
 """Score groups: call every reward, check what it returned, sum by weight, and measure.
 
-A reward that fails is counted and never ends the run. A user's function that raises, hangs, or returns the wrong number
-of scores makes the batch abstain (it says nothing about the answers); a NaN or infinite score makes its completion
-abstain. Failures are logged with the reward's name.
+A reward that fails is counted. A user's function that raises, hangs, or returns the wrong number of scores makes the
+batch abstain (it says nothing about the answers); a NaN or infinite score makes its completion abstain. Failures are
+logged with the reward's name, and a traceback once. Only one that fails on all of the first step ends a run
+(:func:`~rltrain.rewards.failures.refuse_broken`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from rltrain.config import RewardConfig
 from rltrain.errors import ConfigError
 from rltrain.registry import part_of
+from rltrain.rewards import failures
 from rltrain.rewards.custom import UserRewardConfig
 from rltrain.runtime import dist, watchdog
 from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std, is_right
@@ -39,6 +41,14 @@ class ScoredReward:
     failed: Sequence[Tensor]
     metrics: Metrics = field(default_factory=dict)
     notes: Sequence[Notes] = ()
+
+
+class RaisedInThread(Exception):
+    """Carries what a user's function raised out of its thread, ``SystemExit`` included."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def score(
@@ -82,14 +92,16 @@ def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
     try:
         with watchdog.waiting(f"reward {name}"):
             result = _call(name, config, groups, context)
-        failure = _length_fault(result.scores, sizes) or _notes_fault(result.notes, sizes)
+        failure = _length_fault(result.scores, sizes) or _notes_fault(result.notes, sizes) or _metrics_fault(result)
     except TimeoutError as error:
         failure, timed_out = str(error), True
     except ConfigError:  # an impossible setting is the user's to mend, not a failure of one batch
         raise
     except Exception as error:
-        log.debug("reward %s", name, exc_info=True)
-        failure = f"{type(error).__name__}: {error}"
+        raised = error.error if isinstance(error, RaisedInThread) else error
+        failures.show_once(name, raised)
+        failure = f"{type(raised).__name__}: {raised}"
+    failures.note(name, "" if timed_out else failure)
     if failure:
         log.warning("reward %s failed on a batch of %d groups, which abstain: %s", name, len(groups), failure)
         scores = [torch.full((size,), math.nan, dtype=torch.float64) for size in sizes]
@@ -114,11 +126,24 @@ def _number(value: Any) -> tuple[float, bool]:
 
 
 def _length_fault(scores: Any, sizes: Sequence[int]) -> str:
-    try:
-        returned = [len(row) for row in scores]
-    except TypeError:
-        return f"returned {type(scores).__name__}; give one list of scores per group"
+    if isinstance(scores, str | Mapping) or not isinstance(scores, Collection):
+        return f"returned {_what(scores)}; give one list of scores per group"
+    for index, row in enumerate(scores):
+        if not isinstance(row, Collection):
+            return f"returned {_what(scores)} whose entry {index} is {_what(row)}; give one list of scores per group"
+    returned = [len(row) for row in scores]
     return "" if returned == list(sizes) else f"returned {returned} scores per group, expected {list(sizes)}"
+
+
+def _what(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _metrics_fault(result: Scores) -> str:
+    for key, metric in result.metrics.items():
+        if not isinstance(metric, Metric):
+            return f"returned metrics[{key!r}] as {_what(metric)}; give Mean.of(…)"
+    return ""
 
 
 def _notes_fault(notes: Sequence[Notes], sizes: Sequence[int]) -> str:
@@ -147,7 +172,7 @@ def _call(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
                 torch.cuda.set_device(dist.device())  # the current device is a property of the thread
             future.set_result(function(groups, config, context))
         except BaseException as error:  # sys.exit() in a reward must not pass for a hang
-            future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+            future.set_exception(RaisedInThread(error))
 
     _busy[name] = future
     threading.Thread(target=work, name=f"reward-{name}", daemon=True).start()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from rltrain.registry import load_callable, register
+from rltrain.registry import register
 from rltrain.rewards.custom import UserRewardConfig
 from rltrain.types import Context, Group, Scores
 
@@ -41,8 +41,12 @@ def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
 @register("reward", "trl_function", TrlFunctionConfig)
 def trl_function(groups: Sequence[Group], config: TrlFunctionConfig, context: Context) -> Scores:
     """Call the function once for the batch and give its list back by group."""
-    values = load_callable(config.import_path, key="reward.import_path")(**trl_arguments(groups, context))
+    values = config.load()(**trl_arguments(groups, context))
     expected = sum(len(group.completions) for group in groups)
+    if not isinstance(values, Collection):
+        raise TypeError(
+            f"{config.import_path} returned a {type(values).__name__}, expected a list of {expected} rewards"
+        )
     if len(values) != expected:
         raise ValueError(f"{config.import_path} returned {len(values)} rewards for {expected} completions")
     remaining = iter(values)

@@ -21,3 +21,17 @@ def not_numbers(groups, options, context):
 
 def leaves(groups, options, context):
     raise SystemExit(3)
+
+
+def later(function):
+    """Right at step 0, then the function."""
+
+    def reward(groups, options, context):
+        if context.step == 0:
+            return [[float(i % 2) for i in range(len(group.completions))] for group in groups]
+        return function(groups, options, context)
+
+    return reward
+
+
+raises_later, one_short_later, leaves_later = later(raises), later(one_short), later(leaves)

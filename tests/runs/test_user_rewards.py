@@ -1,9 +1,10 @@
-"""A user's reward that fails is a counted failure in a real run: never its end, never a silent zero or broadcast."""
+"""A user's reward that fails: the end of a run at its first step, later a counted failure; never a silent zero."""
 
 import pytest
 from tiny_run import config, metrics
 
 from rltrain import trainer
+from rltrain.rewards.failures import RewardError
 
 
 def run_with(function: str, run_dir, *overrides: str, name: str = "broken") -> list[dict]:
@@ -12,21 +13,38 @@ def run_with(function: str, run_dir, *overrides: str, name: str = "broken") -> l
     return metrics(run_dir)[1:]
 
 
-@pytest.mark.parametrize("function", ["raises", "one_short", "leaves"])
-def test_a_reward_that_fails_takes_its_completions_out_and_the_run_goes_on(function, tmp_path):
-    for line in run_with(function, tmp_path / "run"):
-        assert line["rewards/broken/errors"] == 1
-        assert line["rewards/broken/timeouts"] == 0
-        assert line["loss_denominator/rows"] == 1  # nothing to learn from: the floor of the denominator
-        assert line["policy_tokens"] == 0
-        assert "reward" not in line
+@pytest.mark.parametrize(
+    ("function", "cause"),
+    [
+        ("raises", "RuntimeError: the grader's server is down"),
+        ("one_short", "returned [3, 3, 3, 3] scores per group, expected [4, 4, 4, 4]"),
+        ("leaves", "SystemExit: 3"),
+    ],
+)
+def test_a_reward_that_fails_on_all_of_the_first_step_ends_the_run_before_an_update(function, cause, tmp_path):
+    with pytest.raises(RewardError) as caught:
+        run_with(function, tmp_path / "run")
+    message = f"reward broken: failed on every completion of the first step ({cause}); mend the function, or leave"
+    assert str(caught.value).startswith(message)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0]
+
+
+@pytest.mark.parametrize("function", ["raises_later", "one_short_later", "leaves_later"])
+def test_a_reward_that_fails_later_takes_its_completions_out_and_the_run_goes_on(function, tmp_path):
+    first, second = run_with(function, tmp_path / "run", "evaluation.every_steps=0")
+    assert first["rewards/broken/errors"] == 0 and "reward" in first
+    assert second["rewards/broken/errors"] == 1
+    assert second["rewards/broken/timeouts"] == 0
+    assert second["loss_denominator/rows"] == 1  # nothing to learn from: the floor of the denominator
+    assert second["policy_tokens"] == 0
+    assert "reward" not in second
 
 
 def test_a_reward_that_hangs_is_left_behind_at_its_deadline(tmp_path):
     """A name of its own: the thread that hangs keeps its reward busy for as long as it lives."""
-    overrides = ["rewards.slow.deadline_s=0.5", "evaluation.every_steps=0"]
-    for line in run_with("hangs", tmp_path / "run", *overrides, name="slow"):
-        assert line["rewards/slow/timeouts"] == 1
+    overrides = ["rewards.hanging.deadline_s=0.5", "evaluation.every_steps=0"]
+    for line in run_with("hangs", tmp_path / "run", *overrides, name="hanging"):
+        assert line["rewards/hanging/timeouts"] == 1
         assert line["policy_tokens"] == 0
 
 

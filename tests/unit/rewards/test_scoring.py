@@ -3,11 +3,13 @@
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from rltrain.errors import ConfigError
 from rltrain.rewards.custom import CustomRewardConfig
+from rltrain.rewards.failures import RewardError, refuse_broken
 from rltrain.rewards.format import FormatConfig
 from rltrain.rewards.math import MathConfig
 from rltrain.rewards.scoring import score
@@ -64,6 +66,30 @@ def trl_too_few(prompts, completions, completion_ids, **columns):
     return [1.0]
 
 
+def whatever(groups, options, context):
+    return options["value"]
+
+
+def level_of(group):
+    return group.prompt.problem.meta["level"]
+
+
+def raises_deeper(groups, options, context):
+    return [[level_of(groups[0])]]
+
+
+def two_arguments(groups, context):
+    return []
+
+
+def trl_nothing(prompts, completions, **columns):
+    pass
+
+
+def trl_yields(prompts, completions, **columns):
+    yield 1.0
+
+
 def group(texts, answer="5", **meta):
     completions = tuple(Completion(token_ids=(7, 8), logprobs=(0.0, 0.0), finish="stop", text=text) for text in texts)
     problem = Problem(id="p", prompt="q", answer=answer, meta=meta)
@@ -110,6 +136,103 @@ def test_a_reward_that_abstains_on_a_whole_group_does_not_apply_to_it():
     assert value(metrics["rewards/answer/abstained"]) == 0.5
     alone, metrics = score([group(texts, answer="see figure")], {"answer": MathConfig()}, Context())
     assert alone[0].rewards_G.isnan().all() and metrics["reward"].count == 0 == metrics["reward_std"].count
+
+
+FORM = "; give one list of scores per group"
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, f"returned None{FORM}"),
+        (1.0, f"returned a float{FORM}"),
+        ("right", f"returned a str{FORM}"),
+        ({"p": [1.0, 0.0]}, f"returned a dict{FORM}"),
+        (([1.0, 0.0] for _ in range(1)), f"returned a generator{FORM}"),
+        ([1.0], f"returned a list whose entry 0 is a float{FORM}"),
+        ([None], f"returned a list whose entry 0 is None{FORM}"),
+        ([(1.0 for _ in range(2))], f"returned a list whose entry 0 is a generator{FORM}"),
+        ([[1.0], [0.0]], "returned [1, 1] scores per group, expected [2]"),
+        ([[1.0, 0.0, 0.0]], "returned [3] scores per group, expected [2]"),
+        (
+            Scores(scores=[[1.0, 0.0]], metrics={"share": 0.5}),
+            "returned metrics['share'] as a float; give Mean.of(…)",
+        ),
+        (
+            Scores(scores=[[1.0, 0.0]], notes=[{"halves": [[0.5]]}]),
+            "returned notes that do not fit; give one list per completion of every group, or none",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_no_list_of_scores_per_group_is_named(returned, message, caplog):
+    scored, metrics = score([group(["a", "b"])], {"mine": user("whatever", options={"value": returned})}, Context())
+    assert scored[0].rewards_G.isnan().all() and metrics["rewards/mine/errors"].total == 2
+    assert caplog.messages == [f"reward mine failed on a batch of 1 groups, which abstain: {message}"]
+
+
+@pytest.mark.parametrize("scores", [torch.tensor([[1.0, 0.25]]), np.array([[1.0, 0.25]]), ((1.0, 0.25),)])
+def test_arrays_and_tuples_are_scores_too(scores):
+    scored, _ = score([group(["a", "b"])], {"mine": user("whatever", options={"value": scores})}, Context())
+    assert scored[0].rewards_G.tolist() == [1.0, 0.25]
+
+
+def test_a_reward_that_raises_shows_its_own_traceback_once(caplog):
+    rewards = {"mine": user("raises_deeper")}
+    for _ in range(3):
+        score([group(["a"])], rewards, Context())
+    tracebacks = [text for text in caplog.messages if "Traceback" in text]
+    assert len(tracebacks) == 1 and len(caplog.messages) == 1 + 3
+    lines = tracebacks[0].splitlines()
+    assert lines[0] == "reward mine raised:" and lines[-1] == "KeyError: 'level'"
+    assert [line.split(", in ")[1] for line in lines if line.startswith("  File")] == ["raises_deeper", "level_of"]
+    assert "reward mine failed on a batch of 1 groups, which abstain: KeyError: 'level'" in caplog.messages[1]
+
+
+def test_a_run_ends_where_the_last_call_of_a_reward_failed_from_end_to_end():
+    groups = [group(["ab", "abc"])]
+    for name, cause in (
+        ("raises", "KeyError: 'no such column'"),
+        ("leaves", "SystemExit: 1"),
+        ("one_number", f"returned a float{FORM}"),
+    ):
+        rewards = {"answer": MathConfig(), "mine": user(name)}
+        score(groups, rewards, Context())
+        with pytest.raises(RewardError) as caught:
+            refuse_broken(rewards)
+        assert str(caught.value) == (
+            f"reward mine: failed on every completion of the first step ({cause}); "
+            "mend the function, or leave the reward out"
+        )
+        score(groups, {"mine": user("lengths")}, Context())
+        refuse_broken(rewards)  # it has worked since
+    score([group(["a"] * 5)], {"mine": user("nonsense")}, Context())
+    refuse_broken(["mine"])  # single completions failed
+    release.clear()
+    score(groups, {"stuck": user("hangs", deadline_s=0.2)}, Context())
+    release.set()
+    refuse_broken(["stuck", "never_called"])  # a server may come back
+
+
+def test_a_function_of_other_arguments_is_refused_when_the_config_is_made():
+    with pytest.raises(ConfigError) as caught:
+        user("two_arguments")
+    path = f"{__name__}:two_arguments"
+    assert str(caught.value) == (
+        f"reward.import_path={path}: takes (groups, context); give it the arguments (groups, options, context)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("trl_nothing", "returned a NoneType, expected a list of 2 rewards"),
+        ("trl_yields", "returned a generator, expec"),
+    ],
+)
+def test_a_trl_function_that_returns_no_list_is_named(name, message, caplog):
+    score([group(["5", "6"])], {"mine": TrlFunctionConfig(import_path=f"{__name__}:{name}")}, Context())
+    assert f"which abstain: TypeError: {__name__}:{name} {message}" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("name", ["raises", "leaves", "too_few", "one_number"])
