@@ -19,7 +19,7 @@ from typing import Any
 from rltrain import cli
 from rltrain.config import ColdStartConfig, RunConfig
 from rltrain.errors import ConfigError, RunError
-from rltrain.policy.encode import encode
+from rltrain.policy.encode import encode_all, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.registry import part_of
 from rltrain.runs import run_folder
@@ -116,18 +116,22 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
     other = next((problem.id for problem in problems if not isinstance(problem.meta[field], str)), None)
     if other is not None:
         raise ConfigError(f"cold_start.solution_field={field}: of {other} is no text; choose a field that holds text")
+    if policy.tokenizer.eos_token_id is None:
+        raise ConfigError("cold start: the tokenizer has no EOS token to end a solution; set eos_token in its config")
     rows = []
-    for problem in problems:
-        encoded = encode(policy, problem, config.model)
+    longest = config.cold_start.max_length
+    for encoded in encode_all(policy, problems, config.model, max_prompt_tokens=longest)[0]:
         prompt = encoded.token_ids
-        solution = policy.tokenizer(problem.meta[field], add_special_tokens=False)["input_ids"]
+        solution = policy.tokenizer(encoded.problem.meta[field], add_special_tokens=False)["input_ids"]
         ids = [*prompt, *solution, *encoded.continuation_ids, policy.tokenizer.eos_token_id]
-        if prompt and len(ids) <= config.cold_start.max_length:
+        if len(ids) <= longest:
             rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
     if len(rows) < len(problems):
-        log.warning("cold start: %d solutions over max_length were left out", len(problems) - len(rows))
+        count = len(problems) - len(rows)
+        log.warning("cold start: %d solutions over max_length, or without a prompt, were left out", count)
     if not rows:
-        raise ConfigError("cold start: no example is within cold_start.max_length; raise it")
+        reason = why_left_out(policy, problems[0], config.model, max_prompt_tokens=longest)
+        raise ConfigError(f"cold start: no example is within cold_start.max_length={longest}, the first is {reason}")
     return rows
 
 

@@ -25,6 +25,7 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 CHOICES = "choices"
 SPLITS = ("train", "validation", "test")
 IDS_IN_WARNING = 5
+REASONS_IN_WARNING = 8
 RAW = "; as it is, for a trl_function: data.answer=null '+data.meta.answer={path}'"
 
 
@@ -292,11 +293,13 @@ def _reasons(left_out: Sequence[LeftOut]) -> str:
     by_reason: dict[str, list[str]] = {}
     for row in left_out:
         by_reason.setdefault(row.reason, []).append(row.id)
-    return "; ".join(f"{len(ids)} row{'s' * (len(ids) > 1)} ({_first(ids)}): {why}" for why, ids in by_reason.items())
+    told = [f"{len(ids)} row{'s' * (len(ids) > 1)} ({_first(ids)}): {why}" for why, ids in by_reason.items()]
+    return "; ".join(told[:REASONS_IN_WARNING]) + f"; {len(told)} reasons in all" * (len(told) > REASONS_IN_WARNING)
 
 
 def _first(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:IDS_IN_WARNING]) + ", …" * (len(ids) > IDS_IN_WARNING)
+    shown = [name if name.isprintable() else ascii(name) for name in ids[:IDS_IN_WARNING]]
+    return ", ".join(shown) + ", …" * (len(ids) > IDS_IN_WARNING)
 
 
 @register("data", "hub", HubConfig)

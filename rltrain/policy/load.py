@@ -16,7 +16,7 @@ import torch
 from rltrain.config import MISSING, LoraConfig, ModelConfig
 from rltrain.errors import ConfigError, require
 from rltrain.policy.lora import add_lora, load_lora
-from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer
+from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer, pad_token_id
 from rltrain.policy.training_mode import only_lora_dropout, recompute_layers
 from rltrain.registry import discover, part_of, parts, register
 
@@ -78,7 +78,7 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
         model=model,
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=pad_token_id(tokenizer),
         base=base if config.lora.rank > 0 else None,
     )
 

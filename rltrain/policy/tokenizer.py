@@ -33,6 +33,12 @@ def start_ids(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
+def pad_token_id(tokenizer: Any) -> int:
+    """Padding, else EOS, else 0: padded places are masked, so that any token serves."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None), 0)
+
+
 def load_tokenizer(source: str, key: str, **options: Any) -> Any:
     """The tokenizer of a folder or hub name; ConfigError in one line where its files are missing or broken."""
     from transformers import AutoTokenizer

@@ -1,5 +1,6 @@
 """Mistakes of users: one clear line each, and nothing lost."""
 
+import dataclasses
 import json
 import re
 import resource
@@ -13,6 +14,7 @@ from chat_tokenizers import DATED, NO_SYSTEM, character_tokenizer, small_model
 from tiny_run import OVERRIDES, config, metrics
 
 from rltrain import cli, trainer
+from rltrain.data.hub import hub as hub_problems
 from rltrain.errors import ConfigError
 from rltrain.runs import checkpoint
 
@@ -162,6 +164,27 @@ def test_prompts_that_a_model_cannot_be_asked_train_nothing(tmp_path, chat_model
     (tmp_path / "model" / "tokenizer.json").unlink()
     (tmp_path / "model" / "tokenizer_config.json").unlink()
     assert f"model.path={tmp_path / 'model'}: no tokenizer" in message(text)
+
+
+def test_a_cold_start_leaves_out_what_the_template_refuses(tmp_path, chat_model, caplog):
+    from rltrain import sft
+    from rltrain.policy.load import load_policy
+
+    user = {"role": "user", "content": "1+1"}
+    rows = [{"m": [user], "answer": "2"}, {"m": [user, user], "answer": "2"}]
+    path = jsonl(tmp_path / "chats.jsonl", rows)
+    run = cli.compose([*chat_model, f"data.path={path}", "data.messages=m", "+data.meta.solution=answer"])
+    policy = load_policy(run.model)
+    problems = hub_problems(dataclasses.replace(run.data, holdout=1e-9), "train")
+    (kept,) = sft.examples(problems, policy, run)
+    prompt = policy.tokenizer("<s><|user|>1+1<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
+    assert kept["input_ids"] == [*prompt, *policy.tokenizer("2", add_special_tokens=False)["input_ids"], 2]
+    assert "cold start: 1 solutions over max_length, or without a prompt, were left out" in caplog.text
+    with pytest.raises(ConfigError, match=r"no example .*, the first is train-1: the chat template refuses"):
+        sft.examples(problems[1:], policy, run)
+    policy.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="cold start: the tokenizer has no EOS token"):
+        sft.examples(problems, policy, run)
 
 
 def test_a_chat_that_is_asked_as_it_should_be_trains(tmp_path, chat_model):

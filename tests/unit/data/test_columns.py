@@ -239,6 +239,18 @@ def test_bad_rows_of_all_kinds_are_reported_once_and_the_rest_is_kept(tmp_path, 
     assert line.isprintable()
 
 
+def test_the_warning_stays_one_line_of_bounded_length(tmp_path, caplog):
+    turn = {"role": "user", "content": "Hi"}
+    rows = [{"i": f"row\n{n}", "m": [turn] * n + [{"role": "user", "content": ""}], "answer": "1"} for n in range(12)]
+    rows.append({"i": "good", "m": [turn], "answer": "1"})
+    assert len(problems(tmp_path, rows, messages="m", id="i").left_out) == 12
+    (line,) = caplog.messages
+    assert line.isprintable()
+    assert line.count("is empty") == 8
+    assert "1 row ('row\\n0'): message 0 of m is empty" in line
+    assert line.endswith("; 12 reasons in all")
+
+
 def test_a_list_in_the_prompt_is_no_text(tmp_path):
     with pytest.raises(
         ConfigError, match=r"q is a list, not text \(messages: set data.messages=q and data.prompt=null"

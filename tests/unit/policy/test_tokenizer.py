@@ -8,7 +8,7 @@ from chat_tokenizers import CHATML, DATED, character_tokenizer, small_model
 from rltrain.config import ModelConfig
 from rltrain.errors import ConfigError
 from rltrain.policy.load import PretrainedConfig, load_frozen, load_policy
-from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer
+from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer, pad_token_id
 
 
 @pytest.fixture
@@ -75,6 +75,15 @@ def test_a_reference_needs_no_template(folder):
     assert load_frozen(chat).tokenizer.chat_template is None
     with pytest.raises(ConfigError, match="model.chat=true: the tokenizer has no chat template"):
         load_policy(chat)
+
+
+def test_the_id_that_pads():
+    tokenizer = character_tokenizer()
+    assert pad_token_id(tokenizer) == 0
+    tokenizer.pad_token = None
+    assert pad_token_id(tokenizer) == 2
+    tokenizer.eos_token = None
+    assert pad_token_id(tokenizer) == 0
 
 
 def test_a_template_with_a_clock_fits_a_date():
