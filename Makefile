@@ -53,22 +53,25 @@ docs: $(docs_installed)
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 $(docs_installed): $(installed)
-	$(python) -m pip install --quiet --constraint requirements.lock --editable '.[docs]'
+	$(python) -m pip install --quiet --quiet --constraint $(VENV)/constraints.txt --editable '.[docs]'
 	@touch $@
 
 venv: $(installed)
 
-$(installed): pyproject.toml requirements.lock scripts/make_venv.sh
+$(installed): pyproject.toml requirements.lock scripts/make_venv.sh scripts/install_torch.sh
 	@scripts/make_venv.sh $(VENV)
 	@touch $@
 
-# The build of torch is the installer's choice, so the local version suffix (+cpu, +cu126) is left out.
+# The build of torch is the installer's choice, so its suffix is left out. The pin of triton is what the CPU build is
+# tested with (scripts/install_torch.sh), and a CUDA build would add its libraries, so only an environment with the CPU
+# build writes the file.
 lock: $(installed) $(docs_installed)
-	$(python) -m pip freeze --exclude-editable | sed 's/+c[pu][^ ]*$$//' > requirements.lock
+	@$(python) -c 'import torch, sys; sys.exit("+cpu" not in torch.__version__ and "make lock: needs the +cpu build of torch, found " + torch.__version__)'
+	$(python) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
 vllm-env: $(vllm_installed)
 
-$(vllm_installed): requirements-vllm.lock scripts/make_vllm_venv.sh
+$(vllm_installed): requirements-vllm.lock scripts/make_vllm_venv.sh scripts/install_torch.sh
 	@scripts/make_vllm_venv.sh $(VLLM_VENV)
 	@touch $@
 

