@@ -1,6 +1,6 @@
 """Memory per rank under every ZeRO stage, from the config alone: no weights are read, and no GPU is needed.
 
-The assumptions, and predicted against measured peaks, are in docs/planner.md.
+The assumptions are in docs/planner.md, predicted against measured peaks in docs/results/planner.md.
 """
 
 from __future__ import annotations

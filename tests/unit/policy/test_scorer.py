@@ -214,6 +214,7 @@ def test_a_frozen_scorer_is_the_model_at_its_path(policy, tmp_path):
 def test_a_run_with_a_scorer_of_another_vocabulary_ends_before_its_first_step(policy, tmp_path):
     other = load_policy(SMALL)
     other.tokenizer.add_tokens(["<step>"])
+    other.model.resize_token_embeddings(len(other.tokenizer))
     run_config = frozen_run(saved(policy, tmp_path / "policy"), saved(other, tmp_path / "other"), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"other: its vocabulary .*; choose a model that shares") as error:
         trainer.fit(run_config)
