@@ -1,4 +1,4 @@
-"""Is a data set fit to train on? Golds, duplicates, overlap of the splits, and signs that a model has seen it.
+"""Checks of a data set: golds, duplicates, overlap of the splits, and signs that a model has seen it.
 
 python -m rltrain.audit data=NAME reward@rewards.answer=NAME [--probe N model=… model.path=…]
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from rltrain.rewards.math import MathConfig, grade
 from rltrain.rewards.scoring import score
 from rltrain.rewards.verifier.extract import gold_of
 from rltrain.rewards.verifier.number import parse_number
-from rltrain.types import Completion, Context, Group, Problem, Prompt
+from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right
 
 NGRAM = 13
 PROBE_SHARES = (0.4, 0.6, 0.8)
@@ -34,7 +35,7 @@ _WORD = re.compile(r"\w+|[^\w\s.,!?;:'\"`$]")
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One row that fails, by split and id, and why."""
+    """A row that fails, by split and id, and the reason."""
 
     split: str
     id: str
@@ -42,7 +43,7 @@ class Finding:
 
 
 def prompt_text(problem: Problem) -> str:
-    """The prompt as one text; of chat messages, what the user said."""
+    """The prompt as text. Of chat messages, those of the user."""
     if isinstance(problem.prompt, str):
         return problem.prompt
     return "\n".join(message["content"] for message in problem.prompt if message["role"] == "user")
@@ -52,14 +53,14 @@ def prompt_text(problem: Problem) -> str:
 
 
 def neighbour(problems: Sequence[Problem], index: int) -> str | None:
-    """A wrong answer next to the gold: the number plus one, else the next different gold; None if there is none."""
+    """A wrong answer next to the gold: the number plus one, else the next different gold, else None."""
     gold = gold_of(problems[index].answer)
     number = parse_number(gold)
     if number is not None:
         value = number.value + 1
         return str(value) if value.denominator > 1 else str(value.numerator)
-    others = (gold_of(problems[(index + step) % len(problems)].answer) for step in range(1, min(len(problems), 50)))
-    return next((other for other in others if other.casefold() != gold.casefold()), None)
+    golds = (gold_of(problems[(index + step) % len(problems)].answer) for step in range(1, min(len(problems), 50)))
+    return next((candidate for candidate in golds if candidate.casefold() != gold.casefold()), None)
 
 
 def check_golds(problems: Sequence[Problem], rewards: Mapping[str, RewardConfig], *, split: str) -> list[Finding]:
@@ -74,11 +75,11 @@ def check_golds(problems: Sequence[Problem], rewards: Mapping[str, RewardConfig]
         groups.append(Group(prompt=Prompt(problem=problem, token_ids=()), completions=tuple(completions)))
     findings = []
     for group in score(groups, {name: config}, Context())[0]:
-        own, other = group.reward_parts[name].tolist()
-        if own != 1:
-            why = f"the gold grades itself {'None' if own != own else own}"
+        of_gold, of_neighbour = group.reward_parts[name].tolist()
+        if of_gold != 1:
+            why = f"the gold grades itself {'None' if math.isnan(of_gold) else of_gold}"
             findings.append(Finding(split=split, id=group.prompt.problem.id, why=why))
-        elif other == 1:
+        elif of_neighbour == 1:
             text = group.completions[1].text
             findings.append(Finding(split=split, id=group.prompt.problem.id, why=f"a neighbour grades 1: {text[:80]}"))
     return findings
@@ -88,12 +89,12 @@ def check_golds(problems: Sequence[Problem], rewards: Mapping[str, RewardConfig]
 
 
 def normal_words(text: str) -> list[str]:
-    """Lower-case words and mathematical signs, without punctuation: what duplicates and n-grams are compared by."""
+    """Lower-case words and mathematical signs without punctuation, for comparing texts."""
     return _WORD.findall(text.casefold())
 
 
 def check_duplicates(splits: Mapping[str, Sequence[Problem]]) -> list[Finding]:
-    """Problems whose prompt was seen before, in the same or an earlier split."""
+    """Problems with the prompt of an earlier problem, in the same or an earlier split."""
     seen: dict[str, tuple[str, str]] = {}
     findings = []
     for split, problems in splits.items():
@@ -106,14 +107,14 @@ def check_duplicates(splits: Mapping[str, Sequence[Problem]]) -> list[Finding]:
 
 
 def ngrams(words: Sequence[str], size: int = NGRAM) -> set[int]:
-    """Hashes of all runs of ``size`` words; of a shorter text, of the whole."""
+    """Hashes of all runs of ``size`` words, or of the whole text if it is shorter."""
     return {hash(tuple(words[start : start + size])) for start in range(max(1, len(words) - size + 1))}
 
 
 def check_overlap(train: Sequence[Problem], test: Sequence[Problem], *, split: str, size: int = NGRAM) -> list[Finding]:
-    """Test problems that share a run of ``size`` words with a training prompt that no second test prompt shares.
+    """Test problems that share a run of ``size`` words with a training prompt.
 
-    Runs common to several test prompts are the template, not the question, and do not count.
+    Runs common to several test prompts belong to the template, not to the question, and do not count.
     """
     rows = [ngrams(normal_words(prompt_text(problem)), size) for problem in test]
     counts: dict[int, int] = {}
@@ -141,14 +142,14 @@ def cut(text: str, share: float) -> tuple[str, str]:
 
 
 def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of words; 0 if either is empty."""
+    """F1 of the longest common subsequence of words, 0 if either is empty."""
     lengths = [0] * (len(reference) + 1)
     for word in candidate:
         diagonal = 0
-        for index, other in enumerate(reference, start=1):
+        for index, reference_word in enumerate(reference, start=1):
             diagonal, lengths[index] = (
                 lengths[index],
-                (diagonal + 1 if word == other else max(lengths[index], lengths[index - 1])),
+                (diagonal + 1 if word == reference_word else max(lengths[index], lengths[index - 1])),
             )
     return 2 * lengths[-1] / (len(candidate) + len(reference)) if candidate and reference else 0.0
 
@@ -156,19 +157,19 @@ def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
 def probe(
     problems: Sequence[Problem], complete: Callable[[Sequence[str]], Sequence[str]], share: float
 ) -> dict[str, float]:
-    """How well greedy continuations of cut questions restore the rest, and answer the question that was not shown.
+    """How well greedy continuations of cut questions restore the rest, and answer the whole question.
 
-    ``exact`` compares the continuation's beginning with the rest, word by word.
+    ``exact`` compares the continuation with the rest, word by word, up to the length of the rest.
     """
     pairs = [cut(prompt_text(problem), share) for problem in problems]
     texts = complete([shown for shown, _ in pairs])
     scores, exact, right = [], [], []
     for problem, (_, hidden), text in zip(problems, pairs, texts, strict=True):
-        wanted, got = normal_words(hidden), normal_words(text)
-        got = got[: len(wanted)]
-        scores.append(rouge_l(got, wanted))
-        exact.append(bool(wanted) and got == wanted)
-        right.append(grade(text, problem.answer, extraction="lenient").score == 1.0)
+        expected = normal_words(hidden)
+        restored = normal_words(text)[: len(expected)]
+        scores.append(rouge_l(restored, expected))
+        exact.append(bool(expected) and restored == expected)
+        right.append(is_right(grade(text, problem.answer, extraction="lenient").score or 0.0))
     count = max(1, len(problems))
     return {"rouge_l": sum(scores) / count, "exact": sum(exact) / count, "answered": sum(right) / count}
 
@@ -204,20 +205,20 @@ def greedy_completer(config: RunConfig) -> Callable[[Sequence[str]], list[str]]:
 
 
 def audit(splits: Mapping[str, Sequence[Problem]], rewards: Mapping[str, RewardConfig]) -> dict[str, list[Finding]]:
-    """All findings by check. The first split is the one trained on."""
+    """All findings by check. The first split is that of training."""
     train = next(iter(splits))
-    golds = [found for split, problems in splits.items() for found in check_golds(problems, rewards, split=split)]
+    golds = [gold for split, problems in splits.items() for gold in check_golds(problems, rewards, split=split)]
     others = [split for split in splits if split != train]
-    overlap = [found for split in others for found in check_overlap(splits[train], splits[split], split=split)]
+    overlap = [shared for split in others for shared in check_overlap(splits[train], splits[split], split=split)]
     duplicates = check_duplicates(splits)
-    across = [found for found in duplicates if not found.why.startswith(f"same prompt as {found.split} ")]
-    inside = [found for found in duplicates if found not in across]
+    across = [row for row in duplicates if not row.why.startswith(f"same prompt as {row.split} ")]
+    inside = [row for row in duplicates if row not in across]
     return {"golds": golds, "duplicates_inside": inside, "duplicates_across": across, "overlap_13gram": overlap}
 
 
 def passing(problems: Sequence[Problem], findings: Sequence[Finding], *, split: str) -> list[Problem]:
-    """The problems of ``split`` without the rows that were found faulty."""
-    faulty = {found.id for found in findings if found.split == split}
+    """The problems of ``split`` without the rows that failed a check."""
+    faulty = {finding.id for finding in findings if finding.split == split}
     return [problem for problem in problems if problem.id not in faulty]
 
 
@@ -231,7 +232,7 @@ def load_splits(config: RunConfig, limit: int) -> dict[str, list[Problem]]:
 
 
 def main(config: RunConfig, *, limit: int, probes: int) -> int:
-    """Audit, write the report, print the counts; the exit code."""
+    """Audit, write the report and print the counts. Returns the exit code."""
     splits = load_splits(config, limit)
     findings = audit(splits, config.rewards)
     report: dict[str, Any] = {
@@ -264,7 +265,7 @@ def _print(report: Mapping[str, Any], path: Path) -> None:
 
 
 def command_line() -> None:
-    """Take our own flags off the command line, leave the rest to Hydra."""
+    """Take the audit's flags off the command line and leave the rest to Hydra."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--probe", type=int, default=0, metavar="N")
     parser.add_argument("--limit", type=int, default=20_000, metavar="N")

@@ -1,12 +1,12 @@
-"""ConMax's data set: compress traces with a trained policy, answer again from the short ones, keep what is right.
+"""ConMax's data set: compress traces with a trained policy, answer from the short traces, keep right answers.
 
 python -m rltrain.compress +experiment=conmax model.path=COMPRESSOR scorer.path=FROZEN run_dir=FOLDER
 
 FOLDER/compressed.jsonl   one line per trace as it is done: what came of it, and its lengths
-FOLDER/sft.jsonl          at the end: the kept rows; prompt and solution for rltrain.sft
+FOLDER/sft.jsonl          at the end: the kept rows. Prompt and solution for rltrain.sft
 FOLDER/compress.json      the config, and at the end the counts
 
-The same command goes on where a killed one stopped, and gives the same files.
+The same command continues where a killed run stopped, and gives the same files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right
 
 log = logging.getLogger(__name__)
 
-# Sampling keys of a step that neither training nor evaluation reaches.
+# A step for sampling keys that neither training nor evaluation uses.
 COMPRESSION_STEP = -2
 FREE_KEYS = tuple({*run_folder.FREE_KEYS, "steps"} - {"compress"})
 KEPT, WRONG, NO_TRACE, LEFT_OUT = "kept", "wrong", "no trace", "left out"
@@ -54,24 +54,24 @@ class Pipeline:
     answering: Any
 
     def rows(self, traces: Sequence[Problem]) -> list[TraceRow]:
-        """What came of each trace, in order."""
+        """The row of each trace, in order."""
         config = self.config
         limit = prompt_limit(self.compressor, config.sampling)
         prompts, dropped = encode_all(self.compressor, traces, config.model, max_prompt_tokens=limit)
         sampling = dataclasses.replace(config.sampling, temperature=config.compress.temperature)
         groups = self.writing.generate(prompts, step=COMPRESSION_STEP, group_size=1, sampling=sampling)
-        found = [(_trace_prompt(group.prompt), group.completions[0]) for group in groups]
-        short = [(prompt, compressed_ids(prompt, one, self.compressor.tokenizer)) for prompt, one in found]
-        rows = {one.id: _row(one.id, LEFT_OUT) for one in dropped}
+        written = [(_trace_prompt(group.prompt), group.completions[0]) for group in groups]
+        short = [(prompt, compressed_ids(prompt, output, self.compressor.tokenizer)) for prompt, output in written]
+        rows = {problem.id: _row(problem.id, LEFT_OUT) for problem in dropped}
         rows |= {prompt.problem.id: _row(prompt.problem.id, NO_TRACE) for prompt, ids in short if not ids}
         rows |= {row["id"]: row for row in self._answered([pair for pair in short if pair[1]])}
         return [rows[trace.id] for trace in traces]
 
     def _answered(self, short: Sequence[tuple[TracePrompt, tuple[int, ...]]]) -> Iterator[TraceRow]:
-        """Rows of the traces that were compressed: the frozen model goes on from question and short trace."""
+        """Rows of the compressed traces, after which the frozen model answers the question."""
         begun = self.config.compress.begin_answer
         starts = [prompt.before_answer_ids if begun else () for prompt, _ in short]
-        asked = [
+        prompts = [
             Prompt(problem=prompt.problem, token_ids=prompt.with_trace(ids) + start)
             for (prompt, ids), start in zip(short, starts, strict=True)
         ]
@@ -79,10 +79,10 @@ class Pipeline:
             self.config.sampling,
             temperature=self.config.compress.answer_temperature,
             max_new_tokens=self.config.compress.max_answer_tokens,
-            max_prompt_tokens=max((len(prompt.token_ids) for prompt in asked), default=1),
+            max_prompt_tokens=max((len(prompt.token_ids) for prompt in prompts), default=1),
             stop=[],
         )
-        groups = self.answering.generate(asked, step=COMPRESSION_STEP, group_size=1, sampling=sampling)
+        groups = self.answering.generate(prompts, step=COMPRESSION_STEP, group_size=1, sampling=sampling)
         if begun:
             groups = [
                 _begun(group, prompt.config.before_answer) for group, (prompt, _) in zip(groups, short, strict=True)
@@ -113,8 +113,10 @@ class Pipeline:
 
 
 def _begun(group: Group, start: str) -> Group:
-    """The answers with the text that they were begun with."""
-    completions = tuple(dataclasses.replace(one, text=start + one.text) for one in group.completions)
+    """The group with the given start of its answers added to their text."""
+    completions = tuple(
+        dataclasses.replace(completion, text=start + completion.text) for completion in group.completions
+    )
     return dataclasses.replace(group, completions=completions)
 
 
@@ -129,7 +131,7 @@ def _trace_prompt(prompt: Prompt) -> TracePrompt:
 
 
 def load(config: RunConfig) -> Pipeline:
-    """The compressor is the configured model; ``scorer.path`` is the frozen model, which may be the same."""
+    """The compressor is the configured model. ``scorer.path`` is the frozen model, which may be the same."""
     if config.compress.verifier is None:
         raise ConfigError("compress.verifier: none is set; choose one, for example reward@compress.verifier=boxed")
     compressor, frozen = load_policy(config.model), load_frozen(config.model, path=config.scorer.path)
@@ -142,7 +144,7 @@ def load(config: RunConfig) -> Pipeline:
 
 
 def read_rows(path: Path) -> list[TraceRow]:
-    """The rows of an earlier run; a last line torn by a kill is cut off the file."""
+    """The rows of an earlier run. An incomplete last line of a killed run is removed from the file."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -153,7 +155,7 @@ def read_rows(path: Path) -> list[TraceRow]:
 
 
 def append_rows(path: Path, rows: Iterable[TraceRow]) -> None:
-    """On disk before this returns, so that a kill loses at most the batch at work."""
+    """Append and sync, so that a killed run loses at most the current batch."""
     with path.open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()
@@ -161,7 +163,7 @@ def append_rows(path: Path, rows: Iterable[TraceRow]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
+    """Write a file that appears complete or not at all."""
     writing = path.with_name(f".writing_{path.name}")
     writing.write_text(text)
     writing.replace(path)
@@ -180,7 +182,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def refuse_other_config(path: Path, config: RunConfig) -> None:
-    """Rows of two configs must not end up in one file."""
+    """ConfigError if the folder was made with another config."""
     if not path.exists():
         return
     before = run_folder.with_new_keys(json.loads(path.read_text())["config"], config)
@@ -189,7 +191,7 @@ def refuse_other_config(path: Path, config: RunConfig) -> None:
 
 
 def compress(config: RunConfig) -> dict[str, float]:
-    """Compress what is not done yet; returns the counts."""
+    """Compress the traces that are not done yet. Returns the counts."""
     folder, resolved = Path(config.run_dir), run_folder.resolved(config)
     folder.mkdir(parents=True, exist_ok=True)
     refuse_other_config(folder / "compress.json", config)
@@ -203,10 +205,10 @@ def compress(config: RunConfig) -> dict[str, float]:
         append_rows(path, done)
         rows += done
         log.info("%d of %d traces, %d kept", len(rows), total, sum(row["status"] == KEPT for row in rows))
-    found = counts(rows)
+    totals = counts(rows)
     write_whole(folder / "sft.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["status"] == KEPT))
-    write_whole(folder / "compress.json", json.dumps({"config": resolved, "counts": found}, indent=1))
-    return found
+    write_whole(folder / "compress.json", json.dumps({"config": resolved, "counts": totals}, indent=1))
+    return totals
 
 
 def main(config: RunConfig) -> None:

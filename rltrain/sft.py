@@ -34,12 +34,10 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 
 
 def cold_start(config: RunConfig) -> str:
-    """The folder of the fine-tuned model, ``run_dir/cold_start``; trained first if it is not there yet.
+    """The folder of the fine-tuned model, ``run_dir/cold_start``. Trains it if there is none yet.
 
-    One that was made with another config is refused.
-
-    Training runs on rank 0 in a process of its own, so that neither the launcher's variables nor the random state of
-    the trainer's libraries reach across; the other ranks wait.
+    ConfigError if the folder was made with another config. Training runs on rank 0 in a separate process, without the
+    launcher's variables and with its own random state. The other ranks wait.
     """
     folder = Path(config.run_dir) / "cold_start"
     dist.main_alone("cold start", lambda: _make(config, folder))
@@ -54,7 +52,7 @@ def _make(config: RunConfig, folder: Path) -> None:
 
 
 def made_with(config: RunConfig) -> dict[str, Any]:
-    """The part of the config that a cold start is a function of."""
+    """The config keys on which a cold start depends."""
     return {key: value for key, value in run_folder.resolved(config).items() if key in DEPENDS_ON}
 
 
@@ -80,15 +78,15 @@ def _run_in_own_process(config: RunConfig, folder: Path) -> None:
 
 
 def _wait_for(process: Any, steps: Any, deadline_s: float) -> None:
-    """However long it takes, as long as there is a step within each ``deadline_s``."""
-    seen, since_s = steps.value, time.monotonic()
+    """Wait for the process. DeadlineError if it makes no step within ``deadline_s``."""
+    last_step, since_s = steps.value, time.monotonic()
     while process.is_alive():
         process.join(watchdog.POLL_S)
-        if steps.value != seen:
-            seen, since_s = steps.value, time.monotonic()
+        if steps.value != last_step:
+            last_step, since_s = steps.value, time.monotonic()
         elif deadline_s and time.monotonic() - since_s > deadline_s:
             raise dist.DeadlineError(
-                f"cold start: nothing for {deadline_s:g} s after step {seen}; see watchdog.train_s"
+                f"cold start: nothing for {deadline_s:g} s after step {last_step}; see watchdog.train_s"
             )
 
 
@@ -136,7 +134,7 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
 
 
 def train(config: RunConfig, folder: Path, steps: Any = None) -> None:
-    """Fine-tune and save a plain transformers folder; it appears whole or not at all. ``steps.value`` counts along."""
+    """Fine-tune and save a plain transformers folder. It appears complete or not at all. ``steps`` counts along."""
     import datasets
     from trl import SFTTrainer
 
@@ -200,7 +198,7 @@ def _arguments(config: ColdStartConfig, folder: Path, seed: int) -> Any:
 
 
 def _merged(model: Any) -> Any:
-    """Adapters are folded into the weights: RL starts from one plain model."""
+    """The model with adapters merged into the weights, because RL starts from a plain model."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 

@@ -17,7 +17,7 @@ KEY = "advantage.import_path"
 class UserEstimatorConfig(AdvantageConfig):
     """Base of estimators that run a user's function, named by ``import_path``.
 
-    It is imported when the config is made, so a wrong path is refused before a model is loaded.
+    It is imported when the config is made, so that a wrong path is refused before a model is loaded.
     """
 
     import_path: str = MISSING

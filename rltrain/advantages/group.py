@@ -34,7 +34,7 @@ def _check(baseline: str, scale: str, eps: float) -> None:
 
 
 def as_rewards(rewards: Sequence[float | None] | Tensor | None) -> Tensor:
-    """Rewards as float64 on the CPU, shape [G], with NaN for None; a group that was never scored is an error."""
+    """Rewards as float64 on the CPU, shape [G], with NaN for None. None in place of the whole group is a ValueError."""
     if rewards is None:
         raise ValueError("the group has no rewards; score it before asking for advantages")
     if isinstance(rewards, Tensor):
@@ -44,7 +44,7 @@ def as_rewards(rewards: Sequence[float | None] | Tensor | None) -> Tensor:
 
 def per_token(advantages_G: Tensor, completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
     """Each completion's advantage on each of its tokens."""
-    return [one.expand(len(ids)) for one, ids in zip(advantages_G, completion_ids, strict=True)]
+    return [value.expand(len(ids)) for value, ids in zip(advantages_G, completion_ids, strict=True)]
 
 
 def group_advantages(
@@ -54,7 +54,7 @@ def group_advantages(
 
     ``baseline="mean"``: b_i = mean(r) (GRPO, arXiv 2402.03300). ``"leave_one_out"``: b_i = mean of the others, that
     is G/(G-1)·(r_i - mean(r)) (RLOO, arXiv 2402.14740). ``scale="std"`` divides by the sample standard deviation
-    (ddof 1) plus eps; ``"none"`` does not (Dr.GRPO, arXiv 2503.20783).
+    (ddof 1) plus eps. ``"none"`` does not (Dr.GRPO, arXiv 2503.20783).
 
     NaN or None rewards abstain: they leave the statistics and get advantage 0. Fewer than two rewards that count, or
     all equal, give exact zeros. An unknown ``baseline`` or ``scale`` is a ``ConfigError``.
@@ -80,10 +80,10 @@ def group(groups: Sequence[Group], config: GroupConfig, context: Context) -> Adv
         values=[
             per_token(
                 group_advantages(
-                    as_rewards(one.rewards_G), baseline=config.baseline, scale=config.scale, eps=config.eps
+                    as_rewards(group.rewards_G), baseline=config.baseline, scale=config.scale, eps=config.eps
                 ),
-                one.completion_ids,
+                group.completion_ids,
             )
-            for one in groups
+            for group in groups
         ]
     )

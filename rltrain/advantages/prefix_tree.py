@@ -1,7 +1,7 @@
 """The trie of a group's completions: exact token ids, no fuzzy matching, no extra rollouts.
 
-It is never built. Rows sorted by their bytes have the completions of every node side by side, so the common prefix of
-any two rows is the minimum over the neighbours between them, and the values along one row are a step function.
+The trie is never built. Rows sorted by their bytes have the completions of every node side by side. The common prefix
+of two rows is then the minimum over the neighbours between them, and the values along a row are a step function.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _first_difference(left: NDArray[np.uint32], right: NDArray[np.uint32]) -> in
 
 
 def common_prefixes(completion_ids: Sequence[TokenIds]) -> Tensor:
-    """Tokens that completions i and j share from their start, int64, shape [G, G]; the diagonal holds the lengths.
+    """Tokens that completions i and j share from their start, int64, shape [G, G]. The diagonal holds the lengths.
 
     Ids lie in [0, 2**32). One comparison per neighbour after sorting: O(G·L) to read, O(G²) to combine.
     """
@@ -54,7 +54,7 @@ def common_prefixes(completion_ids: Sequence[TokenIds]) -> Tensor:
 def node_values(common_GG: Tensor, rewards_G: Tensor) -> list[Tensor]:
     """:func:`prefix_values` from the matrix of :func:`common_prefixes` and float64 rewards with NaN for None."""
     depth_GG, counted_G = common_GG.numpy(), ~rewards_G.isnan().numpy()
-    # Row i lists the group from who shares most with i to who shares least, abstainers last, for they share no node.
+    # Row i orders the group by the length of the prefix shared with i, longest first. Abstainers share no node: last.
     depth_GG = np.where(counted_G | np.eye(len(counted_G), dtype=bool), depth_GG, -1)
     order_GG = (-depth_GG).argsort(axis=1, kind="stable")
     shared_GG = np.take_along_axis(depth_GG, order_GG, axis=1)
@@ -62,10 +62,10 @@ def node_values(common_GG: Tensor, rewards_G: Tensor) -> list[Tensor]:
     totals_GG = np.where(listed_GG, reward_GG, 0.0).cumsum(axis=1)
     lowest_GG = np.minimum.accumulate(np.where(listed_GG, reward_GG, np.inf), axis=1)
     highest_GG = np.maximum.accumulate(np.where(listed_GG, reward_GG, -np.inf), axis=1)
-    # A mean lies between its extremes; rounding must not say otherwise, or a node of equal rewards gets credit.
+    # Clipped to the extremes, because a mean rounded beyond them would give credit at a node of equal rewards.
     means_GG = np.clip(totals_GG / np.maximum(listed_GG.cumsum(axis=1), 1), lowest_GG, highest_GG)
     means_GG[~counted_G] = np.nan
-    # The mean over the first p in the list is V from where p still shares back to where p + 1 does.
+    # The mean over the first p of the order is V between the depths that p and p + 1 share.
     widths_GG = -np.diff(shared_GG, append=-1, axis=1)
     values = means_GG[:, ::-1].ravel().repeat(widths_GG[:, ::-1].ravel())
     return list(torch.from_numpy(values).split((common_GG.diagonal() + 1).tolist()))
@@ -76,7 +76,7 @@ def prefix_values(completion_ids: Sequence[TokenIds], rewards: Sequence[float | 
 
     float64, one tensor of shape [T + 1] per completion: entry t is V of its first t tokens, entry 0 the group mean,
     entry T its own reward, or the mean over the completions that go through it (its duplicates and continuations).
-    A completion cut at the length limit is a leaf like any other; an empty one has the root alone.
+    A completion cut at the length limit is a leaf like any other, and an empty completion has the root alone.
 
     NaN or None rewards abstain: those completions are not in the trie, and their own values are NaN.
     """

@@ -27,7 +27,7 @@ class ReinforcePPBaselineConfig(AdvantageConfig):
 def reinforce_pp_baseline(groups: Sequence[Group], config: ReinforcePPBaselineConfig, context: Context) -> Advantages:
     r"""``A = (B - mean_tokens(B)) / (std_tokens(B) + eps)`` with ``B_i = r_i - mean(r)`` on every token of i, float64.
 
-    Mean and population std (ddof 0) run over all tokens of the global batch, all ranks; long completions weigh more, so
+    Mean and population std (ddof 0) run over all tokens of the global batch, all ranks. Long completions weigh more, so
     the token mean of B need not be 0. NaN rewards abstain: their tokens leave the statistics and get 0. All groups of
     equal rewards, and G = 1, give exact zeros.
     """

@@ -30,7 +30,7 @@ class SpaeConfig(AdvantageConfig):
     """See :func:`spae_advantages`, :func:`~rltrain.advantages.spae_steps.split_steps` and the probes' settings.
 
     ``saturate_positive_only`` shrinks after saturation only where r_i is above its group's mean. A reward above
-    ``correct_above`` is a right answer in the diagnostics; potentials of the first ``logged_steps`` steps are logged.
+    ``correct_above`` is a right answer in the diagnostics. Potentials of the first ``logged_steps`` steps are logged.
     """
 
     xi: float = 0.5
@@ -78,7 +78,7 @@ def _float64(values: Floats | int) -> Tensor:
 
 
 def _gains(potentials: Sequence[Tensor]) -> list[Tensor]:
-    """``g = exp(minmax(dPhi)) - mean(exp(minmax(dPhi)))`` over the steps of all rows and ranks; one value: zeros."""
+    """``g = exp(minmax(dPhi)) - mean(exp(minmax(dPhi)))`` over all steps and ranks, 0 if all jumps are equal."""
     jumps = [torch.cat([torch.zeros_like(phi_K[:1]), phi_K.diff()]) for phi_K in potentials]
     flat = torch.cat([*jumps, torch.empty(0, dtype=torch.float64)])
     nothing = torch.tensor([-torch.inf], dtype=torch.float64)
@@ -109,7 +109,7 @@ def spae_advantages(
     whiten: bool = True,
     saturate_positive_only: bool = False,
 ) -> list[list[Tensor]]:
-    r"""One float64 tensor [T] per completion; all arguments are nested groups x completions (x steps).
+    r"""One float64 tensor [T] per completion. All arguments are nested groups x completions (x steps).
 
         A = (r_i - mean(r))·f_k + xi·g_k      on the tokens of step k;  f = 1, g = 0 on the tail
         f_k = 1 - alpha·(1 - e^{-C_k})        C_k: strictly earlier steps with Phi > eps_sat
@@ -117,8 +117,8 @@ def spae_advantages(
         result = (A - mean_B(A)) / (std_B(A) + 1e-8)            population std (ddof 0)
 
     minmax and the mean in g run over all steps, mean_B and std_B over all tokens, of the groups given here and on all
-    ranks: each rank must call this once per batch, with no groups if it has none. Groups of equal rewards are the
-    caller's to leave out; given here, they take part and get g. ``saturate_positive_only`` (our switch) sets f = 1
+    ranks: each rank must call this once per batch, with no groups if it has none. Zero-variance groups are for
+    the caller to leave out: given here, they take part and get g. ``saturate_positive_only`` (our switch) sets f = 1
     where r_i <= mean(r).
 
     NaN or None rewards abstain: they leave every statistic and get 0. Lengths that disagree are an error.
@@ -167,7 +167,7 @@ def _check_lengths(
 
 
 def _split_group(group: Group, config: SpaeConfig, texts: Sequence[str]) -> list[Steps]:
-    """Steps per completion; one that abstains is all tail."""
+    """Steps per completion. A completion that abstains is all tail."""
     return [
         split_steps(
             [texts[token] if token < len(texts) else "" for token in ids],
@@ -225,8 +225,8 @@ def _diagnostics(
 ) -> dict[str, Mean]:
     """Over the completions given. Right-to-Wrong: wrong although some step was saturated.
 
-    Solving tokens: up to the first saturated step, of right completions that have one; checking tokens: the rest of
-    their think block.
+    Solving tokens reach up to the first saturated step, in right completions that have one. Checking tokens are the
+    rest of their think block.
     """
     first_saturated = [_first(phi_K > config.eps_sat) for phi_K in potentials]
     right = [is_right(reward, above=config.correct_above) for reward in rewards]
@@ -247,7 +247,7 @@ def _diagnostics(
         "spae/checking_tokens": Mean.of([think - solving for solving, think in solving_and_think]),
         "spae/right_to_wrong": Mean.of(lost),
         "spae/right_to_wrong_of_saturated": Mean.of(
-            [one for one, first in zip(lost, first_saturated, strict=True) if first is not None]
+            [is_lost for is_lost, first in zip(lost, first_saturated, strict=True) if first is not None]
         ),
     }
 
@@ -257,7 +257,7 @@ def _first(flags_K: Tensor) -> int | None:
 
 
 def _notes(splits: Sequence[Steps], probes: Sequence[ProbeResult]) -> Notes:
-    """Of a group, for its samples: per completion the tokens of each step, and what the probe at its end found."""
+    """Notes on a group for its samples: the tokens of each step, and the results of the probe at its end."""
     return {
         "step_tokens": [steps.step_tokens for steps in splits],
         "step_accuracy": [probe.accuracy_K.tolist() for probe in probes],
@@ -302,17 +302,19 @@ def _of_kept(groups: Sequence[Group], config: SpaeConfig, context: Context) -> A
 
 @register("advantage", "spae", SpaeConfig, needs={Need.PROBES})
 def spae(groups: Sequence[Group], config: SpaeConfig, context: Context) -> Advantages:
-    """:func:`spae_advantages` of the groups with unequal rewards; the policy is probed at the end of every step.
+    """:func:`spae_advantages` of the groups with unequal rewards. The policy is probed at the end of every step.
 
     Zero-variance groups are dropped first: they are not probed, are in no statistic of the global batch (minmax, means,
     whitening), and get exactly 0.
     """
     check_delimiter(context.tokenizer, config.delimiter)
     kept = [group for group in groups if not is_zero_variance(as_rewards(group.rewards_G))]
-    found = _of_kept(kept, config, context)
-    of_group = {id(one[0]): one[1:] for one in zip(kept, found.values, found.notes, strict=True)}
+    estimated = _of_kept(kept, config, context)
+    of_group = {
+        id(group): (values, notes) for group, values, notes in zip(kept, estimated.values, estimated.notes, strict=True)
+    }
     zeros = [[torch.zeros(len(ids)).double() for ids in group.completion_ids] for group in groups]
     pairs = [of_group.get(id(group), (zero, {})) for group, zero in zip(groups, zeros, strict=True)]
     return Advantages(
-        values=[values for values, _ in pairs], metrics=found.metrics, notes=[notes for _, notes in pairs]
+        values=[values for values, _ in pairs], metrics=estimated.metrics, notes=[notes for _, notes in pairs]
     )

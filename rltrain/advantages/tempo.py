@@ -48,8 +48,8 @@ def tempo_advantages(
 ) -> list[Tensor]:
     r"""``A_{i,t} = [r_i - mean(r) + V(s_{t+1}) - V(s_t)] / (std(r) + eps)``, float64, one tensor [T] per completion.
 
-    V is :func:`~rltrain.advantages.prefix_tree.prefix_values`; the token credited is the one that leads into the child.
-    Sample std (ddof 1), discount 1; ``normalize_std=False`` divides by 1. Where the group does not split, the
+    V is :func:`~rltrain.advantages.prefix_tree.prefix_values`. The token credited is the one that leads into the child.
+    Sample std (ddof 1), discount 1. ``normalize_std=False`` divides by 1. Where the group does not split, the
     difference is exactly 0 and A is the group advantage.
 
     NaN or None rewards abstain: they leave the trie and the statistics and get 0. Fewer than two rewards that count,
@@ -60,7 +60,7 @@ def tempo_advantages(
 
 
 def _depths_alone(common_GG: Tensor) -> Tensor:
-    """Tokens until no other completion shares the prefix; the whole length for one that is never alone."""
+    """Tokens until no other completion shares the prefix, the whole length if another always does."""
     others_GG = common_GG.clone().fill_diagonal_(-1)
     return torch.minimum(others_GG.amax(1) + 1, common_GG.diagonal())
 
@@ -74,7 +74,7 @@ def _splits_late(common_GG: Tensor) -> bool:
 
 @register("advantage", "tempo", TempoConfig)
 def tempo(groups: Sequence[Group], config: TempoConfig, context: Context) -> Advantages:
-    """:func:`tempo_advantages` of every group, with three numbers that say how far it is from the group advantage."""
+    """:func:`tempo_advantages` of every group, with three metrics of its distance from the group advantage."""
     advantages = []
     nonzero, alone, late = Mean(total=0, count=0), Mean(total=0, count=0), Mean(total=0, count=0)
     for group in groups:

@@ -20,9 +20,9 @@ from rltrain.types import Advantages, Context, Group
 
 @dataclass(kw_only=True)
 class VerlFunctionConfig(UserEstimatorConfig):
-    """``import_path=my_package.my_module:estimator``, as it stands in verl.
+    """``import_path=my_package.my_module:estimator``, with the signature that verl asks for.
 
-    ``options`` are more keyword arguments (``norm_adv_by_std_in_grpo: false``); a ``config`` argument without a default
+    ``options`` are more keyword arguments (``norm_adv_by_std_in_grpo: false``). A ``config`` argument without a default
     gets them as a dictionary.
     """
 
@@ -31,9 +31,9 @@ class VerlFunctionConfig(UserEstimatorConfig):
         self.arguments(function)
 
     def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """``options`` as ``function`` takes them; ``ConfigError`` for an argument that nothing here can give."""
+        """``options`` as keyword arguments of ``function``. ConfigError for an argument that is missing or unknown."""
         parameters = inspect.signature(function).parameters
-        open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         given = {name: value for name, value in self.options.items() if open_ended or name in parameters}
         unknown = set(self.options) - set(given)
         if "config" in parameters and "config" not in given and parameters["config"].default is inspect.Parameter.empty:
@@ -42,8 +42,9 @@ class VerlFunctionConfig(UserEstimatorConfig):
         require(not unknown, f"advantage.options={sorted(unknown)}: {self.import_path} takes no such argument")
         needed = {
             name
-            for name, each in parameters.items()
-            if each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+            for name, parameter in parameters.items()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
         missing = needed - set(given) - {"token_level_rewards", "response_mask", "index"}
         require(
@@ -90,9 +91,9 @@ def verl_batch(groups: Sequence[Group]) -> tuple[VerlBatch, list[tuple[int, int]
 
 @register("advantage", "verl_function", VerlFunctionConfig)
 def verl_function(groups: Sequence[Group], config: VerlFunctionConfig, context: Context) -> Advantages:
-    """The function's advantages on each completion's own tokens; a completion that abstains gets 0.
+    """The function's advantages on each completion's own tokens. A completion that abstains gets 0.
 
-    It sees the groups of this rank, in fp32, as one right-padded batch; ``index`` is the same for the completions of
+    It sees the groups of this rank, in fp32, as one right-padded batch. ``index`` is the same for the completions of
     one prompt. An answer of another form or shape is an ``EstimatorError``.
     """
     function = config.load()

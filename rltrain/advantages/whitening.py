@@ -14,7 +14,7 @@ def whiten(rows: Sequence[Tensor], *, eps: float, name: str) -> list[Tensor]:
     """``(A - mean) / (std + eps)``, mean and population std (ddof 0) over the tokens of all rows and ranks, float64.
 
     Each rank must call this once per batch, with no rows if it has none. All equal gives zeros to rounding (exact if
-    they are 0); ``name`` is what a rank that waits too long says it waited for.
+    they are 0). ``name`` stands in the error of a rank that waits too long.
     """
     flat = torch.cat([torch.empty(0, dtype=torch.float64), *rows])
     sums = dist.all_sum(torch.stack([flat.sum(), torch.tensor(float(len(flat))).double()]), name=f"{name}: token mean")

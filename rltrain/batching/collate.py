@@ -36,7 +36,7 @@ class LossRow:
 
     @property
     def fed_ids(self) -> tuple[int, ...]:
-        """The completion as an input: its last token predicts nothing that is asked for."""
+        """The completion as an input, without its last token, which predicts nothing."""
         return self.completion_ids[:-1]
 
 
@@ -50,7 +50,7 @@ class Denominators:
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting:
-    """How the tokens of a completion weigh, in terms of the denominators (``LossConfig.aggregation``)."""
+    """The weight of a completion's tokens under ``LossConfig.aggregation``."""
 
     aggregation: str
     denominators: Denominators
@@ -66,11 +66,11 @@ class Weighting:
 
 
 NO_WEIGHTING = Weighting(aggregation="token", denominators=Denominators(rows=1, tokens=1), max_new_tokens=1)
-"""For micro-batches of which log-probs alone are wanted: every token weighs 1."""
+"""For micro-batches that give log-probs alone: every token weighs 1."""
 
 
 def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> list[LossRow]:
-    """The completions that count: not empty, and their reward did not abstain."""
+    """The completions that carry loss: not empty, and their reward did not abstain."""
     rows = []
     for group, values in zip(groups, advantages, strict=True):
         abstains = [False] * len(values) if group.rewards_G is None else group.rewards_G.isnan().tolist()
@@ -115,7 +115,7 @@ def token_weight(length: int, denominators: Denominators, *, aggregation: str, m
 
 
 def padding_share(batches: Sequence[TokenBatch]) -> Mean:
-    """Share of the forwarded tokens that are padding, as (sum, count); packed tokens have none."""
+    """Share of the forwarded tokens that are padding, as (sum, count). Packed tokens have none."""
     padding, forwarded = 0, 0
     for batch in batches:
         lengths_S = batch.boundaries_S1.diff()
@@ -136,12 +136,12 @@ def collate(
     layouts: Sequence[Layout] = ("padded",),
     hidden_size: int = 1024,
 ) -> tuple[list[TokenBatch], Denominators]:
-    """Packed micro-batches, the same number on every rank, and the denominators their weights were made with.
+    """Packed micro-batches, the same number on every rank, and the denominators of their weights.
 
-    Of the ``layouts`` the one of the least work is taken, over the rows of all ranks, for a model of ``hidden_size``;
-    then the ranks are given equal work. No micro-batch feeds more than ``token_budget`` tokens, padding included.
+    Of the ``layouts`` the one of the least work over the rows of all ranks is taken, for a model of ``hidden_size``.
+    Then the ranks are given equal work. No micro-batch feeds more than ``token_budget`` tokens, padding included.
     ``keep_zero_advantages=False`` leaves out rows whose advantages are all zero: exact when the loss has no KL and no
-    entropy term. They count in the denominators all the same.
+    entropy term. They still count in the denominators.
     """
     rows = rows_of(groups, advantages)
     weighting = Weighting(aggregation=aggregation, denominators=denominators_of(rows), max_new_tokens=max_new_tokens)
@@ -150,8 +150,8 @@ def collate(
     layout, arranged = arrange(rows, layouts, token_budget=token_budget, hidden_size=hidden_size)
     units = _in_equal_shares([tuple(rows[i] for i in unit) for unit in arranged], hidden_size)
     bins = bins_of([unit_segments(unit) for unit in units], layout, token_budget)
-    batches = [token_batch([units[i] for i in one], weighting, layout) for one in bins]
-    # At least one, so that a step without any signal is still an optimiser step, with a gradient of zero.
+    batches = [token_batch([units[i] for i in indices], weighting, layout) for indices in bins]
+    # At least one, so that a step of zero-variance groups alone is still an optimiser step, with a gradient of zero.
     most = max(1, int(dist.all_max(torch.tensor(len(batches)), name="number of micro-batches")))
     return batches + [empty_batch() for _ in range(most - len(batches))], weighting.denominators
 
@@ -159,67 +159,68 @@ def collate(
 def arrange(
     rows: Sequence[LossRow], layouts: Sequence[Layout], *, token_budget: int, hidden_size: int
 ) -> tuple[Layout, list[list[int]]]:
-    """The layout of the least work over the rows of all ranks, and indices of this rank's that make a unit in it."""
-    families: dict[tuple[int, ...], list[int]] = {}
+    """The layout of the least work over the rows of all ranks, and the indices of this rank's rows in each unit."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        families.setdefault(row.prompt_ids, []).append(index)
-    shapes = [(len(prompt_ids), tuple(len(rows[i].fed_ids) for i in own)) for prompt_ids, own in families.items()]
-    everywhere = [shape for one in dist.gather_objects(shapes, name="lengths of the rows") for shape in one]
-    layout = min(layouts, key=lambda layout: work_of(everywhere, layout, token_budget, hidden_size))
+        by_prompt.setdefault(row.prompt_ids, []).append(index)
+    lengths = [(len(ids), tuple(len(rows[i].fed_ids) for i in members)) for ids, members in by_prompt.items()]
+    ranks = dist.gather_objects(lengths, name="lengths of the rows")
+    on_all_ranks = [group for rank in ranks for group in rank]
+    layout = min(layouts, key=lambda layout: work_of(on_all_ranks, layout, token_budget, hidden_size))
     return layout, [
-        [own[i] for i in indices]
-        for own, shape in zip(families.values(), shapes, strict=True)
-        for indices in units_of(shape, layout, token_budget)
+        [members[i] for i in indices]
+        for members, group in zip(by_prompt.values(), lengths, strict=True)
+        for indices in units_of(group, layout, token_budget)
     ]
 
 
-def units_of(shape: GroupLengths, layout: Layout, budget: int) -> list[list[int]]:
-    """Which completions of a prompt are forwarded together: those that share it, as many as the budget allows."""
-    prompt, fed = shape
+def units_of(lengths: GroupLengths, layout: Layout, budget: int) -> list[list[int]]:
+    """Which completions of a prompt are forwarded together. Where they share it: as many as the budget allows."""
+    prompt, fed = lengths
     if layout != "shared":
         return [[i] for i in range(len(fed))]
     fitting(prompt + max(fed), budget)
     return first_fit_decreasing(fed, budget - prompt)
 
 
-def segments_of(shape: GroupLengths) -> list[Segment]:
-    """A prompt that several completions share is a segment of its own."""
-    prompt, fed = shape
+def segments_of(lengths: GroupLengths) -> list[Segment]:
+    """The segments of a unit. A prompt that several completions share is a segment of its own."""
+    prompt, fed = lengths
     return [(prompt + fed[0], 0)] if len(fed) == 1 else [(prompt, 0), *((tokens, prompt) for tokens in fed)]
 
 
 def unit_segments(unit: Unit) -> list[Segment]:
-    """What a unit feeds."""
+    """The segments that a unit feeds."""
     return segments_of((len(unit[0].prompt_ids), tuple(len(row.fed_ids) for row in unit)))
 
 
 def bins_of(units: Sequence[Sequence[Segment]], layout: Layout, budget: int) -> list[list[int]]:
     """Indices of the units of each micro-batch."""
-    tokens = [sum(own for own, _ in unit) for unit in units]
+    tokens = [sum(length for length, _ in unit) for unit in units]
     return padded_bins(tokens, budget) if layout == "padded" else first_fit_decreasing(tokens, budget)
 
 
-def work_of(shapes: Sequence[GroupLengths], layout: Layout, budget: int, hidden_size: int) -> float:
+def work_of(groups: Sequence[GroupLengths], layout: Layout, budget: int, hidden_size: int) -> float:
     """Work of the micro-batches that these prompts and completions would become (:mod:`rltrain.batching.bins`)."""
     units = [
-        segments_of((shape[0], tuple(shape[1][i] for i in indices)))
-        for shape in shapes
-        for indices in units_of(shape, layout, budget)
+        segments_of((prompt, tuple(fed[i] for i in indices)))
+        for prompt, fed in groups
+        for indices in units_of((prompt, fed), layout, budget)
     ]
-    bins = [[segment for i in one for segment in units[i]] for one in bins_of(units, layout, budget)]
+    bins = [[segment for i in indices for segment in units[i]] for indices in bins_of(units, layout, budget)]
     if layout == "padded":
-        return sum(padded_work([own for own, _ in one], hidden_size) for one in bins)
-    return sum(packed_work(one, hidden_size) for one in bins)
+        return sum(padded_work([length for length, _ in segments], hidden_size) for segments in bins)
+    return sum(packed_work(segments, hidden_size) for segments in bins)
 
 
 def _in_equal_shares(units: Sequence[Unit], hidden_size: int) -> Sequence[Unit]:
-    """This rank's units after they were exchanged so that all ranks have about the same work."""
+    """This rank's units after an exchange that gives all ranks about the same work."""
     work = [packed_work(unit_segments(unit), hidden_size) for unit in units]
     work_of_ranks = dist.gather_objects(work, name="work of the ranks")
     if len(work_of_ranks) == 1:
         return units
-    owner = [rank for rank, one in enumerate(work_of_ranks) for _ in one]
-    target = equal_shares([value for one in work_of_ranks for value in one], owner, len(work_of_ranks))
+    owner = [rank for rank, units_work in enumerate(work_of_ranks) for _ in units_work]
+    target = equal_shares([value for units_work in work_of_ranks for value in units_work], owner, len(work_of_ranks))
     here = [part for part, rank in zip(target, owner, strict=True) if rank == dist.rank()]
     outgoing: list[list[Unit]] = [[] for _ in work_of_ranks]
     for unit, part in zip(units, here, strict=True):
@@ -228,7 +229,7 @@ def _in_equal_shares(units: Sequence[Unit], hidden_size: int) -> Sequence[Unit]:
 
 
 def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> TokenBatch:
-    """A micro-batch; loss tokens are in the order of the units' rows."""
+    """A micro-batch. Loss tokens are in the order of the units' rows."""
     ids: list[int] = []
     positions: list[int] = []
     boundaries, prefix, source, sequence = [0], [], [], []
@@ -275,7 +276,7 @@ def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> 
 
 
 def empty_batch() -> TokenBatch:
-    """One token of weight 0: this rank takes part in the collectives of a micro-batch it has no rows for."""
+    """One token of weight 0, for a rank that has no rows left but must join the collectives of a micro-batch."""
     zero_N = torch.zeros(1)
     return TokenBatch(
         input_ids_L=torch.zeros(2, dtype=torch.long),

@@ -38,7 +38,7 @@ def count(steps: int, groups: Sequence[Group]) -> int:
 
 
 def refuse(step: int, steps: int, *, limit: int) -> None:
-    """Warn after ``steps`` steps in a row without a group to learn from; raise at ``limit`` (0: never)."""
+    """Warn after ``steps`` steps in a row without a group to learn from. Raise at ``limit`` (0: never)."""
     if steps and dist.is_main():
         log.warning("step %d: every group has equal rewards, nothing is learnt (%d in a row)", step, steps)
     if steps >= limit > 0:

@@ -53,17 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.baseline is None or options.baseline in names,
         f"--baseline {options.baseline}: no such method; --by {options.by} gives {', '.join(names)}",
     )
-    found = compare(reading.curves, metric=options.metric, baseline=options.baseline, reach=options.reach)
-    found = replace(found, notes=[*reading.notes, *found.notes])
+    result = compare(reading.curves, metric=options.metric, baseline=options.baseline, reach=options.reach)
+    result = replace(result, notes=[*reading.notes, *result.notes])
     path = options.plot or common_folder(reading.curves) / "comparison.png"
-    plot(found, reading.curves, path)
+    plot(result, reading.curves, path)
     if options.json:
-        print(json.dumps(asdict(found) | {"sentences": sentences(found), "plot": str(path)}, indent=1))
+        print(json.dumps(asdict(result) | {"sentences": sentences(result), "plot": str(path)}, indent=1))
         return
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(tables(found))
-    print("", *(f"- {line}" for line in sentences(found)), *(f"note: {line}" for line in found.notes), sep="\n")
+    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(tables(result))
+    print("", *(f"- {line}" for line in sentences(result)), *(f"note: {line}" for line in result.notes), sep="\n")
     print(f"\npicture: {path}")
 
 

@@ -1,4 +1,4 @@
-"""Curves -> the record of a comparison: each method by itself, and each against the baseline on shared seeds."""
+"""From curves to the record of a comparison: scores of each method, and paired differences from the baseline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What is known of a method's runs beside the views."""
+    """Facts about a method's runs that belong to no view."""
 
     name: str
     seeds: Sequence[int]
@@ -37,8 +37,8 @@ class Method:
 class Score:
     """A method in a view: the interquartile mean over its runs with its bootstrap interval at 95 %.
 
-    ``reached`` counts the runs that got to the level whose cost is asked for; the others count as the budget, which
-    makes the mean a lower bound. None where the view asks for no cost.
+    ``reached`` counts the runs that reached the level, in a view of costs, else None. Runs that did not count as the
+    budget, which makes the mean a lower bound.
     """
 
     method: str
@@ -53,8 +53,8 @@ class Score:
 class PairedDifference:
     """``method`` minus ``baseline``: Student's t over the pairs of runs that share task and seed.
 
-    ``detectable`` is the true difference that so many pairs of this spread find with 80 % probability;
-    ``probability_higher`` that of a run of the method scoring higher than any run of the baseline.
+    ``detectable`` is the true difference that this number of pairs of this spread detects with 80 % probability.
+    ``probability_higher`` is that of a run of the method scoring higher than a run of the baseline.
     """
 
     method: str
@@ -68,7 +68,7 @@ class PairedDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One number per run, and what follows from it."""
+    """A comparison by a single number per run."""
 
     title: str
     digits: int
@@ -78,7 +78,7 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All of it. ``level`` is that of the intervals of differences, 95 % over all methods together (Bonferroni)."""
+    """All views. ``level`` is that of the intervals of differences, 95 % over all methods together (Bonferroni)."""
 
     metric: str
     baseline: str
@@ -94,20 +94,20 @@ class Comparison:
 def compare(
     curves: Sequence[Curve], *, metric: str, baseline: str | None = None, reach: float | None = None
 ) -> Comparison:
-    """Compare at the completions, and at the seconds, that every run got to, and in the completions to ``reach``.
+    """Compare at the completions and the seconds that all runs reached, and in the completions needed for ``reach``.
 
-    ``baseline`` is the first curve's method by default; ``reach`` is half-way from the baseline's start to its end, and
-    is reached from above where it lies below the start.
+    ``baseline`` is the first curve's method by default. ``reach`` is half-way from the baseline's start to its end by
+    default. It is reached from above where it lies below the start.
     """
     names = list(dict.fromkeys(curve.method for curve in curves))
     base = names[0] if baseline is None else baseline
     level = 1 - (1 - LEVEL) / max(1, len(names) - 1)
-    budget = {axis: float(min(getattr(curve, axis)[-1] for curve in curves)) for axis in ("completions", "seconds")}
+    budget = {axis: float(min(curve.points(axis)[-1] for curve in curves)) for axis in ("completions", "seconds")}
     ends = {axis: [float(curve.at(axis, x)) for curve in curves] for axis, x in budget.items()}
-    own = [(curve, end) for curve, end in zip(curves, ends["completions"], strict=True) if curve.method == base]
-    start = float(np.mean([curve.values[0] for curve, _ in own]))
+    of_base = [(curve, end) for curve, end in zip(curves, ends["completions"], strict=True) if curve.method == base]
+    start = float(np.mean([curve.values[0] for curve, _ in of_base]))
     if reach is None:
-        reach = (start + float(np.mean([end for _, end in own]))) / 2
+        reach = (start + float(np.mean([end for _, end in of_base]))) / 2
     costs = [_cost(curve, reach, budget["completions"], falling=reach < start) for curve in curves]
     titled = [
         (f"{metric} after {budget['completions']:,.0f} completions", 3, ends["completions"], None),
@@ -136,7 +136,7 @@ def compare(
 
 
 def _cost(curve: Curve, reach: float, budget: float, *, falling: bool) -> tuple[float, bool]:
-    """The completions that a run needed, and whether it got there within the budget; the budget if it did not."""
+    """The completions that a run needed, at most the budget, and whether it reached the level within the budget."""
     needed = curve.completions_to(reach, falling=falling)
     reached = needed is not None and needed <= budget
     return (needed if reached else budget), reached  # type: ignore[return-value]
@@ -156,21 +156,21 @@ def _cells(curves: Sequence[Curve], values: Sequence[float]) -> dict[str, dict[t
 def _strata(cells: Cells) -> list[np.ndarray]:
     """The scores of each task, tasks in order of name."""
     tasks = sorted({task for task, _ in cells})
-    return [np.array([value for (own, _), value in cells.items() if own == task]) for task in tasks]
+    return [np.array([value for (name, _), value in cells.items() if name == task]) for task in tasks]
 
 
 def _scores(curves: Sequence[Curve], values: Sequence[float], reached: Sequence[bool] | None) -> list[Score]:
     scores = []
     for method, cells in _cells(curves, values).items():
-        own = np.array(list(cells.values()))
+        numbers = np.array(list(cells.values()))
         flags = zip(curves, reached, strict=True) if reached else ()
         scores.append(
             Score(
                 method=method,
-                runs=len(own),
+                runs=len(numbers),
                 iqm=bootstrap(_strata(cells), interquartile_mean, level=LEVEL),
-                mean=float(own.mean()),
-                std=float(own.std(ddof=1)) if len(own) > 1 else None,
+                mean=float(numbers.mean()),
+                std=float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
                 reached=sum(flag for curve, flag in flags if curve.method == method) if reached else None,
             )
         )
@@ -181,14 +181,15 @@ def _differences(
     curves: Sequence[Curve], values: Sequence[float], *, base: str, level: float
 ) -> list[PairedDifference]:
     cells = _cells(curves, values)
-    return [_difference(method, base, own, cells[base], level=level) for method, own in cells.items() if method != base]
+    others = [method for method in cells if method != base]
+    return [_difference(method, base, cells[method], cells[base], level=level) for method in others]
 
 
 def _difference(method: str, baseline: str, cells: Cells, base: Cells, *, level: float) -> PairedDifference:
     pairs = np.array([cells[key] - base[key] for key in sorted(cells.keys() & base.keys())])
     std = float(pairs.std(ddof=1)) if len(pairs) > 1 else None
     shared = {task for task, _ in cells} & {task for task, _ in base}
-    x, y = (_strata({key: value for key, value in one.items() if key[0] in shared}) for one in (cells, base))
+    x, y = (_strata({key: value for key, value in scored.items() if key[0] in shared}) for scored in (cells, base))
     return PairedDifference(
         method=method,
         baseline=baseline,
@@ -215,11 +216,11 @@ def _method(name: str, curves: Sequence[Curve]) -> Method:
 
 
 def _notes(curves: Sequence[Curve], names: Sequence[str]) -> list[str]:
-    """What a reader must know about how the runs were made: seeds, starts, and keys that differ."""
+    """Notes on how the runs were made: seeds, starts, and config keys that differ."""
     by_method = {name: [curve for curve in curves if curve.method == name] for name in names}
     notes = []
-    seeds = {name: {(curve.task, curve.seed) for curve in own} for name, own in by_method.items()}
-    if len({frozenset(one) for one in seeds.values()}) > 1:
+    seeds = {name: {(curve.task, curve.seed) for curve in group} for name, group in by_method.items()}
+    if len({frozenset(pairs) for pairs in seeds.values()}) > 1:
         shared = reduce(set.intersection, seeds.values())
         notes.append(f"the methods have different seeds; {len(shared)} are shared by all, pairs use shared ones alone")
     starts: dict[tuple[str, int], set[float]] = {}
@@ -229,10 +230,10 @@ def _notes(curves: Sequence[Curve], names: Sequence[str]) -> list[str]:
     apart = sorted(seed for (_, seed), values in starts.items() if len(values) > 1)
     if apart:
         notes.append(f"seeds {_listed(apart)}: the methods differ before step 1, so they share no cold start")
-    for name, own in by_method.items():
-        keys = _changed(own, ("seed",))
+    for name, group in by_method.items():
+        keys = _changed(group, ("seed",))
         notes += [f"{name}: its runs also differ in {_listed(keys)}"] if keys else []
-    keys = _changed([own[0] for own in by_method.values()], ("seed",))
+    keys = _changed([group[0] for group in by_method.values()], ("seed",))
     notes += [f"the methods differ in {_listed(keys)}"] if keys else []
     return notes
 

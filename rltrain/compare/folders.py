@@ -18,10 +18,10 @@ from rltrain.runs.summary import series
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One run. The points are the steps at which ``metric`` was recorded; ``started`` says whether step 0 is one.
+    """One run. The points are the steps at which the metric was recorded. ``started``: step 0 is a point.
 
-    ``completions`` were drawn up to there, those that dynamic sampling dropped included; ``seconds`` are those of the
-    training steps, without evaluation, saving and cold start.
+    ``completions`` counts those drawn up to the point, also those that dynamic sampling dropped. ``seconds`` is the
+    time of the training steps, without evaluation, saving and cold start.
     """
 
     folder: Path
@@ -36,13 +36,16 @@ class Curve:
     length_tokens: float | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    def points(self, axis: str) -> np.ndarray:
+        """The coordinates of the points on ``axis``: completions or seconds."""
+        return {"completions": self.completions, "seconds": self.seconds}[axis]
+
     def at(self, axis: str, x: float | np.ndarray) -> np.ndarray:
         """The metric at ``x`` of ``axis``, on straight lines between the points."""
-        return np.asarray(np.interp(x, getattr(self, axis), self.values))
+        return np.asarray(np.interp(x, self.points(axis), self.values))
 
     def completions_to(self, level: float, *, falling: bool = False) -> float | None:
-        """The completions at which the straight lines first reach ``level`` from below, or ``falling`` from above; None
-        if they never do."""
+        """The completions at which the lines first reach ``level`` from below (or above, if ``falling``), or None."""
         sign = -1 if falling else 1
         reached = np.flatnonzero(sign * self.values >= sign * level)
         if not len(reached):
@@ -54,7 +57,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The curves that can be compared, and a note on each folder that cannot."""
+    """The curves to compare, and a note on each folder without one."""
 
     curves: Sequence[Curve]
     notes: Sequence[str]
@@ -67,9 +70,9 @@ def read(
     curves: dict[tuple[str, str, int], Curve] = {}
     notes = []
     for path in paths:
-        found = run_folders(path)
-        notes += [] if found else [f"{path}: holds no run (no config.yaml)"]
-        for folder in found:
+        folders = run_folders(path)
+        notes += [] if folders else [f"{path}: holds no run (no config.yaml)"]
+        for folder in folders:
             curve = read_curve(folder, by=by, metric=metric, task=task, partial=partial)
             if isinstance(curve, str):
                 notes.append(f"{folder}: left out, {curve}")
@@ -82,14 +85,14 @@ def read(
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those of the runs below it."""
+    """The folder itself if it is a run folder, else the run folders below it."""
     if (path / "config.yaml").exists() or (path / "metrics.jsonl").exists():
         return [path]
     return sorted(file.parent for file in path.glob("**/config.yaml"))
 
 
 def read_curve(folder: Path, *, by: Sequence[str], metric: str, task: Sequence[str], partial: bool) -> Curve | str:
-    """The curve of one run, or why there is none."""
+    """The curve of a run, or the reason why there is none."""
     import yaml
 
     try:
@@ -125,7 +128,7 @@ def read_curve(folder: Path, *, by: Sequence[str], metric: str, task: Sequence[s
 
 
 def _up_to(steps: Sequence[int], ends: Sequence[int], amounts: np.ndarray) -> np.ndarray:
-    """The sum of what was spent by each of ``steps``; ``amounts`` were spent in the steps that end at ``ends``."""
+    """Cumulative sums of ``amounts`` at ``steps``. Amount i was spent in the step that ends at ``ends[i]``."""
     total = np.concatenate([[0.0], np.cumsum(amounts)])
     return total[np.searchsorted(np.array(ends), np.array(steps), side="right")]
 
@@ -136,7 +139,7 @@ def _last(rows: Sequence[Mapping[str, Any]], *names: str) -> float | None:
 
 
 def label(config: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The values of dotted ``keys``; a part (estimator, data set…) goes by the name it was chosen by."""
+    """The values of dotted ``keys``. A part, such as an estimator, is given by its name."""
     return "/".join(_value(config, key) for key in keys)
 
 

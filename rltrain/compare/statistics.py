@@ -1,6 +1,6 @@
 """Interquartile mean, bootstrap, probability of improvement, paired differences. Arrays in, numbers out.
 
-A *stratum* holds the scores of one method on one task, one per run; strata are resampled apart from one another
+A *stratum* holds the scores of one method on one task, one per run. Strata are resampled independently
 (Agarwal et al., 2108.13264, which also gives the interquartile mean and the probability of improvement).
 """
 
@@ -30,14 +30,14 @@ class Interval:
 
 
 def interquartile_mean(strata: Sequence[RunScores]) -> np.ndarray:
-    """Mean without the floor(n/4) lowest and highest of all n scores, over the last axis; under 4 scores, the mean."""
+    """Mean without the floor(n/4) lowest and highest of all n scores, over the last axis: below 4 scores, the mean."""
     pooled = np.sort(np.concatenate(strata, axis=-1), axis=-1)
     cut = pooled.shape[-1] // 4
     return pooled[..., cut : pooled.shape[-1] - cut].mean(axis=-1)
 
 
 def probability_higher(strata: Sequence[tuple[RunScores, RunScores]]) -> np.ndarray:
-    """P(X > Y) + P(X = Y)/2 of a run X against a run Y of the same task, over all pairs; mean over tasks."""
+    """P(X > Y) + P(X = Y)/2 of a run X against a run Y of the same task, over all pairs. Mean over tasks."""
     above = [np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1)) for x, y in strata]
     return (1 + np.mean(above, axis=0)) / 2
 
@@ -47,7 +47,7 @@ def bootstrap(
 ) -> Interval:
     """Percentile interval of ``statistic`` over resamples of each stratum with replacement.
 
-    With few runs it is too narrow: at n = 5, it holds the truth less often than ``level`` says.
+    With few runs it is too narrow: at n = 5 it covers the true value less often than ``level`` says.
     """
     generator = np.random.default_rng(seed)
     draws = [scores[generator.integers(len(scores), size=(RESAMPLES, len(scores)))] for scores in strata]
@@ -57,7 +57,7 @@ def bootstrap(
 
 
 def bootstrap_higher(x: Sequence[RunScores], y: Sequence[RunScores], *, level: float) -> Interval:
-    """:func:`probability_higher` with its interval; ``x`` and ``y`` hold one stratum per task, resampled apart."""
+    """:func:`probability_higher` with its interval. ``x`` and ``y`` hold a stratum per task."""
 
     def halves(strata: Sequence[RunScores]) -> np.ndarray:
         return probability_higher(list(zip(strata[: len(x)], strata[len(x) :], strict=True)))
@@ -66,7 +66,7 @@ def bootstrap_higher(x: Sequence[RunScores], y: Sequence[RunScores], *, level: f
 
 
 def paired(differences: RunScores, *, level: float) -> Interval | None:
-    """Mean with Student's t interval, mean ± t·sd/sqrt(n), sd with ddof 1; None below two differences."""
+    """Mean with Student's t interval, mean ± t·sd/sqrt(n), sd with ddof 1, None below two differences."""
     from scipy import stats
 
     count = len(differences)
@@ -78,7 +78,7 @@ def paired(differences: RunScores, *, level: float) -> Interval | None:
 
 
 def detectable(std: float, count: int, *, level: float) -> float:
-    """The true mean difference that a paired t-test at 1 - ``level`` finds, with its sign, with 80 % probability.
+    """The true mean difference that a paired t-test at 1 - ``level`` detects, in sign too, with 80 % probability.
 
     d with P(T > t) = 0.8, T noncentral t with n - 1 degrees of freedom and noncentrality d·sqrt(n)/sd.
     """

@@ -1,4 +1,4 @@
-"""A comparison in tables and in sentences that say no more than the intervals do."""
+"""A comparison as tables, and as sentences that claim no more than the intervals show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FEWEST_PAIRS = 5
 
 
 def number(value: float | None, digits: int, *, signed: bool = False) -> str:
-    """``digits`` decimals; a dash for nothing."""
+    """The value with ``digits`` decimals, or a dash for None."""
     return "-" if value is None else f"{value:{'+' if signed else ''},.{digits}f}"
 
 
@@ -20,7 +20,7 @@ def interval(value: Interval | None, digits: int, *, signed: bool = False) -> st
     """``0.801 [0.790, 0.812]``."""
     if value is None:
         return "-"
-    estimate, low, high = (number(one, digits, signed=signed) for one in (value.estimate, value.low, value.high))
+    estimate, low, high = (number(bound, digits, signed=signed) for bound in (value.estimate, value.low, value.high))
     return f"{estimate} [{low}, {high}]"
 
 
@@ -30,31 +30,33 @@ def percent(level: float) -> str:
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """One for each difference, and what none of them can say."""
-    told = [sentence(view, one, comparison.level) for view in comparison.views for one in view.differences]
-    if not told:
+    """A sentence for each difference, and the scope of them all."""
+    said = [
+        sentence(view, difference, comparison.level) for view in comparison.views for difference in view.differences
+    ]
+    if not said:
         return ["There is one method only: nothing is compared."]
-    return [*told, "All this is about further seeds of these settings, not about other models, data or settings."]
+    return [*said, "All this is about further seeds of these settings, not about other models, data or settings."]
 
 
 def sentence(view: View, difference: PairedDifference, level: float) -> str:
-    """What the data show of a difference: a direction only where the interval excludes zero and pairs are enough."""
+    """A difference in words: with a direction only if the interval excludes zero and there are enough pairs."""
     subject = f"{view.title}, {difference.method} minus {difference.baseline}"
     count = len(difference.pairs)
     if difference.mean is None:
         return f"{subject}: {count} shared seeds give no interval; nothing is shown."
     mean, low, high = (
-        number(one, view.digits, signed=True)
-        for one in (difference.mean.estimate, difference.mean.low, difference.mean.high)
+        number(bound, view.digits, signed=True)
+        for bound in (difference.mean.estimate, difference.mean.low, difference.mean.high)
     )
-    found = f"{subject}: {mean}, {percent(level)} interval {low} to {high}, {count} pairs."
+    summary = f"{subject}: {mean}, {percent(level)} interval {low} to {high}, {count} pairs."
     size = number(difference.detectable, view.digits)
     if count < FEWEST_PAIRS:
-        return f"{found} Fewer than {FEWEST_PAIRS} pairs: this decides nothing, whichever way it points."
+        return f"{summary} Fewer than {FEWEST_PAIRS} pairs: this decides nothing, whichever way it points."
     if difference.mean.excludes_zero:
-        return f"{found} {'Higher' if difference.mean.low > 0 else 'Lower'}: the interval excludes zero."
+        return f"{summary} {'Higher' if difference.mean.low > 0 else 'Lower'}: the interval excludes zero."
     return (
-        f"{found} No difference is shown, nor that there is none: "
+        f"{summary} No difference is shown, nor that there is none: "
         f"with 80 % probability so many pairs of this spread show one of {size} or more."
     )
 
@@ -100,13 +102,13 @@ def _cells(score: Score, digits: int) -> tuple[str, ...]:
 def _differences(view: View, level: float) -> Table:
     columns = f"mean [{percent(level)}]", "sd", "shown with 80 %", f"P(higher) [{percent(level)}]"
     table = _table("", "paired difference", "pairs", *columns)
-    for one in view.differences:
+    for difference in view.differences:
         table.add_row(
-            f"{one.method} - {one.baseline}",
-            str(len(one.pairs)),
-            interval(one.mean, view.digits, signed=True),
-            number(one.std, view.digits),
-            number(one.detectable, view.digits),
-            interval(one.probability_higher, 2),
+            f"{difference.method} - {difference.baseline}",
+            str(len(difference.pairs)),
+            interval(difference.mean, view.digits, signed=True),
+            number(difference.std, view.digits),
+            number(difference.detectable, view.digits),
+            interval(difference.probability_higher, 2),
         )
     return table

@@ -19,7 +19,7 @@ from rltrain.runtime import dist
 
 
 class NonFiniteError(RunError):
-    """A loss or a gradient that is not finite; raised before the optimiser moves."""
+    """A loss or a gradient that is not finite, raised before the optimiser steps."""
 
 
 def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
@@ -34,11 +34,11 @@ def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> fl
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that looks at the gradients of all ranks before it moves; under ZeRO these are this rank's shards."""
+    """AdamW that checks the gradients of all ranks before it steps. Under ZeRO each rank checks its shards."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Raise :class:`NonFiniteError` on every rank if any gradient of any rank is not finite; else step."""
+        """Step, or raise :class:`NonFiniteError` on every rank if a gradient of any rank is not finite."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         worst = dist.all_max(torch.tensor(0.0 if finite else 1.0), name="finite check of the gradients")
@@ -49,7 +49,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> GuardedAdamW:
-    """AdamW over the trainable parameters; vectors (norms, biases) get no weight decay."""
+    """AdamW over the trainable parameters. Vectors (norms, biases) get no weight decay."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() >= 2]
     vectors = [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() < 2]
@@ -59,11 +59,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> GuardedAdamW:
 
 
 def deepspeed_dict(config: DeepSpeedConfig, optimizer: OptimizerConfig, *, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Accumulation is 1: our weights are global, so nothing is to be averaged."""
+    """DeepSpeed's own configuration. Accumulation is 1: token weights are global, so nothing is averaged."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    own = {
+    settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm if config.zero_stage or dtype == "bfloat16" else 0.0,
@@ -73,7 +73,7 @@ def deepspeed_dict(config: DeepSpeedConfig, optimizer: OptimizerConfig, *, dtype
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 10**9,
     }
-    return _merged(own, config.extra)
+    return _merged(settings, config.extra)
 
 
 def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,23 +107,23 @@ class Engine:
         return self.deepspeed(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of a micro-batch; ``last`` reduces it over ranks."""
+        """Accumulate the gradient of a micro-batch. ``last`` reduces it over ranks."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(undo_averaging(loss))
 
     def step(self, *, learning_rate: float) -> float:
-        """Clip to the global norm, check that it is finite, step; returns the norm before clipping."""
+        """Clip to the global norm, check that it is finite, step. Returns the norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip() if self.optimizer is self.deepspeed.basic_optimizer else None
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
-        if not math.isfinite(norm):  # under ZeRO DeepSpeed then skips the step and says nothing
+        if not math.isfinite(norm):  # under ZeRO, DeepSpeed skips the step in silence
             raise NonFiniteError(f"gradient norm of rank {dist.rank()}: {norm}; the optimiser did not move")
         return norm
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Trainable parameters by name, each whole while held (ZeRO 3 shards them); all ranks call this together."""
+        """Trainable parameters by name, each whole while held (ZeRO 3 shards them). All ranks call this together."""
         import deepspeed
 
         for name, parameter in self.module.named_parameters():
@@ -133,7 +133,7 @@ class Engine:
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Under ZeRO 3 every weight is gathered once, for sampling and export; all ranks enter and leave together.
+        """Under ZeRO 3 every weight is gathered once, for sampling and export. All ranks enter and leave together.
 
         Inside, ranks may call the model different numbers of times: the hooks that gather layer by layer are off.
         """
@@ -157,7 +157,7 @@ class Engine:
 
     @torch.no_grad()
     def _undo_first_step(self) -> None:
-        """In bf16 without ZeRO DeepSpeed starts with a step on zero gradients: AdamW would count it, and decay."""
+        """Undo the step on zero gradients with which DeepSpeed starts in bf16 without ZeRO, and which AdamW counts."""
         self.deepspeed.basic_optimizer.state.clear()
         for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
             for weight, master in zip(low, high, strict=True):
@@ -173,22 +173,22 @@ class Engine:
         )
 
     def save_state(self, folder: Path) -> Path:
-        """Write this rank's shards into ``folder``; returns the file."""
+        """Write this rank's shards into ``folder``. Returns the file."""
         return zero_shards.write(folder, self.held(), replicated=self.zero_stage == 0)
 
     def load_state(self, folder: Path) -> None:
-        """Restore what :meth:`save_state` wrote: bit for bit, whatever the stage and the number of ranks then."""
+        """Restore what :meth:`save_state` wrote: bit for bit, under any stage and number of ranks."""
         held = self.held()
         zero_shards.Archive(folder).restore(held)
         zero_shards.publish(self.module.named_parameters(), held, stage=self.zero_stage, optimizer=self.optimizer)
 
     def state_bytes(self) -> int:
-        """What all ranks' files of shards take together."""
+        """The size of all ranks' files of shards together."""
         trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         return zero_shards.BYTES_PER_ELEMENT * sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
 
     def _clip(self) -> Tensor:
-        """DeepSpeed clips in fp32 at stage 0, too, but does not tell the norm."""
+        """Clip at stage 0 in fp32 and return the norm, which DeepSpeed does not report."""
         trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         norm = nn.utils.clip_grad_norm_(trainable, self.optimizer_config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
@@ -197,20 +197,20 @@ class Engine:
 
 
 def undo_averaging(loss: Tensor) -> Tensor:
-    """DeepSpeed averages gradients over ranks; our weights already sum to one over all ranks, so multiply it back."""
+    """The loss times the number of ranks: DeepSpeed averages gradients, but token weights sum to 1 over all ranks."""
     return loss * dist.world_size()
 
 
 @contextmanager
 def sharded_loading(config: DeepSpeedConfig, *, dtype: str) -> Iterator[None]:
-    """At ZeRO 3, ``from_pretrained`` inside gives each rank its part of the weights and no more; rank 0 reads them."""
+    """At ZeRO 3, ``from_pretrained`` inside gives each rank its part of the weights only. Rank 0 reads them."""
     if config.zero_stage < 3:
         yield
         return
     _library()
     from transformers.integrations import deepspeed as integration
 
-    # Kept in a name, because transformers holds it by a weak reference.
+    # Bound to a name, because transformers holds a weak reference only.
     active = integration.HfDeepSpeedConfig(deepspeed_dict(config, OptimizerConfig(), dtype=dtype))
     try:
         yield
@@ -220,13 +220,13 @@ def sharded_loading(config: DeepSpeedConfig, *, dtype: str) -> Iterator[None]:
 
 
 def shard_frozen(module: nn.Module, config: DeepSpeedConfig, *, dtype: str) -> Any:
-    """A model without an optimiser, called as before; at ZeRO 3 each rank keeps its part of the weights."""
+    """A model without an optimiser, called as before. At ZeRO 3 each rank keeps its part of the weights."""
     module = module.to(dist.device())
     if config.zero_stage < 3:
         return module
-    own = deepspeed_dict(config, OptimizerConfig(), dtype=dtype)
-    own["zero_optimization"].pop("offload_optimizer", None)
-    return _library().initialize(model=module, config=own)[0]
+    settings = deepspeed_dict(config, OptimizerConfig(), dtype=dtype)
+    settings["zero_optimization"].pop("offload_optimizer", None)
+    return _library().initialize(model=module, config=settings)[0]
 
 
 def _library() -> Any:

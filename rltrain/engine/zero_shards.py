@@ -1,4 +1,4 @@
-"""The weights and optimiser state that a rank holds, by parameter name, at every ZeRO stage; their files.
+"""The weights and optimiser state that a rank holds, by parameter name, at every ZeRO stage, and their files.
 
 A shard is a run of elements of one flattened parameter: its fp32 weight and AdamW's moments, as views of what DeepSpeed
 trains, so that writing into a shard restores it. Who holds which elements:
@@ -7,7 +7,7 @@ trains, so that writing into a shard restores it. Who holds which elements:
     stage 1, 2   parameters are laid end to end and cut into one piece per rank
     stage 3      each parameter is cut into one piece per rank; the last ones are padded
 
-A file says of its elements only which they are, so a run of any other stage and number of ranks finds its own in them.
+A file names its elements, not their owner, so that a run of any stage and number of ranks can read what it needs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BYTES_PER_ELEMENT = 4 * (1 + len(MOMENTS))
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Elements from ``start`` on of the flattened parameter ``name``; ``tensors`` are the weight and the moments."""
+    """Elements from ``start`` on of the flattened parameter ``name``. ``tensors`` are the weight and the moments."""
 
     name: str
     start: int
@@ -56,9 +56,9 @@ class _Piece:
 
 
 def held(parameters: Iterable[tuple[str, Any]], *, stage: int, optimizer: Any, base: Any) -> list[Shard]:
-    """What this rank holds of the trainable ``parameters``.
+    """The shards of the trainable ``parameters`` on this rank.
 
-    ``optimizer`` is DeepSpeed's, ``base`` the AdamW inside it; a state that its first step would make is made here.
+    ``optimizer`` is DeepSpeed's, ``base`` the AdamW inside it. State that AdamW makes in its first step is made here.
     """
     trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     places = {0: _whole, 1: _laid_end_to_end, 2: _laid_end_to_end, 3: _cut_each}[stage](trainable, optimizer, base)
@@ -106,7 +106,7 @@ def _cut_each(trainable: list[tuple[str, Any]], optimizer: Any, base: Any) -> _P
 
 
 def publish(parameters: Iterable[tuple[str, Any]], shards: Iterable[Shard], *, stage: int, optimizer: Any) -> None:
-    """Put the fp32 weights into the model, in its own precision; all ranks call this together."""
+    """Put the fp32 weights into the model, in its own precision. All ranks call this together."""
     if stage in (1, 2):
         optimizer.update_lp_params()
         return
@@ -126,10 +126,10 @@ def publish(parameters: Iterable[tuple[str, Any]], shards: Iterable[Shard], *, s
 
 
 def write(folder: Path, shards: list[Shard], *, replicated: bool) -> Path:
-    """This rank's file of ``folder``; of ``replicated`` shards each rank writes some."""
-    mine = shards[dist.rank() :: dist.world_size()] if replicated else shards
-    tensors = {f"{key}/{shard.name}": value for shard in mine for key, value in shard.tensors.items()}
-    entries = {shard.name: {"start": shard.start, "step": float(shard.step)} for shard in mine}
+    """Write this rank's file into ``folder``. Of ``replicated`` shards, each rank writes every ranks-th."""
+    written = shards[dist.rank() :: dist.world_size()] if replicated else shards
+    tensors = {f"{key}/{shard.name}": value for shard in written for key, value in shard.tensors.items()}
+    entries = {shard.name: {"start": shard.start, "step": float(shard.step)} for shard in written}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank_{dist.rank():05d}.safetensors"
     save_file(tensors, path, metadata={"shards": json.dumps(entries)})
@@ -137,7 +137,7 @@ def write(folder: Path, shards: list[Shard], *, replicated: bool) -> Path:
 
 
 class Archive:
-    """The files of a folder, read element by element, whoever wrote them."""
+    """The files of a folder, read element by element, under any stage and number of ranks."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -160,12 +160,12 @@ class Archive:
         return shard.tensors[WEIGHT]
 
     def restore(self, shards: Iterable[Shard]) -> None:
-        """Fill the shards with their saved elements; refuse to leave one out."""
+        """Fill the shards with their saved elements. RunError if an element is in no file."""
         for shard in shards:
-            found = sum(self._copy(piece, shard) for piece in self._pieces[shard.name])
-            if found != shard.size:
+            copied = sum(self._copy(piece, shard) for piece in self._pieces[shard.name])
+            if copied != shard.size:
                 raise RunError(
-                    f"{self._folder}: holds {found} of the {shard.size} elements of {shard.name} that rank "
+                    f"{self._folder}: holds {copied} of the {shard.size} elements of {shard.name} that rank "
                     f"{dist.rank()} needs, so it is of another model; set another run_dir"
                 )
 
@@ -176,6 +176,6 @@ class Archive:
         for key, tensor in shard.tensors.items():
             saved = piece.file.get_slice(f"{key}/{shard.name}")[low - piece.start : high - piece.start]
             tensor[low - shard.start : high - shard.start].copy_(saved)
-        # Parameters laid end to end share one counter; those that were stepped say how far it is.
+        # Parameters laid end to end share a step counter, and the saved counters of parameters never stepped are lower.
         shard.step.fill_(max(float(shard.step), piece.step))
         return high - low

@@ -1,4 +1,4 @@
-"""Token log-probs and entropies of a language-model head without holding [N, V]: one door, three backends."""
+"""Token log-probs and entropies of a language-model head without holding [N, V]: an interface to three backends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Backend = Literal["reference", "blocked", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "blocked", "triton")
 
 SMALL_ELEMENTS = 2**20
-"""Up to so many logits (4 MB) the plain path costs no memory worth saving."""
+"""The number of logits (4 MB) up to which the plain path is used."""
 
 __all__ = [
     "BACKENDS",
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def choose_backend(hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
-    """What ``backend="auto"`` takes: reference for few logits, else Triton on CUDA, else torch blocks."""
+    """The choice of ``backend="auto"``: reference for few logits, else Triton on CUDA, else torch blocks."""
     if _is_small(len(hidden_ND), len(weight_VD)):
         return "reference"
     if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and importlib.util.find_spec("triton"):
@@ -44,9 +44,9 @@ def _is_small(rows: int, vocabulary: int) -> bool:
 
 
 def prefers_fused(rows: int, vocabulary: int, device: torch.device) -> bool:
-    """Whether :func:`fused_token_loss` is the faster of the two: on a CPU, where the other would compute logits twice.
+    """Whether :func:`fused_token_loss` is faster than :func:`token_logprobs`, which computes logits twice: on a CPU.
 
-    It has not been timed on a GPU.
+    Not timed on a GPU.
     """
     return device.type == "cpu" and not _is_small(rows, vocabulary)
 
@@ -65,8 +65,8 @@ def token_logprobs(
     """``log p(y)`` and, if asked for, ``H(p) = -Σ p log p`` (nats) of ``p = softmax((cap(h Wᵀ) + b) / T)``.
 
     ``cap(u) = c·tanh(u/c)`` for ``softcap=c`` (Gemma), the identity otherwise. A bias of -inf masks an entry. Both
-    results are fp32 (fp64 for fp64 inputs) and differentiable once in hidden, weight and bias; an input that needs
-    no gradient (a frozen head) costs none. ``choose_backend`` says what ``"auto"`` takes. N may be 0.
+    results are fp32 (fp64 for fp64 inputs) and differentiable once in hidden, weight and bias. An input that needs
+    no gradient (a frozen head) costs none. For ``"auto"`` see :func:`choose_backend`. N may be 0.
 
     Raises ValueError for shapes or types that do not fit, and for targets outside [0, V) on a CPU.
     """
@@ -75,7 +75,7 @@ def token_logprobs(
         backend = choose_backend(hidden_ND, weight_VD)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend}: unknown; choose auto or one of {', '.join(BACKENDS)}")
-    # Imported by name and late: Triton is optional, and slow to import.
+    # Imported on use, because Triton is optional and slow to import.
     implementation = importlib.import_module(f"rltrain.kernels.{backend}")
     return implementation.token_logprobs(
         hidden_ND,
@@ -102,9 +102,9 @@ def fused_token_loss(
     """``Σ_N token_loss`` with its gradient made in the forward: three products where ``token_logprobs`` has four.
 
     ``token_loss(logprobs_n, entropy_n, rows) -> loss_n`` is called once per chunk of rows, ``rows`` being their slice,
-    and differentiated by autograd; it may return their sum. It must be separable: a row's loss depends on that row
-    alone, for instance every clipped ratio per token; GSPO's sequence ratio is not, use ``token_logprobs`` there.
-    dh and dW are held from the forward on and given away by ``backward``, which may be called once. The rest is as in
+    and differentiated by autograd. It may return their sum. It must be separable: a row's loss depends on that row
+    alone, as with clipped ratios per token. For GSPO's sequence ratio use ``token_logprobs``.
+    dh and dW are held from the forward to ``backward``, which may be called once. The rest is as in
     :func:`token_logprobs`. A bf16 dW is rounded once per chunk, two up to N = 1024.
     """
     _check(hidden_ND, weight_VD, targets_N, temperature, bias_V)

@@ -1,6 +1,6 @@
-"""Vocabulary blocks in plain torch, for a CPU and any GPU: [N, V] is never held, dW is written once.
+"""Vocabulary blocks in plain torch, for a CPU and any GPU: [N, V] is never held, and dW is written once.
 
-Forward and backward both sweep the vocabulary; the backward recomputes the logits, so that there are four products
+Forward and backward both sweep the vocabulary. The backward recomputes the logits, so that there are four products
 (8NDV) where the naive path has three (6NDV) and keeps 3 to 4 copies of [N, V].
 """
 
@@ -49,8 +49,8 @@ class _Blocked(torch.autograd.Function):
         total = Partial.identity(target_logits_N, entropy=entropy)
         for block in head.blocks(block_columns(rows)):
             logits_KNc = logits_(head, hidden_ND, block, scratch)
-            found = targets_within(targets_N, block, logits_KNc.shape[-1])
-            target_logits_N[found[1]] = logits_KNc[found]
+            piece, row, column = targets_within(targets_N, block, logits_KNc.shape[-1])
+            target_logits_N[row] = logits_KNc[piece, row, column]
             total = merge(total, partial(logits_KNc, scratch.spare(logits_KNc.shape), entropy=entropy))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, *total)

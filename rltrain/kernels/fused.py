@@ -1,7 +1,8 @@
 """A token-separable loss whose gradient is made in the forward: three products (6NDV) instead of four.
 
-Rows go in chunks. The exponentials [n, V] of a chunk's logits are kept from the sweep that finds its log-probs to the
-sweep that turns them into dlogits: nothing is computed twice. They are the extra memory, of at most 512 rows.
+Rows are processed in chunks. The exponentials [n, V] of a chunk's logits are kept from the sweep that computes its
+log-probs to the sweep that computes dlogits, so that nothing is computed twice. They are the extra memory, of at most
+512 rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAX_CHUNK_ROWS = 512
 
 
 class FusedLoss(NamedTuple):
-    """``loss`` is the sum over tokens and carries the gradient; log-probs and entropies are values for metrics."""
+    """``loss`` is the sum over tokens and carries the gradient. Log-probs and entropies are values for metrics."""
 
     loss: Tensor
     logprobs_N: Tensor
@@ -32,10 +33,10 @@ class FusedLoss(NamedTuple):
 
 
 def chunk_rows(head: Head, rows: int) -> int:
-    """A quarter of the rows, or 128 if that is more; twice as many where tiles are of 16 bits, and never above 512.
+    """Rows of a chunk: a quarter of all, at least 128, doubled in 16 bits, at most 512, a multiple of 16 for the GEMMs.
 
-    Each chunk reads W twice and adds to the whole of dW, and products of fewer rows are slower; what a chunk keeps is
-    the extra memory. In multiples of 16, which GEMMs like.
+    Each chunk reads W twice and adds to the whole of dW, and products of fewer rows are slower. More rows need more
+    memory for what a chunk keeps.
     """
     share = -(-rows // 64) * 16
     return max(16, min(MAX_CHUNK_ROWS, -(-rows // 16) * 16, max(MIN_CHUNK_ROWS, share) * (1 if head.is_wide else 2)))
@@ -63,10 +64,10 @@ def fused_token_loss(
 
 
 class _Chunk:
-    """What is kept of some rows between the sweeps, one contiguous tile per vocabulary block in the weights' precision.
+    """Data of some rows between the sweeps: a contiguous tile per vocabulary block, in the weights' precision.
 
-    It is ``w = e^{z-b}`` with b a row's maximum in the block, of which dlogits are multiples; but the logits where they
-    are capped, since the cap's slope needs them.
+    A tile holds ``w = e^{z-b}``, b a row's maximum in the block, of which dlogits are multiples. With a soft cap it
+    holds the logits, which the slope of the cap needs.
     """
 
     def __init__(self, head: Head, rows: int, *, entropy: bool) -> None:
@@ -79,15 +80,15 @@ class _Chunk:
         return self._tiles[rows * block.start : rows * block.stop].view(self._head.tile(rows, block))
 
     def fill(self, hidden_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, Partial]:
-        """First sweep: make the tiles; target logits and statistics of the rows."""
+        """First sweep: make the tiles. Returns target logits and statistics of the rows."""
         head = self._head
         target_logits_n = hidden_nD.new_empty(len(hidden_nD), dtype=head.dtype)
         total = Partial.identity(target_logits_n, entropy=self._entropy)
         for block in head.blocks(BLOCK_COLUMNS):
             logits_Knc = logits_(head, hidden_nD, block, self._scratch)
             tile_Knc, spare_Knc = self._tile(len(hidden_nD), block), self._scratch.spare(logits_Knc.shape)
-            found = targets_within(targets_n, block, logits_Knc.shape[-1])
-            target_logits_n[found[1]] = logits_Knc[found]
+            piece, row, column = targets_within(targets_n, block, logits_Knc.shape[-1])
+            target_logits_n[row] = logits_Knc[piece, row, column]
             keeps_logits = head.softcap is not None
             exps_Knc = tile_Knc if head.is_wide and not keeps_logits else spare_Knc
             if keeps_logits:
@@ -132,7 +133,7 @@ class _Fused(torch.autograd.Function):
         loss = hidden_ND.new_zeros((), dtype=head.dtype)
         logprobs_N = hidden_ND.new_empty(total_rows, dtype=head.dtype)
         entropy_N = torch.empty_like(logprobs_N) if entropy else None
-        # No rows at all are one empty chunk, which writes the zeros of dW.
+        # With N = 0 there is one empty chunk, which writes the zeros of dW.
         for start in range(0, max(total_rows, 1), most_rows):
             rows = slice(start, min(start + most_rows, total_rows))
             hidden_nD, targets_n = hidden_ND[rows], targets_N[rows]
@@ -155,7 +156,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError("fused_token_loss: its gradients were handed over already; call backward once")
-        # Given away rather than kept, so that they are scaled in place and dW exists once.
+        # Handed over, not kept, so that they are scaled in place and dW exists once.
         gradients, ctx.gradients = ctx.gradients, None
         if grad.device.type != "cpu" or grad != 1:
             gradients = tuple(None if gradient is None else gradient.mul_(grad) for gradient in gradients)

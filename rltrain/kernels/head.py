@@ -1,7 +1,7 @@
-"""The output head as the block-wise paths see it: logits of a vocabulary block, and what flows back from them.
+"""The output head of the block-wise backends: logits of a vocabulary block, and gradients through them.
 
-A block's columns go in K pieces, as [K, N, c], and its products as batches of K: threads that share one product of few
-rows get in each other's way, threads with a piece each do not.
+The columns of a block are split into K pieces, [K, N, c], whose products are a batch of K. With few rows this is
+faster, because each thread computes a product of its piece instead of sharing a product with other threads.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from rltrain.kernels.online import Partial
 
 BLOCK_ELEMENTS = 2**20
-"""Logits worked on at a time, up to 1024 rows: 4 MB in fp32, which stays in a last-level cache between the passes."""
+"""Logits of a block, up to 1024 rows: 4 MB in fp32, which stays in a last-level cache between the passes."""
 
 PIECES = (4, 2, 1)
 MOST_SPLIT_ROWS = 2048
-"""Of a block in fp32 on a CPU, the most that leave pieces times rows at 2048: on two cores a product of 64 to 256 rows
-takes 2/3 to 4/5 of the time in four pieces, one of 4096 rows 6/5."""
+"""The most pieces times rows of a block in fp32 on a CPU. On two cores, four pieces take 2/3 to 4/5 of the time with 64
+to 256 rows, but 6/5 with 4096."""
 
 LEAST_COLUMNS = 1024
-"""Of a block: with fewer, products of many rows are slower."""
+"""The fewest columns of a block: below, products of many rows are slower."""
 
 LOG2_E = 1 / math.log(2)
 
 MASKED = -1e30
-"""Stands for a logit of -inf: its e^z is 0 all the same, and 0·z stays 0 in the entropy."""
+"""Replaces a logit of -inf: e^z is still 0, and 0·z is 0 in the entropy."""
 
 
 def block_columns(rows: int) -> int:
@@ -49,16 +49,16 @@ class Head:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the epilogue, not of the weights."""
+        """The precision of the epilogue, which may exceed that of the weights."""
         return torch.promote_types(self.weight_VD.dtype, torch.float32)
 
     @property
     def is_wide(self) -> bool:
-        """The weights already have the epilogue's precision."""
+        """Whether the weights have the epilogue's precision."""
         return self.weight_VD.dtype == self.dtype
 
     def blocks(self, columns: int) -> Iterator[slice]:
-        """Slices of the vocabulary, in order; the last may be short, so no tail ever needs a mask."""
+        """Slices of the vocabulary, in order. The last may be shorter, so that no mask is needed."""
         vocabulary = self.weight_VD.shape[0]
         return (slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns))
 
@@ -84,7 +84,7 @@ class Head:
         return products_KNc if self.bias_V is None else products_KNc.clamp_(min=MASKED)
 
     def softcap_slope(self, logits_KNc: Tensor, block: slice) -> Tensor | None:
-        """``cap'(u) = 1 - (cap(u)/c)²`` recovered from the logits; None without a cap."""
+        """``cap'(u) = 1 - (cap(u)/c)²`` recovered from the logits, None without a cap."""
         if self.softcap is None:
             return None
         capped_KNc = logits_KNc * self.temperature
@@ -94,7 +94,7 @@ class Head:
 
 
 class Scratch:
-    """Flat buffers that every block reuses; fresh memory for each would cost page faults."""
+    """Flat buffers that all blocks reuse, because new memory for each block would cost page faults."""
 
     def __init__(self, head: Head, elements: int, *, spare: bool) -> None:
         self._wide = head.weight_VD.new_empty(elements, dtype=head.dtype)
@@ -123,14 +123,14 @@ def logits_(head: Head, hidden_ND: Tensor, block: slice, scratch: Scratch) -> Te
 
 
 def exp_(values: Tensor, out: Tensor) -> Tensor:
-    """``e^x``. On a CPU torch's exp2 takes a third of the time of its exp, to the same last bit."""
+    """``e^x``. On a CPU torch's exp2 takes a third of the time of its exp, with the same result."""
     if values.device.type == "cpu":
         return torch.mul(values, LOG2_E, out=out).exp2_()
     return torch.exp(values, out=out)
 
 
 def log_(values: Tensor) -> Tensor:
-    """``ln x`` in place, of x >= 0; the log of 0 is that of the smallest number that is not."""
+    """``ln x`` in place, of x >= 0. The log of 0 is that of the smallest positive number."""
     return values.clamp_(min=torch.finfo(values.dtype).tiny).log_()
 
 
@@ -151,17 +151,17 @@ def targets_within(targets_N: Tensor, block: slice, columns: int) -> tuple[Tenso
 
 
 class Upstream(NamedTuple):
-    """What the backward of the log-probs (``grad_N`` = g) and entropies (``entropy_grad_N`` = e) starts from."""
+    """Inputs of the backward: gradients of the log-probs (``grad_N`` = g) and entropies (``entropy_grad_N`` = e)."""
 
     statistics: Partial
     grad_N: Tensor
     entropy_grad_N: Tensor | None = None
 
     def dlogits_(self, logits_KNc: Tensor, targets_N: Tensor, block: slice) -> Tensor:
-        """``dL/dz = g·(1[y] - p) - e·p·(log p + H)``; overwrites the logits.
+        """``dL/dz = g·(1[y] - p) - e·p·(log p + H)``, in place of the logits.
 
-        Formed from ``x = z - m`` as ``p = e^x/s`` and ``log p + H = x - t/s``: x is exact near the maximum, where
-        ``z - lse`` would bring in the rounding of a large lse.
+        Computed from ``x = z - m`` as ``p = e^x/s`` and ``log p + H = x - t/s``. Near the maximum x is exact, where
+        ``z - lse`` has the rounding error of a large lse.
         """
         max_N, sum_N, moment_N = self.statistics
         shifted_KNc = logits_KNc.sub_(max_N[:, None])
@@ -177,7 +177,7 @@ class Upstream(NamedTuple):
     ) -> Tensor:
         """The same from a block's ``w = e^{z-b}``, b its own maximum: ``p = w·e^{b-m}/s``, ``z - m = ln w + (b - m)``.
 
-        Where w has vanished, so has p. ``spare`` is used if entropies have a gradient.
+        Where w is 0, so is p. ``spare`` is used if entropies have a gradient.
         """
         max_N, sum_N, moment_N = self.statistics
         shift_N = block_max_N - max_N
@@ -198,7 +198,7 @@ class Upstream(NamedTuple):
 
 
 class Gradients:
-    """dh, dW and db of a head, added up over blocks and row chunks; only those that are wanted."""
+    """dh, dW and db of a head, summed over blocks and row chunks. Those not needed are None."""
 
     def __init__(self, head: Head, hidden_ND: Tensor, *, hidden: bool, weight: bool, bias: bool) -> None:
         self._head = head
@@ -208,12 +208,12 @@ class Gradients:
 
     @property
     def hidden_ND(self) -> Tensor | None:
-        """dh, rounded once."""
+        """dh, rounded a single time."""
         return None if self._hidden_ND is None else self._hidden_ND.to(self._head.weight_VD.dtype)
 
     @property
     def bias_V(self) -> Tensor | None:
-        """db, rounded once."""
+        """db, rounded a single time."""
         if self._bias_V is None or self._head.bias_V is None:
             return None
         return self._bias_V.to(self._head.bias_V.dtype)
@@ -227,7 +227,7 @@ class Gradients:
         block: slice,
         narrow_KNc: Tensor,
     ) -> None:
-        """Take in the dlogits of one block and some rows, overwriting them; ``narrow_KNc`` takes them rounded."""
+        """Add the dlogits of a block and some rows, which are overwritten. ``narrow_KNc`` takes them rounded."""
         head = self._head
         if head.temperature != 1:
             dlogits_KNc.div_(head.temperature)
@@ -242,7 +242,7 @@ class Gradients:
             self._bias_V[block] += dbias_KNc.sum(1).flatten()
 
     def add_products_(self, dproducts_KNc: Tensor, hidden_ND: Tensor, rows: slice, block: slice) -> None:
-        """The two GEMMs; the first rows write dW of a block, later ones add to it."""
+        """The two GEMMs. The first rows write dW of a block, later ones add to it."""
         if self.weight_VD is not None:
             hidden_KND = hidden_ND.expand(len(dproducts_KNc), -1, -1)
             out_KcD = self.weight_VD[block].view(len(dproducts_KNc), -1, hidden_ND.shape[1])

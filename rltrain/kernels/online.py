@@ -1,4 +1,4 @@
-"""Softmax statistics that merge: the one piece of mathematics that vocabulary blocks, kernel splits and ranks share."""
+"""Softmax statistics that can be merged, for vocabulary blocks, kernel splits and ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 class Partial(NamedTuple):
     """Statistics of some columns of the logits z, over which ``m = max z``.
 
-    ``max_N = m``, ``sum_N = s = Σ e^{z-m}``, ``moment_N = t = Σ e^{z-m}(z-m)`` (None when no entropy is asked for).
+    ``max_N = m``, ``sum_N = s = Σ e^{z-m}``, ``moment_N = t = Σ e^{z-m}(z-m)`` (None if no entropy is needed).
     """
 
     max_N: Tensor
@@ -20,7 +20,7 @@ class Partial(NamedTuple):
 
     @classmethod
     def identity(cls, like_N: Tensor, *, entropy: bool) -> Partial:
-        """The statistics of no column at all: (-inf, 0, 0)."""
+        """The statistics of an empty set of columns: (-inf, 0, 0)."""
         zeros_N = torch.zeros_like(like_N)
         return cls(torch.full_like(like_N, -torch.inf), zeros_N, zeros_N if entropy else None)
 
@@ -30,7 +30,7 @@ class Partial(NamedTuple):
         return self.max_N + self.sum_N.log()
 
     def logprobs_N(self, logits_N: Tensor) -> Tensor:
-        """Log-probs of single logits: the exact difference to the maximum first."""
+        """Log-probs of single logits. The difference to the maximum is exact, so it comes first."""
         return (logits_N - self.max_N) - self.sum_N.log()
 
     @property
@@ -40,9 +40,9 @@ class Partial(NamedTuple):
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Statistics of two disjoint pieces of the vocabulary taken together; associative, commutative.
+    """Statistics of two disjoint sets of columns taken together. Associative and commutative.
 
-    With ``M = max(m_a, m_b)`` and ``d = m - M``: ``s = Σ e^d s``, ``t = Σ e^d (t + d·s)``, sums over the two pieces.
+    With ``M = max(m_a, m_b)`` and ``d = m - M``: ``s = Σ e^d s``, ``t = Σ e^d (t + d·s)``, with sums over both sets.
     """
     max_N = torch.maximum(a.max_N, b.max_N)
     # -inf - -inf (two identities) counts as 0, -inf - finite as the lowest finite number, whose exp is 0.

@@ -1,4 +1,4 @@
-"""The readable head: all logits at once. What the other backends are measured against."""
+"""The plain head with all logits at once: the reference for the other backends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """``log p(y)`` and ``H(p) = -Σ p log p`` (nats) of ``p = softmax((cap(h Wᵀ) + b) / T)``, ``cap(u) = c·tanh(u/c)``.
 
-    The epilogue is in fp32 (fp64 for fp64 inputs). A bias of -inf takes an entry out of the vocabulary.
+    The epilogue is in fp32 (fp64 for fp64 inputs). A bias of -inf masks an entry.
     """
     logits_NV = hidden_ND @ weight_VD.T
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))

@@ -1,8 +1,8 @@
-"""Triton kernels for CUDA: fp32 from the dot product on, no atomics, so the same bits on every run.
+"""Triton kernels for CUDA: fp32 from the dot product on, and no atomics, so that runs agree bit for bit.
 
-Forward: one program per row block and vocabulary split writes (m, s, t, z_y); a second kernel merges the splits
+Forward: one program per row block and vocabulary split writes (m, s, t, z_y). A second kernel merges the splits
 (:mod:`rltrain.kernels.online`). Backward: the logits of a vocabulary block are recomputed into dlogits, then two
-GEMMs. Tile sizes are fixed, because autotuning at import asks for a driver.
+GEMMs. Tile sizes are fixed, because autotuning at import needs a driver.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from rltrain.kernels.head import MASKED, Gradients, Head
 
 PROGRAMS = 512
-"""Forward programs aimed at, a few for each multiprocessor; few rows get more splits of the vocabulary."""
+"""Target number of forward programs, a few per multiprocessor. Few rows get more splits of the vocabulary."""
 
 BACKWARD_COLUMNS = 8192
 MERGE_ROWS = 128
@@ -73,7 +73,7 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(m, s, t, z_y) of BLOCK_N rows over one split of the vocabulary; z_y is -inf if the target is elsewhere."""
+    """(m, s, t, z_y) of BLOCK_N rows over one split of the vocabulary. z_y is -inf if the target is elsewhere."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     target = tl.load(targets + rows, rows < N, -1)
@@ -94,7 +94,7 @@ def forward_kernel(
         hit = target[:, None] == columns[None, :]
         target_logit = tl.maximum(target_logit, tl.max(tl.where(hit, z, -float("inf")), 1))
         new_max = tl.maximum(running_max, tl.max(z, 1))
-        # The first tile finds total = 0 and running_max = -inf, of which no product may be taken.
+        # In the first tile total = 0 and running_max = -inf, whose product would be NaN.
         shift = tl.where(total > 0, running_max - new_max, 0.0)
         shifted = z - new_max[:, None]
         weights = tl.exp(shifted)
@@ -152,7 +152,7 @@ def dlogits_kernel(
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BIAS_GRAD: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``dL/d(h Wᵀ)`` of one tile of a vocabulary block with V columns; targets count from the block's start.
+    """``dL/d(h Wᵀ)`` of one tile of a vocabulary block with V columns. Targets count from the block's start.
 
     ``bias_out`` [row blocks, V] takes this tile's column sums of ``dL/db``.
     """
@@ -218,7 +218,7 @@ def _shared_arguments(head: Head, hidden_ND: Tensor) -> tuple[tuple[Any, ...], t
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """A launch, for type checkers, which read a kernel's parameters as those of a plain call."""
+    """Launch a kernel. Type checkers would read its parameters as those of a plain call."""
     kernel[grid](*arguments, **constants)
 
 

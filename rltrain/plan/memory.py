@@ -23,7 +23,7 @@ BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
 # CUDA's context, NCCL's buffers and what the allocator cannot use.
 RESERVE_GIB = 2.0
-SMALL_LOGITS = 2**20  # up to so many the head takes the plain path (rltrain.kernels)
+SMALL_LOGITS = 2**20  # the most with which the head takes the plain path (rltrain.kernels)
 BLOCK_LOGITS = 2**20
 BLOCK_COLUMNS = 1024  # at least
 CACHE_BLOCK = 16  # tokens by which the rollout's cache grows
@@ -31,7 +31,7 @@ CACHE_BLOCK = 16  # tokens by which the rollout's cache grows
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The machines; ``gpu_gib`` is the memory of one rank."""
+    """The machines. ``gpu_gib`` is the memory of a GPU, which is one rank."""
 
     nodes: int = 1
     gpus_per_node: int = 1
@@ -71,9 +71,9 @@ class ShardingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes per rank under one sharding plan; ``host`` is what offloading puts into the memory of a node, per rank.
+    """Bytes per rank under one sharding plan. ``host`` is the memory of the node that offloading takes, per rank.
 
-    ``weights``, ``optimizer`` and ``frozen`` (reference, scorer) are always there. On top come, one after the other:
+    ``weights``, ``optimizer`` and ``frozen`` (reference, scorer) are always held. On top come, one after the other:
     training (gradients, activations, head, buffers), the optimiser's step, and sampling (cache, logits, and under
     ZeRO 3 or with ``rollout.dtype`` another copy of the weights).
     """
@@ -94,14 +94,14 @@ class Footprint:
     @property
     def peak(self) -> int:
         backward = self.activations + self.head
-        # The only micro-batch of a step makes gradients as its activations go.
+        # With a single micro-batch, gradients are made while activations are freed.
         training = self.gradients + backward if self.accumulates else max(self.gradients, backward)
         busiest = max(training + self.buffers, self.gradients + self.step, self.sampling)
         return self.weights + self.optimizer + self.frozen + busiest
 
 
 def rank_load(config: RunConfig, ranks: int) -> RankLoad:
-    """Full-length prompts and completions: the worst that the limits allow."""
+    """The load of full-length prompts and completions, the largest that the limits allow."""
     sampling, batch = config.sampling, config.batch
     longest = sampling.max_prompt_tokens + sampling.max_new_tokens
     prompts = -(-batch.prompts_per_step // ranks)
@@ -133,26 +133,26 @@ def head_bytes(shape: ModelShape, loss_tokens: int) -> int:
 
 
 def naive_logits_bytes(shape: ModelShape, loss_tokens: int) -> int:
-    """What the head would hold without fusing: three fp32 copies of [N, V]."""
+    """The memory of an unfused head: three fp32 copies of [N, V]."""
     return 3 * loss_tokens * shape.vocabulary * FP32_BYTES
 
 
 def kv_cache_bytes(shape: ModelShape, load: RankLoad) -> int:
-    """Each prompt once, each completion to its end, and one layer's copy while the cache grows."""
+    """The cache holds each prompt once and each completion at full length, and copies one layer while it grows."""
     columns = math.ceil(load.new_tokens / CACHE_BLOCK) * CACHE_BLOCK
     held = shape.kv_bytes(load.prompts * load.prompt_tokens + load.completions * columns)
     return held + held // shape.layers
 
 
 def sampling_bytes(shape: ModelShape, load: RankLoad) -> int:
-    """Beside the cache, the larger of the prompts' prefill and a step's logits, fp32 probabilities and their sums."""
+    """Beside the cache: the larger of the prefill and a decoding step's logits, fp32 probabilities and their sums."""
     prefill = load.prompts * load.prompt_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
     step = load.completions * shape.vocabulary * (shape.dtype_bytes + 2 * FP32_BYTES)
     return max(prefill * shape.dtype_bytes, step)
 
 
 def frozen_bytes(config: RunConfig, shape: ModelShape, *, weight_share: int = 1) -> int:
-    """The reference in the weights' precision, and phi of the scorer; an EMA is whole and fp32 on every rank."""
+    """The reference in the weights' precision, and phi of the scorer. An EMA is whole and fp32 on every rank."""
     needs, whole = config.needs(), shape.parameters * shape.dtype_bytes
     reference = whole // weight_share if Need.REFERENCE_LOGPROBS in needs else 0
     if Need.SCORER not in needs or config.scorer.kind == "policy":
@@ -164,9 +164,9 @@ def frozen_bytes(config: RunConfig, shape: ModelShape, *, weight_share: int = 1)
 
 
 def optimizer_bytes(shape: ModelShape, stage: int, share: int) -> int:
-    """AdamW's two fp32 moments, and its fp32 copy of the weights: not at stage 0 where they are fp32 themselves."""
-    own_copy = stage > 0 or shape.dtype_bytes != FP32_BYTES
-    return (STATE_BYTES if own_copy else STATE_BYTES - FP32_BYTES) * shape.trainable // share
+    """AdamW's two fp32 moments and its fp32 copy of the weights. fp32 weights at stage 0 need no copy."""
+    has_master = stage > 0 or shape.dtype_bytes != FP32_BYTES
+    return (STATE_BYTES if has_master else STATE_BYTES - FP32_BYTES) * shape.trainable // share
 
 
 def buffer_bytes(config: RunConfig, shape: ModelShape, stage: int, *, on_gpu: bool) -> int:
@@ -180,15 +180,15 @@ def buffer_bytes(config: RunConfig, shape: ModelShape, stage: int, *, on_gpu: bo
 
 
 def step_bytes(shape: ModelShape, stage: int, share: int, *, on_gpu: bool) -> int:
-    """What is held for a moment between backward and the next step.
+    """Temporary memory of the optimiser step.
 
-    AdamW's arithmetic: on a CPU at stage 0 for one parameter, else for the whole shard; where it moves a copy of the
-    weights, their gradient is copied, too. At stage 0 DeepSpeed flattens the gradients before, on a single rank, too.
+    AdamW's arithmetic is on one parameter at stage 0 on a CPU, else on the whole shard. Where AdamW steps a copy of
+    the weights, the gradient is copied too. At stage 0 DeepSpeed first flattens the gradients, even on a single rank.
     """
     shard = shape.trainable // share
-    own_copy = stage > 0 or shape.dtype_bytes != FP32_BYTES
-    temporaries = shard if on_gpu else 2 * (shard if own_copy else shape.largest)
-    arithmetic = (temporaries + (shard if own_copy else 0)) * FP32_BYTES
+    has_master = stage > 0 or shape.dtype_bytes != FP32_BYTES
+    temporaries = shard if on_gpu else 2 * (shard if has_master else shape.largest)
+    arithmetic = (temporaries + (shard if has_master else 0)) * FP32_BYTES
     return arithmetic if stage else max(arithmetic, min(shard, BUCKET_ELEMENTS) * shape.dtype_bytes)
 
 
@@ -236,7 +236,7 @@ def sharding_plans(stages: Sequence[int] = (0, 1, 2, 3)) -> list[ShardingPlan]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was found for a config on a cluster."""
+    """The footprints of a config on a cluster, by sharding plan."""
 
     cluster: Cluster
     shape: ModelShape
@@ -245,7 +245,7 @@ class Plan:
     footprints: dict[ShardingPlan, Footprint]
 
     def fits(self, sharding: ShardingPlan) -> bool:
-        """With room for what is not counted."""
+        """Whether the peak fits, with RESERVE_GIB left for what is not counted."""
         return self.footprints[sharding].peak <= (self.cluster.gpu_gib - RESERVE_GIB) * GIB
 
 
@@ -285,16 +285,16 @@ def plan(config: RunConfig, cluster: Cluster, *, on_gpu: bool = True) -> Plan:
 
 
 def as_json(made: Plan) -> str:
-    """Everything in bytes."""
+    """The plan as JSON, in bytes."""
     rows = [
         {
             **vars(sharding),
-            **vars(found),
-            "peak": found.peak,
+            **vars(footprint),
+            "peak": footprint.peak,
             "fits": made.fits(sharding),
             "chosen": sharding == made.chosen,
         }
-        for sharding, found in made.footprints.items()
+        for sharding, footprint in made.footprints.items()
     ]
     facts = {"cluster": made.cluster, "shape": made.shape, "work": made.load}
     avoided = naive_logits_bytes(made.shape, made.load.loss_tokens)

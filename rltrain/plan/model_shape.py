@@ -1,8 +1,8 @@
-"""What a model weighs and what its forward and backward hold, without its weights: shapes from the config alone.
+"""The parameters of a model and the memory of its forward and backward, from its config alone, without its weights.
 
-Activations are not modelled but counted: the decoder runs under torch's fake tensors, which have sizes and lifetimes
-but no memory, and every storage is added when it is made and taken off when it is freed. That holds for any
-architecture of transformers, with adapters and gradient checkpointing as they are.
+Activations are counted, not modelled. The decoder runs under torch's fake tensors, which have sizes and lifetimes but
+no memory: a storage is added when it is made and subtracted when it is freed. This holds for any architecture of
+transformers, with adapters and gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from rltrain.errors import ConfigError
 from rltrain.policy import capabilities
 from rltrain.policy.load import PretrainedConfig, located
 from rltrain.policy.lora import add_lora
-from rltrain.policy.tiny import tiny_architecture
+from rltrain.policy.tiny import TinyConfig, tiny_architecture
 
-# Layers that are run to find what one more costs; models with fewer are run whole.
+# Two counts of layers, from which the cost of one more follows. Models with fewer layers are run whole.
 PROBED_LAYERS = (2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Counts of a model: elements unless the name says otherwise. ``dtype_bytes`` is of a weight."""
+    """Counts of a model's elements, unless the name says otherwise. ``dtype_bytes`` is the size of a weight."""
 
     trainable: int
     frozen: int
@@ -49,17 +49,20 @@ class ModelShape:
         return self.trainable + self.frozen
 
     def kv_bytes(self, tokens: int) -> int:
-        """Keys and values of so many tokens: ``2 · L · H_kv · d · bytes`` each."""
+        """Bytes of the keys and values of ``tokens``: ``2 · L · H_kv · d · bytes`` each."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes * tokens
 
 
 def architecture(config: ModelConfig) -> Any:
-    """The transformers config of a model source; weights are not read."""
+    """The transformers config of a model source, without reading its weights."""
     from transformers import AutoConfig
 
+    if isinstance(config, TinyConfig):
+        return tiny_architecture(config) if config.path is None else AutoConfig.from_pretrained(config.path)
     if not isinstance(config, PretrainedConfig):
-        path = getattr(config, "path", None)
-        return tiny_architecture(config) if path is None else AutoConfig.from_pretrained(path)  # type: ignore[arg-type]
+        raise ConfigError(
+            f"model: {type(config).__name__} has no transformers config to plan with; choose another model"
+        )
     source = located(config)
     gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
     try:
@@ -105,7 +108,7 @@ def measure(config: ModelConfig, shape: Any) -> ModelShape:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and nothing has freed yet: now, and at most."""
+    """Bytes of the storages that operations made and that are not yet freed: ``live`` now, ``peak`` at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +138,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def activation_bytes(config: ModelConfig, shape: Any, *, rows: int, tokens: int, checkpointing: bool) -> int:
-    """The most that forward and backward of ``rows x tokens`` through the decoder hold beside weights and gradients."""
+    """Peak memory of forward and backward of ``rows x tokens`` through the decoder, without weights and gradients."""
     layers = shape.get_text_config().num_hidden_layers
     if layers <= PROBED_LAYERS[-1]:
         return _probe(config, shape, rows=rows, tokens=tokens, checkpointing=checkpointing)

@@ -25,12 +25,12 @@ def with_layers(config: Any, count: int) -> None:
 
 
 def intermediate_size(config: Any) -> int:
-    """The width of the MLP; four times the hidden size where the config does not give it (GPT-2)."""
+    """The width of the MLP, four times the hidden size where the config does not give it (GPT-2)."""
     return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
 
 
 def kv_heads(config: Any) -> int:
-    """Heads of keys and values; as many as of queries without grouped-query attention."""
+    """Heads of keys and values, as many as of queries without grouped-query attention."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
@@ -40,7 +40,7 @@ def head_size(config: Any) -> int:
 
 
 def cannot_share_prompts(model: Any) -> str | None:
-    """Why completions cannot attend to the keys and values of a prompt that is forwarded once; None if they can."""
+    """Why completions cannot attend to the keys and values of a prompt that is forwarded once. None if they can."""
     config = model.config.get_text_config()
     kinds = layer_kinds(config)
     return _first_that_holds(
@@ -55,7 +55,7 @@ def cannot_share_prompts(model: Any) -> str | None:
 
 
 def cannot_pack(model: Any) -> str | None:
-    """Why sequences that lie end to end cannot be attended apart from one another; None if they can."""
+    """Why sequences that lie end to end cannot be attended apart from one another. None if they can."""
     config = model.config.get_text_config()
     return cannot_share_prompts(model) or _first_that_holds(
         {

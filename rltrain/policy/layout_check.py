@@ -1,4 +1,4 @@
-"""Which layouts of a micro-batch a run may take: those that were asked for, that the models can, and that check out."""
+"""Which layouts of micro-batches a run may use: configured, supported by its models, and verified at the start."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ log = logging.getLogger(__name__)
 
 
 def usable_layouts(packing: str, models: Sequence[Any]) -> tuple[Layout, ...]:
-    """The layouts of ``batch.packing`` that all ``models`` compute as padded rows; at least ``padded``.
+    """The layouts of ``batch.packing`` in which all ``models`` give the log-probs of padded rows, at least ``padded``.
 
     ``models`` are :class:`~rltrain.policy.logprobs.LogprobModel` or engines that hold one. All ranks call this
     together.
     """
-    asked: dict[str, Sequence[Layout]] = {"auto": LAYOUTS, **{layout: (layout,) for layout in LAYOUTS}}
-    found: list[Layout] = [
-        layout for layout in asked[packing] if all(_works(layout, model, packing) for model in models)
-    ]
-    return tuple(found) or ("padded",)
+    configured: list[Layout] = [layout for layout in LAYOUTS if packing in ("auto", layout)]
+    usable: list[Layout] = [layout for layout in configured if all(_works(layout, model, packing) for model in models)]
+    return tuple(usable) or ("padded",)
 
 
 def _works(layout: Layout, model: Any, packing: str) -> bool:
@@ -38,13 +36,13 @@ def _works(layout: Layout, model: Any, packing: str) -> bool:
         level = logging.INFO if packing == "auto" else logging.WARNING
         log.log(level, "batch.packing=%s: layout %s is not used, %s: %s", packing, layout, name, module.cannot_pack)
         return False
-    apart, limit = difference_from_padded(model, layout), torch.finfo(module.model.dtype).eps ** 0.5
-    if apart <= limit:
+    difference, limit = difference_from_padded(model, layout), torch.finfo(module.model.dtype).eps ** 0.5
+    if difference <= limit:
         return True
     log.warning(
         "batch.packing=%s: in layout %s the log-probs of %s are %.2g nats from those of padded rows, more than %.2g; "
         "this layout is not used",
-        *(packing, layout, name, apart, limit),
+        *(packing, layout, name, difference, limit),
     )
     return False
 
@@ -53,7 +51,7 @@ def _works(layout: Layout, model: Any, packing: str) -> bool:
 def difference_from_padded(model: Any, layout: Layout) -> float:
     """Mean absolute difference of the log-probs of a small batch in this layout and as padded rows, in nats.
 
-    Half the digits of the model's precision are what it should not exceed; the worst over ranks.
+    The largest over ranks. It should be below half the digits of the model's precision.
     """
     module = unwrapped(model)
     units = check_units(module.model.config.get_text_config().vocab_size)
@@ -61,9 +59,9 @@ def difference_from_padded(model: Any, layout: Layout) -> float:
     batches = (token_batch(units if layout == "shared" else alone, NO_WEIGHTING, layout),)
     batches += (token_batch(alone, NO_WEIGHTING, "padded"),)
     with inference(module):
-        heads = [logprobs(model, to_device(batch, dist.device()), entropy=False) for batch in batches]
-    apart = (heads[0].logprobs_N - heads[1].logprobs_N).abs().mean().nan_to_num(torch.inf)
-    return float(dist.all_max(apart.cpu(), name="check of the packed layout"))
+        in_layout, padded = (logprobs(model, to_device(batch, dist.device()), entropy=False) for batch in batches)
+    difference = (in_layout.logprobs_N - padded.logprobs_N).abs().mean().nan_to_num(torch.inf)
+    return float(dist.all_max(difference.cpu(), name="check of the packed layout"))
 
 
 def check_units(vocabulary: int) -> list[Unit]:

@@ -10,7 +10,7 @@ from rltrain.errors import require
 
 
 def add_lora(model: Any, config: LoraConfig) -> Any:
-    """Wrap a model with peft's LoRA adapters; only these are trained."""
+    """Wrap a model with peft's LoRA adapters. Only the adapters are trained."""
     import peft
 
     adapters = peft.LoraConfig(

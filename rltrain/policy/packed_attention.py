@@ -1,7 +1,7 @@
-"""Attention over packed tokens: segments lie end to end, and each sees its own past and, if it has one, its prefix's.
+"""Attention over packed tokens. Segments lie end to end, and each attends to its past and to its prefix, if any.
 
-Everything else in a decoder acts on tokens one by one, so it runs on [1, L] without padding. Attention gathers queries
-and keys into rows, those of similar length in one call (:func:`rltrain.batching.bins.attention_calls`):
+All other modules of a decoder act on single tokens, so they run on [1, L] without padding. Attention gathers queries
+and keys into rows, with rows of similar length in one call (:func:`rltrain.batching.bins.attention_calls`):
 
     out_s = softmax(q_s · [K_prefix(s) ; K_s] · scale, token i over keys j <= |prefix| + i) · [V_prefix(s) ; V_s]
 
@@ -32,7 +32,7 @@ def gather(values_LX: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """The segments of one call as padded rows: where in L the B rows' queries and keys are."""
+    """The segments of one call as padded rows: the places in L of the queries and keys of B rows."""
 
     query_BQ: Tensor
     key_BK: Tensor
@@ -55,13 +55,13 @@ class AttentionCall:
 
 
 class SegmentAttention:
-    """The calls that attend a packed micro-batch; the same for every layer."""
+    """The attention calls of a packed micro-batch, which are the same in every layer."""
 
     def __init__(self, batch: TokenBatch, hidden_size: int) -> None:
         assert batch.prefix_S is not None
         boundaries, prefix_of = batch.boundaries_S1.tolist(), batch.prefix_S.tolist()
-        own = [stop - start for start, stop in itertools.pairwise(boundaries)]
-        segments = [(tokens, own[prefix] if prefix >= 0 else 0) for tokens, prefix in zip(own, prefix_of, strict=True)]
+        sizes = [stop - start for start, stop in itertools.pairwise(boundaries)]
+        segments = [(size, sizes[prefix] if prefix >= 0 else 0) for size, prefix in zip(sizes, prefix_of, strict=True)]
         device = batch.input_ids_L.device
         self.calls: list[AttentionCall] = []
         slot_L = torch.empty(len(batch.input_ids_L), dtype=torch.long)
@@ -69,12 +69,12 @@ class SegmentAttention:
         for indices in attention_calls(segments, hidden_size):
             column_Q = torch.arange(segments[indices[0]][0])
             start_B1 = torch.tensor([[boundaries[i]] for i in indices])
-            own_B1 = torch.tensor([[own[i]] for i in indices])
-            query_BQ = start_B1 + torch.minimum(column_Q, own_B1 - 1)
+            length_B1 = torch.tensor([[sizes[i]] for i in indices])
+            query_BQ = start_B1 + torch.minimum(column_Q, length_B1 - 1)
             prefix_B1 = torch.tensor([[boundaries[max(prefix_of[i], 0)]] for i in indices])
             key_BK = torch.cat([prefix_B1 + torch.arange(segments[indices[0]][1]), query_BQ], dim=1)
             slots_BQ = first_slot + torch.arange(query_BQ.numel()).view_as(query_BQ)
-            real_BQ = column_Q < own_B1
+            real_BQ = column_Q < length_B1
             slot_L[query_BQ[real_BQ]] = slots_BQ[real_BQ]
             first_slot += query_BQ.numel()
             self.calls.append(AttentionCall(query_BQ=query_BQ.to(device), key_BK=key_BK.to(device)))
@@ -94,8 +94,8 @@ class SegmentAttention:
         softcap: float | None,
         dropout: float,
     ) -> Tensor:
-        """[L, H, D]. Key and value may have fewer heads, each of which serves several queries'."""
-        # One gather for all calls: the backward of each is a sum over all L.
+        """Outputs [L, H, D]. Keys and values may have fewer heads, each for several heads of queries."""
+        # A single gather for all calls, because the backward of a gather is a sum over all L.
         (queries,) = self._gathered(self._query_S, [call.query_BQ for call in self.calls], query_HLD)
         keys, values = self._gathered(self._key_S, [call.key_BK for call in self.calls], key_HLD, value_HLD)
         rows = []
@@ -118,14 +118,14 @@ class SegmentAttention:
         return gather(torch.cat(rows), self._slot_L).unflatten(-1, (len(query_HLD), -1))
 
     def _gathered(self, index_S: Tensor, places: Sequence[Tensor], *values_HLD: Tensor) -> list[list[Tensor]]:
-        """For each of the values its part [B, H, Q, D] in every call."""
+        """For each of the values, its rows [B, H, Q, D] in every call."""
         values_LX = torch.cat([x.transpose(0, 1).flatten(1) for x in values_HLD], dim=1)
         parts = gather(values_LX, index_S).split([place.numel() for place in places])
         widths = [len(x) * x.shape[2] for x in values_HLD]
         by_value = zip(*(part.split(widths, dim=1) for part in parts), strict=True)
         return [
-            [part.view(*place.shape, len(x), -1).transpose(1, 2) for part, place in zip(each, places, strict=True)]
-            for x, each in zip(values_HLD, by_value, strict=True)
+            [part.view(*place.shape, len(x), -1).transpose(1, 2) for part, place in zip(parts_x, places, strict=True)]
+            for x, parts_x in zip(values_HLD, by_value, strict=True)
         ]
 
     def _mask(self, index: int, window: int | None) -> Tensor:
@@ -160,7 +160,7 @@ def segment_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface for the one packed row; ``attention_mask`` says nothing."""
+    """The attention of a single packed row, as transformers calls it. ``attention_mask`` is not used."""
     out_LHD = segments.attend(
         query[0], key[0], value[0], scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout
     )
@@ -170,7 +170,7 @@ def segment_attention(
 def arguments(model: Any, batch: TokenBatch) -> dict[str, Any]:
     """What a decoder's forward needs, beside ids and positions, to attend a packed micro-batch.
 
-    FlashAttention takes boundaries as they are; where a prompt is shared, and elsewhere, segments do.
+    FlashAttention takes the boundaries, unless a prompt is shared. All else takes segments.
     """
     assert batch.prefix_S is not None
     config, device = model.config.get_text_config(), batch.input_ids_L.device
@@ -183,13 +183,13 @@ def arguments(model: Any, batch: TokenBatch) -> dict[str, Any]:
             "max_length_q": longest,
             "max_length_k": longest,
         }
-    # Four axes tell the model that the mask is made already; segments are used instead.
+    # A mask of four axes keeps the model from making another. Attention uses the segments instead.
     no_mask = torch.zeros(1, 1, 1, 1, device=device)
     return {"attention_mask": no_mask, "segments": SegmentAttention(batch, config.hidden_size)}
 
 
 def enable(model: Any) -> None:
-    """Let the model's attention take ``segments``; without them it stays what it was.
+    """Let the model's attention accept ``segments``. Calls without them attend as before.
 
     Each attention module switches its implementation for the time of its own call, so that gradient checkpointing,
     which calls it again in the backward, attends the same way.

@@ -25,7 +25,7 @@ from rltrain.types import Mean, Metrics, Need, SpanRequest, TokenBatch
 
 
 def span_row(request: SpanRequest) -> LossRow:
-    """The request as a completion of its prompt, nothing of which is trained on."""
+    """The request as a completion of its prompt, with advantages of 0."""
     completion_ids = request.token_ids[request.prompt_tokens :]
     return LossRow(
         prompt_ids=request.token_ids[: request.prompt_tokens],
@@ -35,30 +35,31 @@ def span_row(request: SpanRequest) -> LossRow:
     )
 
 
-def wanted_tokens(requests: Sequence[SpanRequest]) -> Tensor:
-    """Where the spans' tokens are among the loss tokens of all the completions, span by span."""
-    wanted, first = [], 0
-    for one in requests:
-        before = first - one.prompt_tokens
-        for start, stop in one.spans:
-            wanted += range(before + start, before + stop)
-        first = before + len(one.token_ids)
-    return torch.tensor(wanted, dtype=torch.long)
+def span_token_indices(requests: Sequence[SpanRequest]) -> Tensor:
+    """The indices of the spans' tokens among the loss tokens of all completions, span by span."""
+    indices, first = [], 0
+    for request in requests:
+        before = first - request.prompt_tokens
+        for start, stop in request.spans:
+            indices += range(before + start, before + stop)
+        first = before + len(request.token_ids)
+    return torch.tensor(indices, dtype=torch.long)
 
 
 def span_batches(
     requests: Sequence[SpanRequest], layouts: Sequence[Layout], *, token_budget: int, hidden_size: int
 ) -> list[tuple[list[int], TokenBatch]]:
-    """Micro-batches whose loss tokens are those of the spans, and the requests in each; as many on every rank."""
-    longest = dist.all_max(torch.tensor(max([0, *(len(one.token_ids) for one in requests)])), name="longest to score")
-    budget, rows = max(token_budget, int(longest)), [span_row(one) for one in requests]
+    """Micro-batches whose loss tokens are those of the spans, and the requests in each. All ranks get as many."""
+    longest_here = max([0, *(len(request.token_ids) for request in requests)])
+    longest = dist.all_max(torch.tensor(longest_here), name="longest to score")
+    budget, rows = max(token_budget, int(longest)), [span_row(request) for request in requests]
     layout, arranged = arrange(rows, layouts, token_budget=budget, hidden_size=hidden_size)
     units = [tuple(rows[i] for i in indices) for indices in arranged]
     batches = []
     for unit_indices in bins_of([unit_segments(unit) for unit in units], layout, budget):
         order = [i for unit in unit_indices for i in arranged[unit]]
         whole = token_batch([units[unit] for unit in unit_indices], NO_WEIGHTING, layout)
-        batches.append((order, loss_tokens(whole, wanted_tokens([requests[i] for i in order]))))
+        batches.append((order, loss_tokens(whole, span_token_indices([requests[i] for i in order]))))
     most = int(dist.all_max(torch.tensor(len(batches)), name="number of scoring batches"))
     return batches + [([], empty_batch()) for _ in range(most - len(batches))]
 
@@ -66,11 +67,11 @@ def span_batches(
 def span_logprobs(
     model: Any, requests: Sequence[SpanRequest], *, token_budget: int, layouts: Sequence[Layout] = ("padded",)
 ) -> list[list[Tensor]]:
-    """Per request and span, the fp32 log-probs of its tokens, on the CPU; one forward pass per sequence, or less.
+    """Per request and span, the fp32 log-probs of its tokens, on the CPU.
 
-    ``model`` is called as :class:`LogprobModel` is. Of the ``layouts`` the one of the least work is taken; the budget
-    is raised to the longest sequence. All ranks call this together, and make as many passes as the one with the most,
-    so that a sharded model can gather its weights.
+    ``model`` is called as :class:`LogprobModel` is. Of the ``layouts`` the one of the least work is taken. The budget
+    is raised to the longest sequence. All ranks call this together and make the same number of passes, so that
+    a sharded model can gather its weights.
     """
     hidden_size = unwrapped(model).model.config.get_text_config().hidden_size
     results: list[list[Tensor]] = [[] for _ in requests]
@@ -85,9 +86,9 @@ def span_logprobs(
 
 
 class Scorer:
-    """What ``Context.scorer`` is: ``policy(requests)`` and ``phi(requests)``, each a list of log-probs per span.
+    """The service ``Context.scorer``: ``policy(requests)`` and ``phi(requests)`` give log-probs by request and span.
 
-    ``policy`` is the module or engine that is trained. An EMA follows it by :meth:`follow`; its shadow is whole and
+    ``policy`` is the module or engine that is trained. An EMA follows it by :meth:`follow`. Its shadow is whole and
     fp32 on every rank, and its state is :meth:`tensors`.
     """
 
@@ -125,7 +126,7 @@ class Scorer:
 
     @torch.no_grad()
     def follow(self, parameters: Iterable[tuple[str, Tensor]]) -> Metrics:
-        """``phi <- decay·phi + (1 - decay)·theta`` if phi is an EMA; the metric is ||theta - phi|| / ||theta||."""
+        """``phi <- decay·phi + (1 - decay)·theta`` if phi is an EMA. The metric is ||theta - phi|| / ||theta||."""
         if self._decay is None:
             return {}
         shadow, gap, size = self.tensors(), 0.0, 0.0
@@ -136,7 +137,7 @@ class Scorer:
         return {"scorer/ema_distance": Mean.of((gap / size) ** 0.5)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The EMA's trainable parameters by name, as they are, not copies; empty if phi is no EMA."""
+        """The EMA's trainable parameters by name, not copied. Empty if phi is no EMA."""
         if self._decay is None:
             return {}
         return {name: parameter.detach() for name, parameter in self._phi.named_parameters() if parameter.requires_grad}
@@ -147,8 +148,8 @@ def load_scorer(
 ) -> Scorer:
     """The scorer of a run, an EMA not yet started.
 
-    ``module`` is the engine, or the :class:`LogprobModel`, that holds the policy; ``initial`` is where the policy's
-    first weights are. Phi shares the ``reference`` model where it may.
+    ``module`` is the engine, or the :class:`LogprobModel`, that holds the policy. ``initial`` is where the policy's
+    first weights are. Phi is the ``reference`` model if both have the same weights.
     """
     phi, decay = module, None
     if config.scorer.kind == "ema":
@@ -175,7 +176,7 @@ def load_shadow(config: RunConfig, initial: str | None) -> nn.Module:
 
 
 def check_same_vocabulary(policy: Policy, frozen: Policy, *, path: str | None) -> None:
-    """Refuse a scorer to which the policy's token ids mean something else."""
+    """ConfigError for a scorer whose vocabulary differs from the policy's."""
     ours, theirs = policy.tokenizer.get_vocab(), frozen.tokenizer.get_vocab()
     rows = frozen.model.get_input_embeddings().num_embeddings
     if ours != theirs or rows < len(ours):

@@ -20,7 +20,7 @@ TINY_ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n
 class TinyConfig(ModelConfig):
     """A Qwen3-architecture model with a character tokenizer, made in code: about 1 M parameters, no download.
 
-    ``path`` loads weights that such a model was saved to.
+    ``path`` names the folder of a saved model of this kind.
     """
 
     hidden_size: int = 128
@@ -40,7 +40,7 @@ class TinyConfig(ModelConfig):
 
 
 def character_tokenizer(alphabet: str = TINY_ALPHABET) -> Any:
-    """One token per character, plus <pad>, <eos>, <unk>, <think> and </think>; made in code."""
+    """One token per character, plus <pad>, <eos>, <unk>, <think> and </think>."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs: what was run and learnt, what to beware of, which token got which credit.
+"""A self-contained HTML page about runs: settings, learning curves, warnings, and the credit of single tokens.
 
 python -m rltrain.report RUN [RUN …] [--out FILE] [--estimators grpo,tempo]
 """

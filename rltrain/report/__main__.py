@@ -12,7 +12,7 @@ from rltrain.errors import ConfigError, require
 def main() -> None:
     """Write the page and say where it is."""
     parser = argparse.ArgumentParser(
-        prog="python -m rltrain.report", description="One self-contained HTML page about runs."
+        prog="python -m rltrain.report", description="A self-contained HTML page about runs."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument(

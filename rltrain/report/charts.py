@@ -1,4 +1,4 @@
-"""Where lines, ticks and bars lie. The page's template draws them as SVG, so that the theme's colours apply."""
+"""Coordinates of lines, ticks and bars. The page's template draws them as SVG, in the colours of its theme."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOISY_FROM, WINDOW = 20, 10
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """SVG ``points``; ``colour`` counts runs; a ``faint`` line is the raw one behind its smoothed self."""
+    """SVG ``points``. ``colour`` is the index of the run. A ``faint`` line is the raw one behind the smoothed."""
 
     points: str
     colour: int
@@ -27,7 +27,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A line chart; ticks are (position, text), ``words`` says per run where it starts and ends."""
+    """A line chart. Ticks are (position, text), ``words`` says per run where it starts and ends."""
 
     title: str
     lines: Sequence[Line]
@@ -38,7 +38,7 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """A linear map of [low, high] onto [start, end]."""
+    """A linear map from [low, high] to [start, end]."""
 
     low: float
     high: float
@@ -57,7 +57,7 @@ class Scale:
 
 
 def scale(values: Sequence[float], *, start: float, end: float, margin: float = 0.0) -> Scale:
-    """Of all values, with a share of their range to spare on both sides; a constant gets room above and below."""
+    """The scale of all values, with ``margin`` times their range added on both sides."""
     low, high = min(values), max(values)
     if low == high == 0:
         return Scale(low=0.0, high=1.0, start=start, end=end)
@@ -66,22 +66,22 @@ def scale(values: Sequence[float], *, start: float, end: float, margin: float = 
 
 
 def thinned(points: Sequence[T], most: int) -> list[T]:
-    """At most so many of them, evenly spaced, both ends kept; ``most`` is at least 2."""
+    """At most ``most`` of the points, evenly spaced, with both ends. ``most`` is at least 2."""
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def line_chart(title: str, runs: Mapping[str, MetricRows], name: str, *, most_points: int) -> Chart | None:
-    """A metric against steps, one line per run, smoothed over ten steps where there are many; None if no run has it."""
-    found = {label: series(rows, name) for label, rows in runs.items()}
-    if not any(values for _, values in found.values()):
+    """A metric against steps, one line per run, smoothed over ten steps where there are many. None if no run has it."""
+    curves = {label: series(rows, name) for label, rows in runs.items()}
+    if not any(values for _, values in curves.values()):
         return None
-    x = scale([step for steps, _ in found.values() for step in steps], start=LEFT, end=WIDTH - RIGHT)
-    every = [value for _, values in found.values() for value in values]
-    y = scale(every, start=HEIGHT - BOTTOM, end=TOP, margin=0.05)
+    x = scale([step for steps, _ in curves.values() for step in steps], start=LEFT, end=WIDTH - RIGHT)
+    all_values = [value for _, values in curves.values() for value in values]
+    y = scale(all_values, start=HEIGHT - BOTTOM, end=TOP, margin=0.05)
     lines, words = [], []
-    for colour, (label, (steps, values)) in enumerate(found.items()):
+    for colour, (label, (steps, values)) in enumerate(curves.items()):
         if not values:
             continue
         noisy = len(values) > NOISY_FROM
@@ -102,7 +102,7 @@ def _line(points: Sequence[tuple[float, float]], colour: int, most_points: int, 
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """A piece of the bar: mean seconds a step, and the share of the step."""
+    """A stage in the bar: its mean seconds per step, and its share of the step."""
 
     name: str
     seconds: float
@@ -114,14 +114,14 @@ INSIDE = {"probe": "advantage"}
 
 
 def stages(rows: MetricRows) -> list[StageTime]:
-    """Mean seconds per step, in the order of the step; what is timed inside a stage is taken out of it."""
+    """Mean seconds per step, in the order of the step. What is timed inside a stage is subtracted from it."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("timing_s/"))
     training = max(sum("timing_s/step" in row for row in rows), 1)
     timed = {name.removeprefix("timing_s/"): sum(series(rows, name)[1]) / training for name in names}
     seconds: dict[str, float] = {}
-    for stage in (one for one in timed if one not in ("step", *INSIDE)):
-        inner = [one for one, outer in INSIDE.items() if outer == stage and one in timed]
-        seconds |= {one: timed[one] for one in inner}
-        seconds[stage] = max(0.0, timed[stage] - sum(timed[one] for one in inner))
+    for stage in (name for name in timed if name not in ("step", *INSIDE)):
+        inner = [name for name, outer in INSIDE.items() if outer == stage and name in timed]
+        seconds |= {name: timed[name] for name in inner}
+        seconds[stage] = max(0.0, timed[stage] - sum(timed[name] for name in inner))
     total = sum(seconds.values())
     return [StageTime(name=name, seconds=value, share=value / total) for name, value in seconds.items() if value > 0]

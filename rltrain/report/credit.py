@@ -1,4 +1,4 @@
-"""What the credit viewer shows, as plain data: tokens with their credit, the prefix tree, step potentials, gains."""
+"""The data of the credit viewer: tokens with their credit, the prefix tree, step potentials, gains."""
 
 from __future__ import annotations
 
@@ -23,57 +23,57 @@ MOST_GAINS = 1000
 def credit(
     run: RecordedRun, *, estimators: Sequence[str], groups: int, step: int | None, most_bytes: int
 ) -> list[dict[str, Any]]:
-    """The viewer's data for a run: at most ``groups`` sampled groups of a step (the last one) that fit in the bytes."""
+    """The viewer's data for a run: up to ``groups`` sampled groups of a step (default: the last), within the bytes."""
     step, rows = _sampled(run, step)
-    everything = by_group(rows)
-    if not everything:
+    sampled_groups = by_group(rows)
+    if not sampled_groups:
         return []
-    sampled = SampledStep(run, step, everything)
+    sampled = SampledStep(run, step, sampled_groups)
     estimates = [sampled.under(name) for name in estimators]
-    if not any(one.own for one in estimates):
+    if not any(estimate.is_recorded for estimate in estimates):
         estimates = [sampled.recorded(), *estimates]
-    gains = thinned([point for group in everything for point in _gains(group)], MOST_GAINS)
+    gains = thinned([point for group in sampled_groups for point in _gains(group)], MOST_GAINS)
     shown, spent = [], 0
-    for index in _by_spread(everything)[:groups]:
-        most_tokens = most_bytes // (BYTES_PER_NUMBER * (3 + len(estimates)) * len(everything[index]))
-        one = _group(run, step, everything[index], estimates, index, most_tokens)
-        spent += len(json.dumps(one))
+    for index in _by_spread(sampled_groups)[:groups]:
+        most_tokens = most_bytes // (BYTES_PER_NUMBER * (3 + len(estimates)) * len(sampled_groups[index]))
+        group = _group(run, step, sampled_groups[index], estimates, index, most_tokens)
+        spent += len(json.dumps(group))
         if spent > most_bytes and shown:
             run.notes.append(f"{len(shown)} sampled groups are shown, more do not fit into the page")
             break
-        shown.append(one | {"all_gains": gains})
+        shown.append(group | {"all_gains": gains})
     return shown
 
 
 def _sampled(run: RecordedRun, step: int | None) -> tuple[int, list[SampleRow]]:
-    """The rows of the step, or of the newest that can be read."""
+    """The rows of the step, or of the newest step that can be read."""
     steps = run.sampled_steps()
     if step is not None and step not in steps:
         run.notes.append(f"step {step} has no samples; the recorded ones are {', '.join(map(str, steps)) or 'none'}")
-    wanted = [step] if step in steps else steps[::-1]
-    for one in wanted:
-        if rows := run.samples(one):
-            return one, list(rows)
+    candidates = [step] if step in steps else steps[::-1]
+    for candidate in candidates:
+        if rows := run.samples(candidate):
+            return candidate, list(rows)
     return 0, []
 
 
-def _by_spread(everything: Sequence[Sequence[SampleRow]]) -> list[int]:
-    """Groups whose rewards differ most come first, those that teach nothing last."""
+def _by_spread(groups: Sequence[Sequence[SampleRow]]) -> list[int]:
+    """Indices of the groups, those of the largest spread of rewards first, zero-variance groups last."""
 
     def spread(index: int) -> float:
-        counted = [value for value in map(reward, everything[index]) if not math.isnan(value)]
+        counted = [value for value in map(reward, groups[index]) if not math.isnan(value)]
         return statistics.pstdev(counted) if counted else 0.0
 
-    return sorted(range(len(everything)), key=spread, reverse=True)
+    return sorted(range(len(groups)), key=spread, reverse=True)
 
 
 def _group(
     run: RecordedRun, step: int, rows: Sequence[SampleRow], estimates: Sequence[Estimate], index: int, most_tokens: int
 ) -> dict[str, Any]:
-    """A group; of very long completions the first ``most_tokens``."""
+    """A group, with at most ``most_tokens`` of each completion."""
     group = as_group(rows)
     tokens = [_tokens(row) for row in rows]
-    has_ids = all(len(one.token_ids) == len(text) for one, text in zip(group.completions, tokens, strict=True))
+    has_ids = all(len(ids) == len(texts) for ids, texts in zip(group.completion_ids, tokens, strict=True))
     rewards = [reward(row) for row in rows]
     values = prefix_values(group.completion_ids, rewards) if has_ids else []
     return {
@@ -92,19 +92,21 @@ def _group(
             }
             for i, (row, texts) in enumerate(zip(rows, tokens, strict=True))
         ],
-        "estimates": [_estimate(one, index, [len(texts) for texts in tokens], most_tokens) for one in estimates],
+        "estimates": [
+            _estimate(estimate, index, [len(texts) for texts in tokens], most_tokens) for estimate in estimates
+        ],
         "tree": _tree(group.completion_ids, rewards, tokens) if has_ids else [],
         "gain": _target_gain(rows),
     }
 
 
 def _tokens(row: SampleRow) -> list[str]:
-    """The text of each token; without them the completion as one piece."""
+    """The text of each token, or the whole completion where token texts were not recorded."""
     return list(row.get("tokens") or [row.get("completion") or ""])
 
 
 def _estimate(estimate: Estimate, index: int, lengths: Sequence[int], most_tokens: int) -> dict[str, Any]:
-    """One estimator's credit for a group; completions whose credit does not fit their tokens have none."""
+    """One estimator's credit for a group, empty for completions with another number of tokens."""
     plain = {"name": estimate.name, "remark": estimate.remark, "advantages": None, "steps": []}
     if estimate.values is None:
         return plain
@@ -126,15 +128,15 @@ def _tree(
 ) -> list[dict[str, Any]]:
     return [
         {
-            "level": one.level,
-            "start": one.start,
-            "stop": one.stop,
-            "members": one.members,
-            "value": _short(one.value),
-            "leaf": one.leaf,
-            "text": "".join(tokens[one.members[0]][one.start : one.stop])[:PREVIEW_CHARACTERS],
+            "level": branch.level,
+            "start": branch.start,
+            "stop": branch.stop,
+            "members": branch.members,
+            "value": _short(branch.value),
+            "leaf": branch.leaf,
+            "text": "".join(tokens[branch.members[0]][branch.start : branch.stop])[:PREVIEW_CHARACTERS],
         }
-        for one in branches(ids, rewards)
+        for branch in branches(ids, rewards)
     ]
 
 
@@ -164,5 +166,5 @@ def _row(values: Iterable[Any]) -> list[float | None]:
 
 
 def _short(value: Any) -> float | None:
-    """Five digits; None for what JSON has no number for."""
+    """Rounded to five digits, None for what is no finite number."""
     return float(f"{value:.5g}") if isinstance(value, (int, float)) and math.isfinite(value) else None

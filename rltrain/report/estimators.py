@@ -1,7 +1,7 @@
-"""The same sampled groups under other estimators, recomputed from ids and rewards, and from probes where they need any.
+"""The same sampled groups under other estimators, recomputed from ids, rewards and, where needed, probes.
 
-An estimator is named by an ``algorithm=`` preset or an ``advantage=`` node, with that one's settings. Estimators that
-probe the policy get the checkpoint nearest to the samples. What cannot be computed honestly is not shown, and says why.
+An estimator is named by an ``algorithm=`` preset or an ``advantage=`` node, and has its settings. Estimators that probe
+the policy get the checkpoint nearest to the samples. An estimate that cannot be computed is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from rltrain.types import Context, Need, Notes
 class Estimate:
     """``values[p][g]`` per token of every group of a step, or None with the reason in ``remark``.
 
-    ``own``: what the run recorded, not computed here.
+    ``is_recorded``: the run recorded these values, they were not computed here.
     """
 
     name: str
     values: Sequence[Sequence[Sequence[float]]] | None
     notes: Sequence[Notes]
     remark: str
-    own: bool = False
+    is_recorded: bool = False
 
 
 def check(names: Sequence[str]) -> None:
-    """``ConfigError`` for a name that is neither a preset nor an estimator."""
+    """ConfigError for a name that is neither a preset nor an estimator."""
     cli.store_nodes()
     known = sorted({*_presets(), *(part.name for part in parts("advantage"))})
     for name in names:
@@ -51,7 +51,7 @@ def candidates(name: str) -> list[str]:
     """The overrides to try in turn: the preset of that name and its variants ``NAME_…``, else the node."""
     if name not in _presets():
         return [f"advantage={name}"]
-    return [f"algorithm={one}" for one in _presets() if one == name or one.startswith(f"{name}_")]
+    return [f"algorithm={preset}" for preset in _presets() if preset == name or preset.startswith(f"{name}_")]
 
 
 class SampledStep:
@@ -59,39 +59,40 @@ class SampledStep:
 
     def __init__(self, run: RecordedRun, step: int, groups: Sequence[Sequence[SampleRow]]) -> None:
         self._run, self._rows = run, groups
-        self._drawn_after = step - 1  # a sample carries the step that it went into
+        self._drawn_after = step - 1  # samples are numbered by the step that trains on them
 
     def recorded(self, name: str = "") -> Estimate:
-        """What the run itself trained on."""
+        """The advantages that the run trained on."""
         return Estimate(
             name=name or f"{self._run.part('advantage').get('kind', 'advantage')} (as trained)",
             values=[[row.get("advantages") or [] for row in rows] for rows in self._rows],
             notes=[notes(rows) for rows in self._rows],
             remark="as the run recorded it, with the run's settings",
-            own=True,
+            is_recorded=True,
         )
 
     def under(self, name: str) -> Estimate:
-        """Another estimator's view of all groups; its statistics over the batch are over these groups."""
-        reasons, own = [], self._run.part("advantage")
-        if own.get("kind") == name:
+        """The estimate of another estimator, whose batch statistics are those of these groups."""
+        reasons, trained_with = [], self._run.part("advantage")
+        if trained_with.get("kind") == name:
             return self.recorded(name)
         for override in candidates(name):
             try:
                 config = cli.compose([override]).advantage
                 part = part_of(config)
-                # Another policy's probes are no match for those that the run made with the same estimator.
-                if own.get("kind") == part.name and (part.needs or own == {"kind": part.name} | vars(config)):
+                # Probes of a checkpoint would differ from those that the run made with the same estimator.
+                is_same = trained_with == {"kind": part.name} | vars(config)
+                if trained_with.get("kind") == part.name and (part.needs or is_same):
                     return self.recorded(name)
                 context, source = self._context(part.needs)
-                found = estimator_of(config)(self._groups, context)
+                estimated = estimator_of(config)(self._groups, context)
             except (ConfigError, RunError) as error:
                 reasons.append(str(error))
                 continue
             return Estimate(
                 name=name,
-                values=[[values_T.tolist() for values_T in group] for group in found.values],
-                notes=found.notes or [{}] * len(self._rows),
+                values=[[values_T.tolist() for values_T in group] for group in estimated.values],
+                notes=estimated.notes or [{}] * len(self._rows),
                 remark=f"settings of {override}; {source}",
             )
         return Estimate(name=name, values=None, notes=[], remark=f"not shown: {reasons[0]}")
@@ -101,8 +102,8 @@ class SampledStep:
         return [as_group(rows) for rows in self._rows]
 
     def _context(self, needs: frozenset[Need]) -> tuple[Context, str]:
-        """What an estimator may use, and in words where its numbers come from."""
-        if not all(one.token_ids for group in self._groups for one in group.completions):
+        """The context of an estimator, and in words the source of its numbers."""
+        if not all(ids for group in self._groups for ids in group.completion_ids):
             raise ConfigError("the samples hold completions without token ids")
         seed = self._run.config.get("seed", 0)
         if not needs:
@@ -117,7 +118,7 @@ class SampledStep:
 
     @cached_property
     def _checkpoint(self) -> tuple[int, Any, Any]:
-        """Step, prober and tokenizer of the checkpoint nearest to the samples; no rollout engine is started."""
+        """Step, prober and tokenizer of the checkpoint nearest to the samples. No rollout engine is started."""
         from safetensors import SafetensorError
 
         from rltrain.policy.load import load_frozen
@@ -127,7 +128,7 @@ class SampledStep:
         saved = checkpoint.list_checkpoints(self._run.path)
         if not saved:
             raise ConfigError("it probes the policy, and the run folder holds no finished checkpoint")
-        nearest = min(saved, key=lambda one: abs(one.step - self._drawn_after))
+        nearest = min(saved, key=lambda candidate: abs(candidate.step - self._drawn_after))
         config = self._run.config
         try:
             policy = load_frozen(_part_config("model", config["model"]), path=str(nearest.policy))
@@ -141,6 +142,6 @@ def _part_config(group: str, resolved: Mapping[str, Any]) -> Any:
     """The typed settings of a part from a resolved config."""
     from omegaconf import OmegaConf
 
-    (part,) = [one for one in parts(group) if one.name == resolved["kind"]]
+    (part,) = [part for part in parts(group) if part.name == resolved["kind"]]
     values = {key: value for key, value in resolved.items() if key != "kind"}
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part.config), values))

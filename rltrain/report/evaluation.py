@@ -1,4 +1,4 @@
-"""Held-out evaluation before and after: the metrics, and which problems became right or wrong."""
+"""Held-out metrics at the first and the last evaluation, and the problems that became right or wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MetricChange:
 
 @dataclass(frozen=True, kw_only=True)
 class TurnedProblem:
-    """A held-out problem whose first completion was right at one end only."""
+    """A held-out problem whose first completion was right at only one of the two evaluations."""
 
     prompt: str
     answer: str
@@ -36,7 +36,7 @@ class TurnedProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """``fixed`` and ``broken`` count problems; both None where the samples do not tell."""
+    """``fixed`` and ``broken`` count problems that became right and wrong, None where the samples cannot tell."""
 
     first_step: int
     last_step: int
@@ -65,8 +65,8 @@ def evaluation(run: RecordedRun) -> Evaluation | None:
         for name in before.keys() & after.keys()
         if _right(before[name]) != _right(after[name])
     ]
-    fixed = [one for one in turned if one.right]
-    broken = [one for one in turned if not one.right]
+    fixed = [problem for problem in turned if problem.right]
+    broken = [problem for problem in turned if not problem.right]
     return Evaluation(
         first_step=first,
         last_step=last,
@@ -97,7 +97,7 @@ def _right(row: SampleRow) -> bool:
 
 
 def _tells(samples: Mapping[Any, SampleRow], accuracy: float) -> bool:
-    """Whether right and wrong as read off the samples give the accuracy that was recorded: some rewards know better."""
+    """Whether the samples give the recorded accuracy. They do not where a reward has its own rule of right."""
     return bool(samples) and abs(sum(map(_right, samples.values())) / len(samples) - accuracy) < 1e-6
 
 
@@ -111,6 +111,6 @@ def _turned(before: SampleRow, after: SampleRow) -> TurnedProblem:
     )
 
 
-def _order(one: TurnedProblem) -> tuple[int, str]:
-    """Short ones first: they are read at a glance."""
-    return len(one.before) + len(one.after), one.prompt
+def _order(problem: TurnedProblem) -> tuple[int, str]:
+    """Short completions first, which are the quickest to read."""
+    return len(problem.before) + len(problem.after), problem.prompt

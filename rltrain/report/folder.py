@@ -1,4 +1,4 @@
-"""A run folder, read as far as it goes: what is missing, torn or unreadable becomes a note, never an error."""
+"""A run folder as read from disk. What is missing, torn or unreadable becomes a note, never an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAINING, HELD_OUT = "step_", "eval_step_"
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """What a run left behind. ``notes`` say what a reader must know about what is not there."""
+    """The recorded files of a run. ``notes`` name what is missing."""
 
     path: Path
     label: str
@@ -32,7 +32,7 @@ class RecordedRun:
         return max((row["step"] for row in self.rows), default=0)
 
     def part(self, group: str) -> Mapping[str, Any]:
-        """A part's settings, ``kind`` its name; empty where the config has none."""
+        """A part's settings with its name as ``kind``, empty where the config has none."""
         value = self.config.get(group)
         return value if isinstance(value, Mapping) else {}
 
@@ -42,13 +42,13 @@ class RecordedRun:
         return sorted(int(stem) for stem in stems if stem.isdigit())
 
     def samples(self, step: int, prefix: str = TRAINING) -> list[dict[str, Any]]:
-        """The rows of a step's samples; none, and a note, where the file cannot be read."""
+        """The rows of a step's samples, empty with a note where the file cannot be read."""
         path = self.path / "samples" / f"{prefix}{step:06d}.parquet"
         return _attempt(lambda: _read_parquet(path), [], self.notes, f"samples/{path.name}")
 
 
 def read_run(path: Path, *, label: str) -> RecordedRun:
-    """Read what is there."""
+    """Read the files of a run folder."""
     notes: list[str] = []
     run = RecordedRun(
         path=path,
@@ -107,9 +107,9 @@ def _read_metrics(path: Path, notes: list[str]) -> MetricRows:
 
 
 def _state(run: RecordedRun) -> list[str]:
-    """How far the run came, and what an interrupted save left."""
+    """Notes on unfinished runs and interrupted saves."""
     notes = []
-    absent = [one.name for one in fields(RunConfig) if one.name not in run.config]
+    absent = [entry.name for entry in fields(RunConfig) if entry.name not in run.config]
     if run.config and absent:
         notes.append(f"config.yaml lacks {', '.join(absent[:8])}: it is torn, or of an older version")
     planned = run.config.get("steps")

@@ -1,10 +1,10 @@
-"""The page: everything that the sections show, put into one HTML file that needs nothing else."""
+"""The report as one HTML file without external resources."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,7 @@ from rltrain.report.provenance import Origin, origin
 from rltrain.report.warnings import all_warnings
 from rltrain.runs.summary import MetricRows
 
-# What keeps the page below 5 MB.
+# Limits that keep the page below 5 MB.
 CREDIT_BYTES, CURVE_POINTS, POINTS_OF_A_LINE = 2_500_000, 30_000, 240
 CURVES = {
     "reward": "reward",
@@ -28,16 +28,16 @@ CURVES = {
     "entropy": "entropy, nats a token",
     "kl": "KL to the reference",
     "grad_norm": "gradient norm",
-    "frac_reward_zero_std": "share of groups without signal",
+    "frac_reward_zero_std": "share of zero-variance groups",
     "completions/clipped_ratio": "share of completions cut off",
 }
-# Shown by other sections, or no measure of learning.
+# Metrics shown in other sections.
 NOT_CURVES = ("step", "timing_s/")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """A run as the page shows it."""
+    """The contents of the page for a run."""
 
     run: RecordedRun
     origin: Origin
@@ -48,7 +48,7 @@ class RunView:
 
     @property
     def facts(self) -> dict[str, str]:
-        """The table's rows; what is not known is left out."""
+        """The rows of the table, without those that are not known."""
         run, provenance = self.run, self.run.provenance
         rewards = run.part("rewards")
         known = {
@@ -56,12 +56,12 @@ class RunView:
             "steps": f"{run.steps_done} of {run.config.get('steps', '?')}",
             "model": run.part("model").get("kind"),
             "data": run.part("data").get("kind"),
-            "rewards": ", ".join(f"{name}: {_kind(one)}" for name, one in rewards.items()),
+            "rewards": ", ".join(f"{name}: {_kind(part)}" for name, part in rewards.items()),
             "advantage": run.part("advantage").get("kind"),
             "seed": run.config.get("seed"),
             "ranks": provenance.get("world_size"),
             "git revision": provenance.get("git_revision"),
-            "versions": ", ".join(f"{name} {one}" for name, one in (provenance.get("packages") or {}).items()),
+            "versions": ", ".join(f"{name} {version}" for name, version in (provenance.get("packages") or {}).items()),
         }
         return {name: str(value) for name, value in known.items() if value not in (None, "")}
 
@@ -71,7 +71,7 @@ def _kind(part: Any) -> str:
 
 
 def build(folders: Sequence[Path], *, estimators: Sequence[str] = (), groups: int = 6, step: int | None = None) -> str:
-    """The HTML of a report on run folders; what cannot be read becomes a note in it."""
+    """The HTML of a report on run folders. What cannot be read becomes a note."""
     runs = [read_run(path, label=label) for path, label in zip(folders, labels(folders), strict=True)]
     budget = CREDIT_BYTES // len(runs)
     sampled = [
@@ -96,13 +96,13 @@ def build(folders: Sequence[Path], *, estimators: Sequence[str] = (), groups: in
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of the path before them as tells them apart."""
+    """The folders' names, with as many of their parents as make them distinct."""
     parts = [path.resolve().parts for path in folders]
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-depth:]) for one in parts]
+        names = ["/".join(names[-depth:]) for names in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{one[-1]} ({index + 1})" for index, one in enumerate(parts)]
+    return [f"{names[-1]} ({index + 1})" for index, names in enumerate(parts)]
 
 
 def _view(run: RecordedRun) -> RunView:
@@ -123,11 +123,11 @@ def _view(run: RecordedRun) -> RunView:
 def _charts(rows: Mapping[str, MetricRows], titles: Mapping[str, str]) -> list[charts.Chart]:
     most_points = max(2, min(POINTS_OF_A_LINE, CURVE_POINTS // max(1, len(titles) * len(rows))))
     drawn = [charts.line_chart(title, rows, name, most_points=most_points) for name, title in titles.items()]
-    return [one for one in drawn if one is not None]
+    return [chart for chart in drawn if chart is not None]
 
 
-def _others(every: Any) -> dict[str, str]:
-    names = sorted({name for rows in every for row in rows for name in row})
+def _others(runs: Iterable[MetricRows]) -> dict[str, str]:
+    names = sorted({name for rows in runs for row in rows for name in row})
     return {name: name for name in names if name not in CURVES and not name.startswith(NOT_CURVES)}
 
 

@@ -1,4 +1,4 @@
-"""The report's panels as a wandb workspace: a saved view of a project, or with --json its description alone.
+"""The report's panels as a wandb workspace: a saved view of a project, or only its description with --json.
 
 python -m rltrain.report.panels --entity ENTITY [--project rltrain] [--sweep GROUP] [--by name] [--json]
 
@@ -26,7 +26,7 @@ COLUMNS, WIDTH, HEIGHT = 3, 8, 6  # of wandb's grid of 24 columns
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Metrics against the step: lines, or areas on one another."""
+    """Metrics against the step, as lines or stacked areas."""
 
     title: str
     metrics: Sequence[str]
@@ -55,7 +55,7 @@ SECTIONS = {
 
 
 def workspace(*, entity: str, project: str, sweep: str | None = None, by: str = "name") -> Workspace:
-    """The view. Runs are grouped by the config key ``by``; a line is their mean, its band their minimum and maximum.
+    """The view. Runs are grouped by the config key ``by``. A line is their mean, a band their minimum and maximum.
 
     Metrics that no panel names, such as an estimator's own, follow in sections that wandb makes by prefix.
     """
@@ -99,7 +99,7 @@ def _packages() -> tuple[Any, Any]:
 
 
 def described(view: Workspace) -> Mapping[str, Any]:
-    """What wandb would be sent, as plain data."""
+    """The description that wandb would get, as plain data."""
     return json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 

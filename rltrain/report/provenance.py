@@ -1,4 +1,4 @@
-"""How a run was started, and how its config differs from the preset that it names."""
+"""The command of a run, and the difference of its config from the preset that it names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ConfigDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """``preset`` names what the config is compared with; ``remark`` says why there is no comparison."""
+    """``preset`` names what the config is compared with. ``remark`` says why there is no comparison."""
 
     command: str
     preset: str
@@ -37,17 +37,17 @@ class Origin:
 
 def origin(run: RecordedRun) -> Origin:
     """From ``run.json`` and ``config.yaml``."""
-    arguments = [str(one) for one in run.provenance.get("command") or []]
+    arguments = [str(argument) for argument in run.provenance.get("command") or []]
     command = shlex.join(["python", *arguments[1:]]) if arguments else ""
-    chosen = [one for one in arguments if one.lstrip("+").startswith("experiment=")]
+    chosen = [argument for argument in arguments if argument.lstrip("+").startswith("experiment=")]
     preset = chosen[0].lstrip("+") if chosen else "the defaults (configs/config.yaml)"
     if not run.config:
         return Origin(command=command, preset=preset, differences=[], remark="the run has no readable config.yaml")
     try:
-        expected = _resolved(*(f"+{one.lstrip('+')}" for one in chosen))
+        expected = _resolved(*(f"+{argument.lstrip('+')}" for argument in chosen))
     except ConfigError as error:
         return Origin(command=command, preset=preset, differences=[], remark=str(error))
-    return Origin(command=command, preset=preset, differences=differences(expected, run.config))
+    return Origin(command=command, preset=preset, differences=preset_differences(expected, run.config))
 
 
 @cache
@@ -61,19 +61,19 @@ def _resolved(*overrides: str) -> Mapping[str, Any]:
         raise ConfigError(f"{' '.join(overrides)} cannot be composed here ({cli.one_line(error)})") from error
 
 
-def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[ConfigDifference]:
-    """Key by key; what one side lacks is a dash. Of a part that was exchanged, the run's settings alone."""
-    found = run_folder.differences(expected, actual)
-    exchanged = tuple(f"{key.removesuffix('.kind')}." for key in found if key.endswith(".kind"))
+def preset_differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[ConfigDifference]:
+    """Key by key, with a dash for a missing value. Of an exchanged part, only the run's settings are listed."""
+    differing = run_folder.differences(expected, actual)
+    exchanged = tuple(f"{key.removesuffix('.kind')}." for key in differing if key.endswith(".kind"))
     return [
         ConfigDifference(key=key, preset=_text(old), run=_text(new))
-        for key, (old, new) in found.items()
+        for key, (old, new) in differing.items()
         if not (new is None and key.startswith(exchanged))
     ]
 
 
 def _text(value: Any) -> str:
-    """Strings with blanks at an end in quotes."""
+    """The value as text, in quotes if it begins or ends with a blank."""
     if isinstance(value, str) and value != value.strip():
         return repr(value)
     return ABSENT if value is None else str(value)

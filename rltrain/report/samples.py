@@ -1,4 +1,4 @@
-"""Rows of a samples file as groups. Columns that an older run did not record are empty."""
+"""Rows of a samples file as groups. Columns that the run did not record are empty."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTE = "note/"
 
 
 def by_group(rows: Sequence[SampleRow]) -> list[list[SampleRow]]:
-    """Rows of one prompt side by side, in their order; sample 0 begins a group."""
+    """Rows by prompt, in their order. Sample 0 begins a group."""
     groups: list[list[SampleRow]] = []
     for row in rows:
         fresh = not groups or row.get("sample") == 0 or row.get("problem_id") != groups[-1][-1].get("problem_id")
@@ -26,19 +26,19 @@ def by_group(rows: Sequence[SampleRow]) -> list[list[SampleRow]]:
 
 
 def reward(row: SampleRow) -> float:
-    """NaN abstains."""
+    """The row's reward, NaN if it abstained."""
     value = row.get("reward")
     return math.nan if value is None else float(value)
 
 
 def notes(rows: Sequence[SampleRow]) -> Notes:
-    """What estimator and rewards noted about a group."""
+    """The notes of the estimator and the rewards on a group."""
     names = sorted({name for row in rows for name in row if name.startswith(NOTE)})
     return {name.removeprefix(NOTE): [row.get(name) or [] for row in rows] for name in names}
 
 
 def as_group(rows: Sequence[SampleRow]) -> Group:
-    """The group that an estimator takes."""
+    """The rows of a group as the record that an estimator takes."""
     first = rows[0]
     problem = Problem(
         id=str(first.get("problem_id", "")), prompt=first.get("prompt") or "", answer=str(first.get("answer") or "")

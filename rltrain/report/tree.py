@@ -1,4 +1,4 @@
-"""The prefix tree of a group as rows to draw: one row per stretch of tokens that the same completions share."""
+"""The prefix tree of a group as rows to draw, one per run of tokens that the same completions share."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rltrain.advantages.prefix_tree import common_prefixes, prefix_values
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """Tokens ``start:stop`` of the completions ``members``; ``value`` is the mean of their rewards, NaN if all abstain.
+    """Tokens ``start:stop`` of the completions ``members``. ``value`` is the mean of their rewards, NaN if all abstain.
 
-    ``level`` counts the splits above; a leaf's members end, with these tokens, all alike.
+    ``level`` counts the splits above. All members of a leaf end with these tokens.
     """
 
     level: int
@@ -26,7 +26,7 @@ class Branch:
 
 
 def branches(completion_ids: Sequence[Sequence[int]], rewards: Sequence[float | None] | Tensor) -> list[Branch]:
-    """Of all completions of a group, depth first, children in the order of their first completion."""
+    """The branches of a group, depth first, children in the order of their first completion."""
     if not completion_ids:
         return []
     common = common_prefixes(completion_ids).tolist()
@@ -34,7 +34,7 @@ def branches(completion_ids: Sequence[Sequence[int]], rewards: Sequence[float | 
 
     def grow(members: tuple[int, ...], start: int, level: int) -> Iterator[Branch]:
         first = members[0]
-        stop = min(common[first][other] for other in members)
+        stop = min(common[first][member] for member in members)
         children: dict[int | None, list[int]] = {}
         for index in members:
             ids = completion_ids[index]

@@ -1,4 +1,4 @@
-"""What a reader must see: pure functions from the rows of ``metrics.jsonl`` to a sentence, or None.
+"""Warnings: pure functions from the rows of ``metrics.jsonl`` to a sentence, or None.
 
 "First" and "last" are means over the first and the last fifth of the training steps. A difference is "beyond noise"
 when it exceeds twice its standard error, that is sqrt(s1²/n1 + s2²/n2) with sample variances (ddof 1).
@@ -18,7 +18,7 @@ FEWEST_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Trend:
-    """A metric's first and last fifth; ``noise`` is the standard error of their difference."""
+    """A metric's first and last fifth. ``noise`` is the standard error of their difference."""
 
     first: float
     last: float
@@ -38,7 +38,7 @@ class Trend:
 
 
 def trend(rows: MetricRows, name: str) -> Trend | None:
-    """None with fewer than ten values: a fifth of them says nothing."""
+    """The trend of a metric, None with fewer than ten values."""
     values = series(rows, name)[1]
     if len(values) < FEWEST_STEPS:
         return None
@@ -54,9 +54,9 @@ def _held_out(rows: MetricRows) -> tuple[float, float] | None:
     return (values[0], values[-1]) if len(values) > 1 else None
 
 
-def _share_noise(share: float, other: float, count: int) -> float:
+def _share_noise(first: float, last: float, count: int) -> float:
     """Standard error of the difference of two shares of ``count`` each."""
-    return math.sqrt((share * (1 - share) + other * (1 - other)) / count) if count else 0.0
+    return math.sqrt((first * (1 - first) + last * (1 - last)) / count) if count else 0.0
 
 
 def no_learning(rows: MetricRows, *, evaluated: int) -> str | None:
@@ -80,8 +80,8 @@ def accuracy_fell(rows: MetricRows, *, evaluated: int) -> str | None:
 def reward_without_accuracy(rows: MetricRows, *, evaluated: int) -> str | None:
     """Reward rose beyond noise, accuracy did not: the usual sign of a hacked reward.
 
-    Held-out accuracy where it was measured (one standard error counts as risen), else the accuracy of the training
-    samples. Says nothing where no sample was ever right: rewards that are likelihoods know no accuracy.
+    Held-out accuracy where it was measured (one standard error counts as a rise), else the accuracy of the training
+    samples. None where no sample was ever right, as with rewards that are likelihoods.
     """
     reward, held_out, training = trend(rows, "reward"), _held_out(rows), trend(rows, "accuracy")
     if reward is None or not reward.rises:
@@ -125,7 +125,7 @@ def truncated(rows: MetricRows, *, most: float = 0.1) -> str | None:
 
 
 def zero_variance_groups(rows: MetricRows, *, most: float = 0.7) -> str | None:
-    """In the last fifth of the steps most groups had equal rewards, which teach nothing."""
+    """In the last fifth of the steps, more than ``most`` of the groups were zero-variance groups."""
     share = _last_fifth(rows, "frac_reward_zero_std")
     if share is None or share <= most:
         return None
@@ -147,8 +147,8 @@ def _last_fifth(rows: MetricRows, name: str) -> float | None:
 
 
 def all_warnings(rows: MetricRows, *, evaluated: int) -> Sequence[str]:
-    """Every sentence that applies, the gravest first; ``evaluated`` held-out completions per evaluation."""
-    found = [
+    """The sentences that apply, the gravest first. ``evaluated`` counts the held-out completions of an evaluation."""
+    sentences = [
         reward_without_accuracy(rows, evaluated=evaluated),
         accuracy_fell(rows, evaluated=evaluated),
         no_learning(rows, evaluated=evaluated),
@@ -158,4 +158,4 @@ def all_warnings(rows: MetricRows, *, evaluated: int) -> Sequence[str]:
         zero_variance_groups(rows),
         verifier_trouble(rows),
     ]
-    return [sentence for sentence in found if sentence]
+    return [sentence for sentence in sentences if sentence]

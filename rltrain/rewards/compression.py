@@ -1,4 +1,4 @@
-"""ConMax: a trace may be short as long as a frozen model stays sure of it and of the answer (arXiv 2601.04973)."""
+"""ConMax: a compressed trace is rewarded by its likelihood and that of the answer (arXiv 2601.04973)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def compression_reward(
 ) -> Tensor:
     """``R_i = S_ans + beta·S_think``, float64 [G], in nats per token.
 
-    S_ans is the mean of completion i's answer log-probs, S_think that of its compressed trace's; means of log-probs,
-    not exponentiated, and no length term. Each argument holds one sequence of log-probs (or their mean) per completion.
+    S_ans is the mean log-prob of the answer's tokens after trace i, S_think that of the trace's tokens. They are not
+    exponentiated, and there is no length term. Each argument holds a sequence of log-probs, or their mean, per
+    completion.
 
     An empty sequence marks an output without a usable trace. It gets the floor: the lowest valid reward of the group
     minus 1, or -10 if none is valid.
@@ -45,17 +46,17 @@ def floored(rewards_G: Tensor) -> Tensor:
 
 
 def _means(logprobs: Sequence[Any] | Tensor) -> Tensor:
-    """Mean of each sequence, NaN of an empty one."""
-    means = [torch.as_tensor(one, dtype=torch.float64).detach().mean() for one in logprobs]
+    """Mean of each sequence, NaN if it is empty."""
+    means = [torch.as_tensor(values, dtype=torch.float64).detach().mean() for values in logprobs]
     return torch.stack(means) if means else torch.zeros(0, dtype=torch.float64)
 
 
 @dataclass(kw_only=True)
 class CompressionRewardConfig(RewardConfig):
-    """See :func:`compression_reward`; phi is what ``scorer`` says.
+    """See :func:`compression_reward`. Phi is the model of the ``scorer`` group.
 
-    For ablation, both worse in the paper: ``pooled`` takes one mean over the tokens of answer and trace together;
-    ``length_weight`` adds that times ``(|z| - |z'|)/|z|``, whitened over the group. ``ngram`` is for the metrics.
+    For ablation, both worse in the paper: ``pooled`` takes a single mean over the tokens of answer and trace together.
+    ``length_weight`` weighs a term ``(|z| - |z'|)/|z|``, whitened over the group. ``ngram`` is for the metrics.
     """
 
     beta: float = 1.2
@@ -69,9 +70,9 @@ class CompressionRewardConfig(RewardConfig):
 
 
 def compressed_ids(prompt: TracePrompt, completion: Completion, tokenizer: Any) -> tuple[int, ...]:
-    """The ids between the tags, as sampled; none if a tag is missing or doubled, the text blank, or the output cut.
+    """The sampled ids between the tags. Empty if a tag is missing or doubled, the text blank, or the output cut.
 
-    A token that holds a tag together with other text counts as tag.
+    A token that holds a tag and other text counts as tag.
     """
     opening, closing = prompt.config.opening, prompt.config.closing
     pieces = [tokenizer.decode([token]) for token in completion.token_ids]
@@ -88,9 +89,9 @@ def compressed_ids(prompt: TracePrompt, completion: Completion, tokenizer: Any) 
 
 
 def score_request(prompt: TracePrompt, trace_ids: Sequence[int]) -> SpanRequest:
-    """Question, compressed trace, answer, in one sequence: neither the original trace nor the instruction is in it.
+    """Question, compressed trace, answer, in one sequence: without the original trace and the instruction.
 
-    The spans are the trace and the answer; the text around the answer is conditioned on, and not scored.
+    The spans are the trace and the answer. The text around the answer is conditioned on, not scored.
     """
     context = prompt.with_trace(trace_ids) + prompt.before_answer_ids
     start = len(prompt.question_ids)
@@ -103,15 +104,19 @@ def score_request(prompt: TracePrompt, trace_ids: Sequence[int]) -> SpanRequest:
 
 @register("reward", "compression", CompressionRewardConfig, needs={Need.SCORER})
 def compression(groups: Sequence[Group], config: CompressionRewardConfig, context: Context) -> Scores:
-    """The reward of each compressed trace; outputs without one get the floor of their group."""
+    """The reward of each compressed trace. Outputs without a trace get the floor of their group."""
     prompts = [_trace_prompt(group) for group in groups]
     pairs = list(zip(groups, prompts, strict=True))
-    found = [[compressed_ids(prompt, one, context.tokenizer) for one in g.completions] for g, prompt in pairs]
-    asked = [score_request(prompt, ids) for (_, prompt), row in zip(pairs, found, strict=True) for ids in row if ids]
-    scored = iter(context.scorer.phi(asked))
-    likelihoods = [[next(scored) if ids else [torch.zeros(0), torch.zeros(0)] for ids in row] for row in found]
-    rewards = [_rewards(*one, config) for one in zip(prompts, found, likelihoods, strict=True)]
-    metrics = [_metrics(*one, config, context.tokenizer) for one in zip(prompts, found, likelihoods, strict=True)]
+    traces = [
+        [compressed_ids(prompt, completion, context.tokenizer) for completion in group.completions]
+        for group, prompt in pairs
+    ]
+    requests = [score_request(prompt, ids) for prompt, row in zip(prompts, traces, strict=True) for ids in row if ids]
+    scored = iter(context.scorer.phi(requests))
+    likelihoods = [[next(scored) if ids else [torch.zeros(0), torch.zeros(0)] for ids in row] for row in traces]
+    by_group = list(zip(prompts, traces, likelihoods, strict=True))
+    rewards = [_rewards(*group, config) for group in by_group]
+    metrics = [_metrics(*group, config, context.tokenizer) for group in by_group]
     return Scores(scores=[rewards_G.tolist() for rewards_G in rewards], metrics=_merged(metrics))
 
 
@@ -123,27 +128,27 @@ def _trace_prompt(group: Group) -> TracePrompt:
 
 def _rewards(
     prompt: TracePrompt,
-    found: Sequence[tuple[int, ...]],
+    trace_ids: Sequence[tuple[int, ...]],
     likelihoods: Sequence[Sequence[Tensor]],
     config: CompressionRewardConfig,
 ) -> Tensor:
-    """Rewards [G] of one group."""
-    traces, answers = ([one[i] for one in likelihoods] for i in (0, 1))
+    """Rewards [G] of a group."""
+    traces, answers = ([pair[i] for pair in likelihoods] for i in (0, 1))
     if config.pooled:
         rewards_G = floored(_means([torch.cat(pair) for pair in zip(answers, traces, strict=True)]))
     else:
         rewards_G = compression_reward(answers, traces, beta=config.beta)
     if config.length_weight:
         original = len(prompt.trace_ids)
-        saved_G = [(original - len(ids)) / original if ids else None for ids in found]
+        saved_G = [(original - len(ids)) / original if ids else None for ids in trace_ids]
         rewards_G = rewards_G + config.length_weight * group_advantages(saved_G)
-        # The floor moves along, so that no trace is worth less than none.
-        rewards_G = floored(torch.where(torch.tensor([bool(ids) for ids in found]), rewards_G, torch.nan))
+        # The floor is taken again, so that no trace earns less than an output without a trace.
+        rewards_G = floored(torch.where(torch.tensor([bool(ids) for ids in trace_ids]), rewards_G, torch.nan))
     return rewards_G
 
 
 def overlap(ids: Sequence[int], original: Sequence[int], *, ngram: int) -> float:
-    """Share of the n-grams of ``ids`` that stand in ``original``; a shorter sequence, not empty, is one n-gram."""
+    """Share of the n-grams of ``ids`` that are in ``original``. A non-empty sequence below n tokens is one n-gram."""
     n = min(ngram, len(ids))
     grams, known = _ngrams(ids, n), set(_ngrams(original, n))
     return sum(gram in known for gram in grams) / len(grams)
@@ -155,22 +160,22 @@ def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 def _metrics(
     prompt: TracePrompt,
-    found: Sequence[tuple[int, ...]],
+    trace_ids: Sequence[tuple[int, ...]],
     likelihoods: Sequence[Sequence[Tensor]],
     config: CompressionRewardConfig,
     tokenizer: Any,
 ) -> dict[str, Mean]:
-    """What the reward cannot see: copying, looping, leaking, and the two scores apart."""
-    written = [(ids, one) for ids, one in zip(found, likelihoods, strict=True) if ids]
+    """Copying, repetition and leaks of the answer, which the reward does not see, and its two scores."""
+    written = [(ids, pair) for ids, pair in zip(trace_ids, likelihoods, strict=True) if ids]
     answer = prompt.problem.answer
     columns = {
         "length_ratio": [len(ids) / max(1, len(prompt.trace_ids)) for ids, _ in written],
         "overlap": [overlap(ids, prompt.trace_ids, ngram=config.ngram) for ids, _ in written],
         "repeated_ngrams": [-repetition_penalty(ids, ngram=config.ngram, max_penalty=-1.0) for ids, _ in written],
         "states_answer": [float(answer in tokenizer.decode(ids)) for ids, _ in written],
-        "trace_score": [float(one[0].double().mean()) for _, one in written],
-        "answer_score": [float(one[1].double().mean()) for _, one in written],
-        "floored": [float(not ids) for ids in found],
+        "trace_score": [float(trace_T.double().mean()) for _, (trace_T, _) in written],
+        "answer_score": [float(answer_T.double().mean()) for _, (_, answer_T) in written],
+        "floored": [float(not ids) for ids in trace_ids],
     }
     return {f"compression/{name}": Mean.of(values) for name, values in columns.items()}
 
@@ -178,6 +183,6 @@ def _metrics(
 def _merged(metrics: Sequence[Mapping[str, Mean]]) -> dict[str, Mean]:
     """The metrics of all groups."""
     merged: dict[str, Mean] = {}
-    for one in metrics:
-        merged |= {name: merged[name] + value if name in merged else value for name, value in one.items()}
+    for group in metrics:
+        merged |= {name: merged[name] + value if name in merged else value for name, value in group.items()}
     return merged

@@ -16,9 +16,9 @@ KEY = "reward.import_path"
 
 @dataclass(kw_only=True)
 class UserRewardConfig(RewardConfig):
-    """Base of rewards that run a user's function: the whole batch must be scored within ``deadline_s`` seconds.
+    """Base of rewards that call a user's function, which must score a batch within ``deadline_s`` seconds.
 
-    It is imported when the config is made, so a wrong path is refused before a model is loaded.
+    The function is imported when the config is made, so that a wrong path is refused before a model is loaded.
     """
 
     import_path: str = MISSING

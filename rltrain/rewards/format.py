@@ -1,4 +1,4 @@
-"""Format reward: the tags of the answer, whatever the answer says. Also a spurious control ("format only")."""
+"""Format reward: 1 for well-formed tags, whatever the answer. Also a spurious control ("format only")."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rltrain.types import Context, Group, Mean, Prompt, Scores
 
 @dataclass(kw_only=True)
 class FormatConfig(RewardConfig):
-    """``tags`` in the order in which they must stand; ``box``: the text after them must hold one closed box."""
+    """``tags`` in the order in which they must stand. ``box``: the text after them must hold one closed box."""
 
     tags: list[str] = field(default_factory=lambda: ["think", "answer"])
     box: bool = False
@@ -26,7 +26,7 @@ class FormatConfig(RewardConfig):
 
 
 def opens_thinking(prompt: Prompt, tokenizer: Any = None) -> bool:
-    """Does the prompt end with ``<think>``, in its text, its last message, or its token ids (chat template)?"""
+    """Whether the prompt ends with ``<think>``, in its text, its last message, or its token ids (chat template)."""
     text = prompt.problem.prompt
     if not isinstance(text, str):
         text = text[-1]["content"] if text else ""
@@ -54,14 +54,14 @@ def well_formed(text: str, tags: Sequence[str], *, prefilled: bool = False, box:
         position = end + len(closing)
     rest = text[position:]
     if box:
-        found = boxes(rest)
-        return len(found) == 1 and bool((found[0].content or "").strip())
+        closed = boxes(rest)
+        return len(closed) == 1 and bool((closed[0].content or "").strip())
     return bool(rest.strip()) if tags == ["think"] else not rest.strip()
 
 
 @register("reward", "format", FormatConfig)
 def format_reward(groups: Sequence[Group], config: FormatConfig, context: Context) -> Scores:
-    """1 where :func:`well_formed`, else 0."""
+    """1 for completions that are :func:`well_formed`, else 0."""
     scores = []
     for group in groups:
         prefilled = opens_thinking(group.prompt, context.tokenizer)

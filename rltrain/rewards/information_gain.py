@@ -22,9 +22,9 @@ def information_gain(
 ) -> tuple[Tensor, Tensor]:
     """``r_i = log p_theta(x | prefix, thought_i) - log p_phi(x | prefix)`` in nats, ``A_i = r_i - mean of the others``.
 
-    ``thought_logprobs`` is [G], ``baseline_logprob`` one number; both results are float64 [G], without gradient. No
+    ``thought_logprobs`` is [G], ``baseline_logprob`` one number. Both results are float64 [G], without gradient. No
     standard deviation: A = G/(G-1)·(r - mean r). The baseline is the same for all thoughts, so it cancels in A and
-    shows in r alone. All-equal scores give exact zeros; a NaN score abstains and gets 0; so does G = 1.
+    remains in r. All-equal scores and G = 1 give exact zeros. A NaN score abstains and gets 0.
     """
     thoughts_G = torch.as_tensor(thought_logprobs, dtype=torch.float64).detach()
     rewards_G = thoughts_G - torch.as_tensor(baseline_logprob, dtype=torch.float64).detach()
@@ -33,7 +33,7 @@ def information_gain(
 
 @dataclass(kw_only=True)
 class InformationGainConfig(RewardConfig):
-    """``discount`` weighs the h-th target token (from 0) by ``discount**h``; phi is what ``scorer`` says."""
+    """``discount`` weighs the h-th target token (from 0) by ``discount**h``. For phi see ``ScorerConfig``."""
 
     discount: float = 1.0
 
@@ -48,7 +48,7 @@ def is_closed(prompt: TextPrompt, completion: Completion) -> bool:
 
 
 def thought_request(prompt: TextPrompt, completion: Completion) -> SpanRequest:
-    """The target after prompt and thought as sampled; an unclosed thought is closed, its stop token dropped."""
+    """The target after prompt and sampled thought. An open thought loses its stop token and gets the closing tag."""
     thought_ids = completion.token_ids
     if not is_closed(prompt, completion):
         sampled_ids = thought_ids[:-1] if completion.finish == "stop" else thought_ids
@@ -59,16 +59,18 @@ def thought_request(prompt: TextPrompt, completion: Completion) -> SpanRequest:
 
 
 def baseline_request(prompt: TextPrompt) -> SpanRequest:
-    """The target straight after the prefix: no instruction, no thought."""
+    """The target directly after the prefix, without instruction and thought."""
     ids, start = prompt.context_ids + prompt.target_ids, len(prompt.context_ids)
     return SpanRequest(token_ids=ids, spans=((start, len(ids)),), prompt_tokens=start)
 
 
 @register("reward", "information_gain", InformationGainConfig, needs={Need.SCORER})
 def information_gain_reward(groups: Sequence[Group], config: InformationGainConfig, context: Context) -> Scores:
-    """:func:`information_gain` of each thought, summed over the target tokens; theta is the policy as it is now."""
+    """:func:`information_gain` of each thought, summed over the target tokens. Theta is the current policy."""
     prompts = [_text_prompt(group, context.tokenizer) for group in groups]
-    pairs = [(prompt, one) for group, prompt in zip(groups, prompts, strict=True) for one in group.completions]
+    pairs = [
+        (prompt, completion) for group, prompt in zip(groups, prompts, strict=True) for completion in group.completions
+    ]
     thought_spans = context.scorer.policy([thought_request(*pair) for pair in pairs])
     baseline_spans = context.scorer.phi([baseline_request(prompt) for prompt in prompts])
     thoughts, baselines = _summed(thought_spans, config.discount), _summed(baseline_spans, config.discount)
@@ -92,7 +94,7 @@ def information_gain_reward(groups: Sequence[Group], config: InformationGainConf
 
 
 def _notes(prompt: TextPrompt, thoughts: Sequence[Tensor], baseline_H: Tensor, tokenizer: Any) -> Notes:
-    """Of a group, for its samples: where its document is cut, and what each thought gains on each target token."""
+    """Notes on a group for its samples: the cut of its document, and each thought's gain on each target token."""
     targets = [tokenizer.decode([token]) for token in prompt.target_ids]
     return {
         "position": [[len(prompt.context_ids)]] * len(thoughts),
@@ -102,13 +104,13 @@ def _notes(prompt: TextPrompt, thoughts: Sequence[Tensor], baseline_H: Tensor, t
 
 
 def _summed(scored: Sequence[Sequence[Tensor]], discount: float) -> Tensor:
-    """Per request, the discounted sum over the tokens of its one span; float64."""
+    """Per request, the discounted sum over the tokens of its only span, float64."""
     sums = [sum(discount**h * value for h, value in enumerate(span.tolist())) for (span,) in scored]
     return torch.tensor(sums, dtype=torch.float64)
 
 
 def _text_prompt(group: Group, tokenizer: Any) -> TextPrompt:
-    """The group's prompt; ConfigError where it has no target, or thoughts go on after their closing tag."""
+    """The group's prompt. ConfigError if it has no target, or if a thought goes on after its closing tag."""
     prompt = group.prompt
     if not isinstance(prompt, TextPrompt):
         raise ConfigError(

@@ -81,14 +81,14 @@ def cosine_length(length_tokens: int, *, at_zero: float, at_limit: float, limit_
 
 @register("reward", "cosine_length", CosineConfig)
 def cosine(groups: Sequence[Group], config: CosineConfig, context: Context) -> Scores:
-    """Short right answers earn most, short wrong ones least; a completion cut at the limit earns ``exceed``.
+    """Short right answers get the highest reward, short wrong answers the lowest.
 
-    Abstains where the verifier does.
+    A completion cut at the limit gets ``exceed``. Abstains where the verifier does.
     """
     limit = config.max_tokens or context.max_new_tokens
     require(limit > 0, "reward.max_tokens=0: the sampling limit is unknown here; set reward.max_tokens")
 
-    def one(text: str, length: int, gold: str) -> float | None:
+    def reward(text: str, length: int, gold: str) -> float | None:
         if length >= limit:
             return config.exceed
         right = verify(text, gold).score
@@ -99,7 +99,10 @@ def cosine(groups: Sequence[Group], config: CosineConfig, context: Context) -> S
 
     return Scores(
         scores=[
-            [one(each.text, len(each.token_ids), group.prompt.problem.answer) for each in group.completions]
+            [
+                reward(completion.text, len(completion.token_ids), group.prompt.problem.answer)
+                for completion in group.completions
+            ]
             for group in groups
         ]
     )
@@ -118,7 +121,7 @@ class RepetitionConfig(RewardConfig):
 
 
 def repetition_penalty(token_ids: Sequence[int], *, ngram: int, max_penalty: float) -> float:
-    """``max_penalty·(1 - distinct n-grams / n-grams)`` over token ids; 0 for fewer than n tokens."""
+    """``max_penalty·(1 - distinct n-grams / n-grams)`` over token ids, 0 for fewer than n tokens."""
     grams = list(zip(*(token_ids[offset:] for offset in range(ngram)), strict=False))
     return max_penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
 

@@ -33,7 +33,7 @@ def _signed(sign: str, value: Fraction) -> Fraction:
 
 
 def parse_literal(text: str, *, reduced: bool = False) -> Fraction | None:
-    r"""The exact value of a numeric literal or of one simple fraction of integers; None for anything else.
+    r"""The exact value of a numeric literal or of one simple fraction of integers. None for anything else.
 
     A literal is a sign, digits with at most one point, and an exponent (``e-6`` or ``\times 10^{-6}``). No arithmetic
     is done for the writer: an expression with operators is not a number. ``reduced=True`` also refuses a fraction that
@@ -57,7 +57,7 @@ def parse_literal(text: str, *, reduced: bool = False) -> Fraction | None:
 
 
 def _number(value: Any) -> float | Fraction | None:
-    """A finite number given as number or literal; None for anything else."""
+    """A finite number given as number or literal. None for anything else."""
     if isinstance(value, str):
         return parse_literal(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)):
@@ -69,7 +69,7 @@ def continuous_reward(answer: Any, reference: Any) -> float:
     r"""``r(a, b) = 1 - min(|a-b|, 1)/2 - min(|a-b|/(|b|+1e-6), 1)/2`` (arXiv 2507.10532), in [0, 1].
 
     ``answer`` and ``reference`` are numbers or numeric literals (:func:`parse_literal`). 0 for no answer (None), NaN,
-    infinity, or anything but a number. Never raises on an answer; ValueError if the reference is not a finite number.
+    infinity, or anything but a number. Never raises on an answer. ValueError if the reference is not a finite number.
     """
     a, b = _number(answer), _number(reference)
     if b is None:
@@ -114,7 +114,7 @@ def boxed_number(text: str, *, reduced: bool = False) -> Fraction | None:
 
 @register("reward", "random_calculation", RandomCalculationRewardConfig)
 def random_calculation(groups: Sequence[Group], config: RandomCalculationRewardConfig, context: Context) -> Scores:
-    r"""Score the last ``\boxed{}`` of each completion; abstain where the problem has no numeric reference.
+    r"""Score the last ``\boxed{}`` of each completion. Abstain where the problem has no numeric reference.
 
     Metrics: ``accuracy`` (the reference itself, or within the relative tolerance if continuous) and ``answered`` (the
     share with a number in the box). An exact reward takes fractions in lowest terms only.

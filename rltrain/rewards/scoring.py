@@ -1,8 +1,8 @@
 """Score groups: call every reward, check what it returned, sum by weight, and measure.
 
 A reward that fails is counted. A user's function that raises, hangs, or returns the wrong number of scores makes the
-batch abstain (it says nothing about the answers); a NaN or infinite score makes its completion abstain. Failures are
-logged with the reward's name, and a traceback once. Only one that fails on all of the first step ends a run
+batch abstain, since that says nothing about the answers. A NaN or infinite score makes its completion abstain. Failures
+are logged with the reward's name, and a traceback once. Only a reward that fails on all of the first step ends a run
 (:func:`~rltrain.rewards.failures.refuse_broken`).
 """
 
@@ -29,13 +29,13 @@ from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, 
 
 log = logging.getLogger(__name__)
 
-RIGHT_ABOVE = 0.5  # of the shares groups/*, so that a reward with values between 0 and 1 has all three
+RIGHT_ABOVE = 0.5  # for the metrics groups/*, of rewards that also give values between 0 and 1
 _busy: dict[str, Future[Scores]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredReward:
-    """One reward of a batch, by group: its scores (NaN abstains) and where it failed rather than abstained."""
+    """The scores of a reward, by group: NaN abstains, and ``failed`` marks abstentions that are failures."""
 
     scores: Sequence[Tensor]
     failed: Sequence[Tensor]
@@ -56,10 +56,10 @@ def score(
 ) -> tuple[list[Group], Metrics]:
     """Groups with ``rewards_G`` (float64, the weighted sum) and ``reward_parts`` (unweighted, by name), and metrics.
 
-    A reward that abstains on a whole group does not apply to it and is left out of the sum; one that abstains on some
-    of a group's completions, or fails, takes these completions out (NaN).
+    A reward that abstains on a whole group does not apply to it and is left out of the sum. Where a reward abstains on
+    some completions of a group, or fails, these completions get NaN.
     """
-    parts = {name: _part(name, config, groups, context) for name, config in rewards.items()}
+    parts = {name: _scored(name, config, groups, context) for name, config in rewards.items()}
     scored = [
         replace(
             group,
@@ -73,7 +73,7 @@ def score(
 
 
 def _total(parts: Sequence[tuple[ScoredReward, float]], index: int) -> Tensor:
-    """Weighted sum over the parts that apply to group ``index``; all NaN if none does."""
+    """Weighted sum over the rewards that apply to group ``index``, all NaN if none does."""
     total_G = torch.zeros_like(parts[0][0].scores[index])
     applied = False
     for part, weight in parts:
@@ -85,8 +85,8 @@ def _total(parts: Sequence[tuple[ScoredReward, float]], index: int) -> Tensor:
     return total_G if applied else torch.full_like(total_G, math.nan)
 
 
-def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> ScoredReward:
-    """Call one reward and turn whatever it did into scores."""
+def _scored(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> ScoredReward:
+    """Call a reward and turn its result, or its failure, into scores."""
     sizes = [len(group.completions) for group in groups]
     failure, timed_out, result = "", False, Scores(scores=[])
     try:
@@ -95,7 +95,7 @@ def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
         failure = _length_fault(result.scores, sizes) or _notes_fault(result.notes, sizes) or _metrics_fault(result)
     except TimeoutError as error:
         failure, timed_out = str(error), True
-    except ConfigError:  # an impossible setting is the user's to mend, not a failure of one batch
+    except ConfigError:  # a wrong setting, not a failure of this batch
         raise
     except Exception as error:
         raised = error.error if isinstance(error, RaisedInThread) else error
@@ -115,7 +115,7 @@ def _part(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
 
 
 def _number(value: Any) -> tuple[float, bool]:
-    """``(score, failed)``: None abstains; what is not a finite number is a failure, and abstains too."""
+    """``(score, failed)``: None abstains. What is not a finite number is a failure and abstains too."""
     if value is None:
         return math.nan, False
     try:
@@ -148,16 +148,16 @@ def _metrics_fault(result: Scores) -> str:
 
 def _notes_fault(notes: Sequence[Notes], sizes: Sequence[int]) -> str:
     fitting = len(notes) in (0, len(sizes)) and all(
-        len(rows) == size for one, size in zip(notes, sizes, strict=False) for rows in one.values()
+        len(rows) == size for by_name, size in zip(notes, sizes, strict=False) for rows in by_name.values()
     )
     return "" if fitting else "returned notes that do not fit; give one list per completion of every group, or none"
 
 
 def _call(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> Scores:
-    """Our own rewards keep their deadlines; a user's function gets a thread and ``deadline_s``.
+    """Call a reward of this package directly, a user's function in a thread with ``deadline_s``.
 
-    A thread cannot be stopped: one that hangs is left behind, its late result is dropped, and its reward abstains until
-    it ends, so that at most one such thread exists per reward.
+    A thread cannot be stopped. After the deadline its result is dropped, and its reward abstains until it ends, so that
+    a reward has at most one such thread.
     """
     function = part_of(config).function
     if not isinstance(config, UserRewardConfig):
@@ -171,7 +171,7 @@ def _call(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
             if torch.cuda.is_available():
                 torch.cuda.set_device(dist.device())  # the current device is a property of the thread
             future.set_result(function(groups, config, context))
-        except BaseException as error:  # sys.exit() in a reward must not pass for a hang
+        except BaseException as error:  # also SystemExit, which would look like a hang
             future.set_exception(RaisedInThread(error))
 
     _busy[name] = future
@@ -183,7 +183,7 @@ def _call(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
 
 
 def _failures(name: str, failed: Sequence[Tensor], timed_out: bool) -> dict[str, Metric]:
-    """Shares of completions that failed, by cause."""
+    """Shares of completions on which the reward failed, by cause."""
     share = Mean.of(torch.cat([torch.zeros(0), *(row.double() for row in failed)]))
     nothing = Mean(total=0.0, count=share.count)
     return {
@@ -202,9 +202,9 @@ def _std(values: Tensor) -> Tensor:
 
 
 def _metrics(groups: Sequence[Group], parts: Mapping[str, ScoredReward]) -> dict[str, Metric]:
-    """TRL's names; standard deviations have ddof 1, ``reward_std`` is the mean over groups of theirs.
+    """Metrics under TRL's names. Standard deviations have ddof 1, and ``reward_std`` is their mean over groups.
 
-    ``groups/*`` are shares by the first reward, where more than 0.5 counts as right.
+    ``groups/*`` are shares of groups by the first reward, where more than 0.5 counts as right.
     """
     metrics: dict[str, Metric] = {}
     for name, part in parts.items():

@@ -1,6 +1,7 @@
-"""Spurious rewards for control runs (arXiv 2507.10532): what is learned from them was not learned from the task.
+"""Spurious rewards for control runs (arXiv 2507.10532): a gain under them does not come from the right answers.
 
-On data no model has seen, the right reward should rise, random and majority-wrong should not, inverted should fall.
+On data that no model has seen, accuracy should rise under the right reward, not under random and majority-wrong
+rewards, and fall under the inverted reward.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class BasedOnRewardConfig(RewardConfig):
             self.base in known,
             f"reward.base={self.base}: not a reward to build on; choose from {', '.join(sorted(known))}",
         )
-        keys = sorted(one.name for one in fields(self._base.config))
+        keys = sorted(entry.name for entry in fields(self._base.config))
         for name in self.options:
             require(name in keys, f"reward.options.{name}: {self.base} has no such key; its keys are {', '.join(keys)}")
         self._base.config(**self.options)
@@ -83,7 +84,7 @@ class InvertedRewardConfig(BasedOnRewardConfig):
 
 @register("reward", "inverted", InvertedRewardConfig)
 def inverted_reward(groups: Sequence[Group], config: InvertedRewardConfig, context: Context) -> Scores:
-    """``1 - r`` of the right reward r; it abstains where r does. The metrics are those of the right reward."""
+    """``1 - r`` for the right reward r. It abstains where r does. The metrics are those of the right reward."""
     right = config.right_scores(groups, context)
     scores = [[None if score is None else 1.0 - score for score in scores_G] for scores_G in right.scores]
     return Scores(scores=scores, metrics=right.metrics)
@@ -91,7 +92,7 @@ def inverted_reward(groups: Sequence[Group], config: InvertedRewardConfig, conte
 
 @dataclass(kw_only=True)
 class MajorityWrongRewardConfig(BasedOnRewardConfig):
-    """``right_at``: the right reward from which on the majority answer counts as right."""
+    """``right_at``: the majority answer counts as right if the right reward is at least this."""
 
     right_at: float = 1.0
 
@@ -106,10 +107,10 @@ def _answer(text: str) -> Hashable | None:
 
 @register("reward", "majority_wrong", MajorityWrongRewardConfig)
 def majority_wrong_reward(groups: Sequence[Group], config: MajorityWrongRewardConfig, context: Context) -> Scores:
-    """1 for the group's majority answer, else 0, in groups whose majority answer is wrong; other groups abstain.
+    """1 for the group's majority answer, else 0, in groups whose majority answer is wrong. Other groups abstain.
 
-    Answers are last boxes, numbers compared by value; of equally frequent answers the first sampled is the majority. A
-    group without any answer abstains. Metric ``majority_wrong``: the share of groups that give a signal.
+    Answers are the last boxes, numbers compared by value. Of equally frequent answers the first is the majority. A
+    group without any answer abstains. Metric ``majority_wrong`` is the share of groups that do not abstain.
     """
     right = config.right_scores(groups, context)
     scores: list[list[float | None]] = []

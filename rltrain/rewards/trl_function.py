@@ -31,8 +31,8 @@ def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
         "solution": [problem.meta.get("solution", problem.answer) for problem, _ in rows],
         "prompts": [problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt) for problem, _ in rows],
         "completions": [
-            each.text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": each.text}]
-            for problem, each in rows
+            completion.text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": completion.text}]
+            for problem, completion in rows
         ],
         "completion_ids": [list(completion.token_ids) for _, completion in rows],
     }

@@ -1,7 +1,8 @@
-"""Exact save and load. A checkpoint is a folder that appears whole: written aside, checksummed, synced, renamed.
+"""Exact save and load. A checkpoint is a folder that appears complete or not at all: it is written
+under another name, checksummed, synced, then renamed.
 
 run_dir/checkpoints/step_000050/
-    manifest.json     step, config, layout, checksum and size of every file
+    manifest.json     step, config, ZeRO stage, ranks, checksum and size of every file
     optimizer/        fp32 weights and AdamW's moments, by parameter name, a file per rank (rltrain.engine.zero_shards)
     policy/           a plain transformers folder, or adapters
     parts.json        state_dict of stateful parts; a batch that was sampled ahead
@@ -47,7 +48,7 @@ SHARDING_KEYS = ("deepspeed",)
 
 
 class CheckpointError(RunError):
-    """A checkpoint that cannot be written or read; says which and what to do."""
+    """A checkpoint that cannot be written or read. The message names it and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +86,13 @@ def resume_point(run_dir: Path, config: RunConfig) -> Saved | None:
 
 
 def newest_intact(run_dir: Path) -> Saved | None:
-    """The newest checkpoint whose files have the sizes and checksums of its manifest; damaged ones are named.
+    """The newest checkpoint whose files have the sizes and checksums of its manifest. Damaged ones are named in
+    a warning.
 
-    Rank 0 reads them, and every rank takes its answer.
+    Rank 0 checks them for all ranks.
     """
-    found = _newest_intact(run_dir) if dist.is_main() else None
-    return dist.gather_objects(found, name="the newest intact checkpoint")[0]
+    saved = _newest_intact(run_dir) if dist.is_main() else None
+    return dist.gather_objects(saved, name="the newest intact checkpoint")[0]
 
 
 def _newest_intact(run_dir: Path) -> Saved | None:
@@ -123,7 +125,7 @@ def find_damage(saved: Saved) -> str | None:
 
 
 def check_same_config(saved: Saved, config: RunConfig) -> None:
-    """Refuse to resume a run under a config that computes something else; the error names the keys.
+    """Refuse to resume a run under a config that computes something else. The error names the keys.
 
     Another ZeRO stage or number of ranks is accepted, with a warning that sums are then in another order. A key that is
     newer than the checkpoint counts as its default.
@@ -152,7 +154,7 @@ def save(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
 ) -> Saved:
-    """Write a checkpoint; all ranks call this. On any failure the older ones stay as they were."""
+    """Write a checkpoint. All ranks call this. On any failure the older ones stay as they were."""
     final = run_dir / "checkpoints" / f"step_{step:06d}"
     writing = final.with_name(f".writing_{final.name}")
     start = time.perf_counter()
@@ -199,7 +201,7 @@ def save(
 
 
 def _together(name: str, work: Callable[[], T]) -> list[T]:
-    """Every rank works; the results in rank order, or, where any rank failed, the same error on all."""
+    """Run ``work`` on every rank. Returns the results in rank order, or raises the same error on all ranks."""
     result: T | None = None
     failure = None
     try:
@@ -214,7 +216,7 @@ def _together(name: str, work: Callable[[], T]) -> list[T]:
 
 
 def _expected_bytes(engine: Engine, policy: Policy, tensors: Mapping[str, Tensor]) -> int:
-    """What a checkpoint takes: shards, exported weights, tensors of parts."""
+    """The size of a checkpoint: shards, exported weights, tensors of parts."""
     saved = [p for p in policy.model.parameters() if p.requires_grad or not hasattr(policy.model, "peft_config")]
     exported = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
     return engine.state_bytes() + exported + sum(tensor.nbytes for tensor in tensors.values())
@@ -229,7 +231,7 @@ def _check_space(folder: Path, *, needed: int) -> None:
 def _write_shared(
     writing: Path, *, policy: Policy, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> list[Path]:
-    """What one rank writes for all: the exported policy and the state of the parts."""
+    """Write the exported policy and the state of the parts, on one rank for all."""
     save_policy(policy, writing / "policy")
     (writing / "parts.json").write_text(json.dumps(dict(parts)))
     written = [*(path for path in (writing / "policy").rglob("*") if path.is_file()), writing / "parts.json"]
@@ -240,7 +242,7 @@ def _write_shared(
 
 
 def _finish(writing: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    """The manifest last, then the name: a folder without either is no checkpoint."""
+    """Write the manifest last, then rename: a folder without both is no checkpoint."""
     (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in (writing / "manifest.json", writing / "optimizer", writing / "policy", writing):
         _sync(path)
@@ -269,22 +271,22 @@ def _sha256(path: Path) -> str:
 
 
 def load(saved: Saved, *, engine: Engine) -> dict[str, Any]:
-    """Restore weights and optimiser, whatever layout they were saved from; returns the state of the stateful parts."""
+    """Restore weights and optimiser, under any ZeRO stage and number of ranks. Returns the state of the parts."""
     engine.load_state(saved.path / "optimizer")
     return json.loads((saved.path / "parts.json").read_text())
 
 
 def load_tensors(saved: Saved) -> dict[str, Tensor]:
-    """The tensors of the stateful parts, on the CPU; none if the run had none."""
+    """The tensors of the stateful parts, on the CPU. None if the run had none."""
     path = saved.path / TENSORS
     return load_file(path) if path.exists() else {}
 
 
 def prune(run_dir: Path, config: CheckpointConfig, *, step: int, best_step: int | None) -> None:
-    """Keep the last n up to ``step`` and the best; runs on rank 0. Later ones were passed over as damaged."""
+    """Delete all checkpoints but the last n up to ``step`` and the best. Later ones were skipped as damaged."""
     saved = list_checkpoints(run_dir)
-    past = [one.step for one in saved if one.step <= step]
+    past = [checkpoint.step for checkpoint in saved if checkpoint.step <= step]
     kept = {*past[-config.keep_last :]} | ({best_step} if config.keep_best else set())
-    for one in saved:
-        if one.step not in kept:
-            shutil.rmtree(one.path)
+    for checkpoint in saved:
+        if checkpoint.step not in kept:
+            shutil.rmtree(checkpoint.path)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere; rank 0 only."""
+"""Progress of a run for a person: a bar on a terminal, plain lines elsewhere. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = ("reward", "eval_accuracy", "completions/mean_length", "entropy", "grad_
 
 
 class Console:
-    """``update`` once a step; ``close`` at the end."""
+    """Call ``update`` once a step and ``close`` at the end."""
 
     def __init__(self, *, first_step: int, steps: int) -> None:
         self._steps = steps
@@ -37,7 +37,7 @@ class Console:
             print(f"step {step}/{self._steps}  {text}  ETA {remaining_s:.0f} s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the bar and restore the terminal."""
         if self._bar is not None:
             self._bar.stop()
 

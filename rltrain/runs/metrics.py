@@ -1,4 +1,4 @@
-"""Metrics as (sum, count) until one reduction over micro-batches and ranks; then the writers: console, JSONL, wandb."""
+"""Metrics as (sum, count) until one reduction over micro-batches and ranks, and the file ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Accumulator:
         self.timing_s: dict[str, float] = {}
 
     def add(self, metrics: Metrics) -> None:
-        """Merge, by the rule of each metric's kind."""
+        """Merge metrics of equal names, by the rule of their kind."""
         for name, metric in metrics.items():
             known = self._metrics.get(name)
             self._metrics[name] = metric if known is None else known + metric  # type: ignore[operator]
 
     def replace(self, name: str, metric: Metric) -> None:
-        """Put this metric in the place of what was added under its name."""
+        """Replace what was added under this name."""
         self._metrics[name] = metric
 
     @contextmanager
@@ -42,7 +42,7 @@ class Accumulator:
         self.timing_s[stage] = self.timing_s.get(stage, 0.0) + time.perf_counter() - start
 
     def reduce(self) -> dict[str, float]:
-        """One number per metric, over all ranks; a metric with nothing in it is left out."""
+        """One number per metric, over all ranks. A metric of zero count is left out."""
         merged = Accumulator()
         for metrics in dist.gather_objects(self._metrics, name="metrics of the step"):
             merged.add(metrics)
@@ -69,14 +69,14 @@ class JsonlWriter:
         temporary.replace(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append and flush; non-finite numbers become null, which JSON can hold."""
+        """Append and flush. Non-finite numbers become null, which JSON can hold."""
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a line torn by a kill is left out."""
+    """The complete lines of a metrics file. A line that a killed process left incomplete is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -16,7 +16,7 @@ from rltrain.types import Advantages, Group
 
 
 class Recorder:
-    """One writer in front of the others."""
+    """Passes metrics and samples on to the console, the files and wandb."""
 
     def __init__(self, run_dir: Path, config: RunConfig, *, first_step: int, tokenizer: Any) -> None:
         self._run_dir = run_dir
@@ -42,11 +42,11 @@ class Recorder:
         """The completions of a step with their rewards and token advantages, of all ranks, every so many steps."""
         if self._every_steps == 0 or step % self._every_steps:
             return
-        mine = run_folder.sample_rows(step, groups, advantages, self._tokenizer)
-        rows = [row for rows in dist.gather_objects(mine, name="samples") for row in rows]
+        local = run_folder.sample_rows(step, groups, advantages, self._tokenizer)
+        rows = [row for rows in dist.gather_objects(local, name="samples") for row in rows]
         if dist.is_main():
             run_folder.write_samples(self._run_dir, f"step_{step:06d}", rows)
-            # A wandb table keeps its columns; which notes there are may change from step to step.
+            # Without notes, whose names may change from step to step: the columns of a wandb table are fixed.
             self._wandb.write_samples(step, [{k: v for k, v in row.items() if "note/" not in k} for row in rows])
 
     def summarise(self) -> None:
@@ -56,7 +56,7 @@ class Recorder:
             print(f"\n{summary.summarise(self._run_dir)}\n\nrun folder: {self._run_dir}", flush=True)
 
     def close(self) -> None:
-        """Finish what needs finishing."""
+        """Close the console and wandb."""
         self._console.close()
         if dist.is_main():
             self._wandb.close()

@@ -16,7 +16,7 @@ from rltrain.registry import parts
 from rltrain.runtime import dist
 from rltrain.types import Advantages, Group, Notes
 
-# Keys of which what training computes is no function.
+# Keys that do not change what training computes.
 FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "compress")
 # Where rollout servers are and how long they may take.
 FREE_KEYS += tuple(f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests"))
@@ -24,7 +24,7 @@ PACKAGES = "rltrain torch transformers trl deepspeed datasets hydra-core wandb p
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """The config as plain data; each part carries the name it was chosen by."""
+    """The config as plain data, with the name of every part under ``kind``."""
     names = {part.config: part.name for part in parts()}
 
     def named(value: Any, key: str) -> Any:
@@ -40,7 +40,7 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def with_new_keys(before: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """``before``, a resolved config, with the defaults of the keys that it lacks: those of a newer rltrain."""
+    """``before``, a resolved config, with the defaults of the keys that it lacks because rltrain was older."""
     filled = dict(before)
     for entry in fields(config):
         value, old = getattr(config, entry.name), before.get(entry.name)
@@ -63,14 +63,14 @@ def _default(entry: Field[Any]) -> Any:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:
     """What differs between two resolved configs, ``key: old -> new, …``, at most five keys."""
-    found = list(differences(before, after, ignored=ignored).items())
-    return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in found[:5])
+    differing = list(differences(before, after, ignored=ignored).items())
+    return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in differing[:5])
 
 
 def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """``{"group.key": (old, new)}`` where two resolved configs differ; None where one of them lacks the key.
+    """``{"group.key": (old, new)}`` where two resolved configs differ. None where one of them lacks the key.
 
     ``ignored`` names single keys (``group.key``) or whole groups.
     """
@@ -103,7 +103,7 @@ def write_provenance(run_dir: Path, config: RunConfig) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of what matters, of those installed."""
+    """The versions of the packages in PACKAGES that are installed."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -114,7 +114,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The checkout's commit, with "+changes" when the tree is not clean; None outside a checkout."""
+    """The checkout's commit, with "+changes" when the tree is not clean. None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -130,8 +130,9 @@ def git_revision() -> str | None:
 def sample_rows(
     step: int, groups: Sequence[Group], advantages: Advantages | None, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """One row per completion: what was asked, what came, what it earned, each token's log-prob and advantage, and the
-    notes that parts left: a column ``note/NAME`` each, empty where a group has none.
+    """One row per completion: prompt, completion, rewards, and each token's log-prob and advantage.
+
+    Notes of rewards and of the estimator are columns ``note/NAME``, empty where a group has none.
     """
     notes = _notes(groups, advantages)
     names = sorted(set().union(*notes))
@@ -162,7 +163,7 @@ def sample_rows(
 
 
 def _notes(groups: Sequence[Group], advantages: Advantages | None) -> list[Notes]:
-    """Per group, what its rewards and the estimator left."""
+    """The notes of the rewards and of the estimator, by group."""
     if advantages is None or not advantages.notes:
         return [group.notes for group in groups]
     return [{**group.notes, **notes} for group, notes in zip(groups, advantages.notes, strict=True)]

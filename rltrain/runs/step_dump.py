@@ -81,7 +81,7 @@ class StepDump:
 
 
 def weights_of(parameters: Iterable[tuple[str, Tensor]], *, keep: bool) -> Weights:
-    """SHA-256 over name, type, shape and bytes of each parameter in order; ``keep`` also copies them."""
+    """SHA-256 over name, type, shape and bytes of each parameter in order. ``keep`` also copies them."""
     digest, kept = hashlib.sha256(), {}
     for name, parameter in parameters:
         value = parameter.detach().cpu().contiguous()
@@ -112,7 +112,7 @@ def kept(
 
 
 def write(config: RunConfig, record: StepRecord, weights: Weights) -> Path:
-    """Gather the records of all ranks into one file, which rank 0 writes; all ranks call this together."""
+    """Gather the records of all ranks into one file, which rank 0 writes. All ranks call this together."""
     path = Path(config.run_dir) / "bundles" / f"step_{record.step:06d}.safetensors"
     records = dist.gather_objects(_on_cpu(record), name=f"dump of step {record.step}")
     if dist.is_main():

@@ -1,4 +1,4 @@
-"""What a run did, at its end: a table of held-out metrics before and after, and its learning curve as a picture."""
+"""The summary of a run: a table of held-out metrics before and after, and a picture of its learning curve."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def table(rows: MetricRows) -> str:
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """Trailing mean."""
     trailing = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
-    return [sum(one) / len(one) for one in trailing]
+    return [sum(span) / len(span) for span in trailing]
 
 
 def held_out_metric(runs: Mapping[str, MetricRows]) -> str:
-    """``eval_accuracy`` where anything was right; ``eval_reward`` for rewards by which nothing is right or wrong."""
+    """``eval_accuracy`` if any answer was right, else ``eval_reward``: some rewards know no right and wrong."""
     right = any(value > 0 for rows in runs.values() for value in series(rows, "eval_accuracy")[1])
     return "eval_accuracy" if right else "eval_reward"
 

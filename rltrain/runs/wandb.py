@@ -15,9 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class WandbWriter:
-    """wandb beside the files, system metrics included. Any failure of it is one warning, never the end of a run.
+    """Writes metrics and samples to wandb too, system metrics included. A failure of wandb is a warning.
 
-    A resumed run goes on in the same wandb run. Steps that it does again have the same values; wandb keeps the first.
+    A resumed run continues the same wandb run. Steps that it repeats have the same values, and wandb keeps the
+    first.
     """
 
     def __init__(self, config: TrackingConfig, *, run_dir: Path, name: str, run_config: Mapping[str, Any]) -> None:
@@ -46,12 +47,14 @@ class WandbWriter:
                 config=dict(run_config),
                 settings=wandb.Settings(init_timeout=60, silent=True),
             )
-            # The runs table shows the last value of everything; of accuracy the best one, too.
+            # The runs table shows last values. Of accuracy it also shows the best.
             self._run.define_metric("eval_accuracy", summary="last,max")
 
     def catch_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Log the steps again that an end by force has cost: wandb writes in blocks, from a process of its own, which a
-        batch system ends first. wandb leaves out those it has."""
+        """Log again the steps that a killed run lost: wandb writes in blocks, from a process that may end first.
+
+        wandb ignores the steps that it has.
+        """
         for line in lines:
             if line["step"] > self._step:
                 self.write(line["step"], {name: value for name, value in line.items() if name != "step"})
@@ -87,7 +90,7 @@ class WandbWriter:
     def _guarded(self, action: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # wandb is outside: whatever it raises must not end the run
+        except Exception as error:  # whatever wandb raises must not end the run
             log.warning("wandb could not %s (%s); the run goes on without it", action, str(error).split("\n")[0])
             self._run = None
 

@@ -1,8 +1,8 @@
-"""The child side of the sandbox. Run as a file by ``sandbox.py``; imports the standard library only.
+"""The child process of the sandbox, run as a file by ``pool.py``. It imports the standard library only.
 
-Two modes. ``serve`` answers requests with one trusted function on untrusted data (the CAS). ``program`` runs one
-untrusted program: namespaces and a private file system first, then the reaper (process 1), then the program.
-Everything here is advisory to the parent, which keeps the deadline, the output cap and the verdict.
+In mode ``serve`` it answers requests with a trusted function of untrusted data (the CAS). In mode ``program`` it runs
+an untrusted program: namespaces and a private file system first, then the reaper (process 1), then the program. The
+parent keeps the deadline, the output cap and the verdict, and does not rely on what the child says.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 def die_with_parent(parent: int | None) -> None:
-    """SIGKILL this process when its parent dies; exit at once if it already has."""
+    """Have the kernel kill this process when its parent dies. Exit at once if the parent is dead."""
     _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
@@ -61,7 +61,7 @@ def _map_user(user: int, group: int) -> None:
 
 
 def isolate(flags: int) -> bool:
-    """Enter new namespaces, as root or in a user namespace; False where the kernel or its administrator forbids it."""
+    """Enter new namespaces, as root or in a user namespace. False if the system forbids it."""
     user, group = os.geteuid(), os.getegid()
     try:
         if user == 0:
@@ -112,7 +112,7 @@ def _reply(stream: Any, reply: dict[str, Any]) -> None:
 
 
 def become_nobody() -> None:
-    """Leave root for a user that owns nothing and that no other process shares."""
+    """Change from root to a user that owns nothing and that no other process has."""
     user = FIRST_FREE_USER + os.getpid()
     os.setgroups([])
     os.setresgid(user, user, user)
@@ -120,7 +120,7 @@ def become_nobody() -> None:
 
 
 def library_is_public() -> bool:
-    """Can any user read the interpreter's library?"""
+    """Whether any user can read the interpreter's library."""
     folder = os.path.dirname(os.path.realpath(os.__file__))
     while folder != "/" and os.stat(folder).st_mode & 0o001:
         folder = os.path.dirname(folder)
@@ -141,12 +141,12 @@ def _bind(source: str, root: str, *, read_only: bool = True) -> None:
 
 
 def private_root(root: str) -> None:
-    """A file system that holds the interpreter and its libraries, read-only, and an empty /tmp; no /proc, no data."""
+    """Change to a file system of the interpreter and its libraries, read-only, and an empty /tmp, without /proc."""
     _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     _call("mount", b"tmpfs", root.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"size=64m,mode=755")
     folders = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__))}
     folders |= {path for path in ("/usr", "/lib", "/lib64") if os.path.isdir(path) and not os.path.islink(path)}
-    outermost = [path for path in sorted(folders) if not any(path.startswith(other + "/") for other in folders)]
+    outermost = [path for path in sorted(folders) if not any(path.startswith(folder + "/") for folder in folders)]
     for path in outermost:
         _bind(path, root)
     for path in ("/lib", "/lib64", "/bin"):
@@ -161,14 +161,14 @@ def private_root(root: str) -> None:
 
 
 def drop_capabilities() -> None:
-    """No capability left inside the user namespace, and none to be gained."""
+    """Drop all capabilities inside the user namespace, for good."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     _call("capset", header, (ctypes.c_uint32 * 6)())
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def program(config: dict[str, Any]) -> int:
-    """Read ``{"source", "stdin", "calls"}``, say what is protected, run it as process 2 of its own world."""
+    """Read ``{"source", "stdin", "calls"}``, report the protections, and run the source in new namespaces."""
     request = json.loads(sys.stdin.buffer.readline())
     active: list[str] = []
     if isolate(_NEW_NET | _NEW_PID | _NEW_IPC | _NEW_MOUNT):
@@ -248,7 +248,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Tagged JSON of built-in types and numpy's; an object of any other class is opaque to the parent."""
+    """Built-in and numpy values as tagged JSON. An object of any other class becomes opaque."""
     if value is None or type(value) is bool:
         return value
     for kind in (str, int, float):

@@ -1,9 +1,9 @@
 """Untrusted work in killable child processes: a pool for one trusted function, and a runner for programs.
 
-The parent keeps every deadline and ends a child with SIGKILL: a thread cannot be stopped, and SIGALRM neither works off
-the main thread nor interrupts C. Children are started by one long-lived thread (the kernel's parent-death signal is
-tied to the thread that forked), never share a session or an environment with the run, and end when it ends, kill -9
-included. Usable from any thread and after a fork; nothing is started before it is needed.
+The parent keeps every deadline and ends a child with SIGKILL, because a thread cannot be stopped, and SIGALRM needs the
+main thread and does not interrupt C. A single long-lived thread starts all children, because the kernel's parent-death
+signal follows the thread that forked. Children have a session and an environment of their own, and end when the run
+ends, also by kill -9. Pools can be used from any thread and after a fork. Nothing is started before its first use.
 """
 
 from __future__ import annotations
@@ -53,9 +53,12 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """``ok`` and ``error`` come from the function. ``memory`` and ``cpu``: the item used up its share. ``timeout``: the
-    deadline passed although the item had processor time left (a stopped or starved child); ``died``: the child was
-    killed from outside or could not start; ``skipped``: the batch deadline passed before the item's turn."""
+    """The outcome of an item.
+
+    ``ok`` and ``error`` come from the function. ``memory`` and ``cpu``: the item used up its share. ``timeout``: the
+    deadline passed although the item had processor time left, as in a stopped child. ``died``: the child was killed
+    from outside or could not start. ``skipped``: the batch deadline passed before the item's turn.
+    """
 
     status: ReplyStatus
     value: Any = None
@@ -65,14 +68,14 @@ class Reply:
 
 
 class _Spawner:
-    """The one thread that forks, so that a parent-death signal means the death of the process."""
+    """The thread that forks all children, so that a parent-death signal means the death of the process."""
 
     def __init__(self) -> None:
         self.requests: queue.SimpleQueue[tuple[list[str], Future[subprocess.Popen[bytes]]]] = queue.SimpleQueue()
         threading.Thread(target=self._loop, name="rltrain-sandbox-spawner", daemon=True).start()
 
     def _loop(self) -> None:
-        # Children inherit this: Slurm signals every process of a job, and the step that is to be finished needs them.
+        # Children inherit the mask. Slurm signals all processes of a job, but the current step needs the children.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         while True:
             command, future = self.requests.get()
@@ -98,7 +101,7 @@ class _Spawner:
 
 
 class _State:
-    """What this process owns. A forked child starts from nothing: pipes and threads of its parent are not its own."""
+    """The children and pools of this process. A forked process starts with none."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -120,7 +123,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def start_child(mode: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """A child in ``mode``, started by the thread that forks; its standard input does not block."""
+    """A child in ``mode``, started by the thread that forks. Its standard input is non-blocking."""
     with _state.lock:
         if _state.spawner is None:
             _state.spawner = _Spawner()
@@ -155,12 +158,12 @@ atexit.register(close_all)
 
 
 def describe(what: str, active: Sequence[str]) -> None:
-    """Say once per process what protects it."""
+    """Log once per process which protections are active."""
     if what not in _state.described:
         _state.described.add(what)
-        wanted = ["memory", "cpu", "file size", "process count", "no network"]
-        wanted += ["not root", "own process tree", "own file system"] if what == "programs" else []
-        missing = [name for name in wanted if name not in active] or ["nothing"]
+        all_names = ["memory", "cpu", "file size", "process count", "no network"]
+        all_names += ["not root", "own process tree", "own file system"] if what == "programs" else []
+        missing = [name for name in all_names if name not in active] or ["nothing"]
         log.info("sandbox for %s: active: %s; not available here: %s", what, ", ".join(active), ", ".join(missing))
 
 
@@ -170,7 +173,7 @@ def describe(what: str, active: Sequence[str]) -> None:
 def exchange(
     child: subprocess.Popen[bytes], request: bytes, deadline: float, *, limit: int, one_line: bool
 ) -> tuple[bytes, str]:
-    """Send ``request``, read until a line (or the end); returns the bytes and ``ok | end | timeout | output``."""
+    """Send ``request``, read until a line (or the end). Returns the bytes and ``ok | end | timeout | output``."""
     assert child.stdin and child.stdout
     source, sink = child.stdout.fileno(), child.stdin.fileno()
     poll = select.poll()
@@ -214,8 +217,8 @@ class Pool:
     """``workers`` persistent children that apply ``target`` ("module:function") to JSON arguments.
 
     An item may use ``item_cpu_s`` of processor time (enforced by the kernel) and ``deadline_s`` of wall clock
-    (enforced here). Callers wait for a free worker: there is no queue that grows. A child that misbehaves costs its
-    item; the next item gets a new one. After ``max_items`` a child is replaced, so that caches do not grow.
+    (enforced here). Callers wait for a free worker, so that no queue grows. A child that fails costs its item, and
+    the next item gets a new child. After ``max_items`` a child is replaced, so that caches do not grow.
     """
 
     def __init__(
@@ -251,7 +254,7 @@ class Pool:
         threading.Thread(target=start, name="rltrain-sandbox-warm", daemon=True).start()
 
     def call(self, *arguments: Any, wait_s: float = 60.0) -> Reply:
-        """Apply the function in a child; never raises, never takes longer than waiting + start + ``deadline_s``."""
+        """Apply the function in a child. Never raises. Takes at most ``wait_s`` + start + ``deadline_s``."""
         try:
             slot = self.free.get(timeout=max(wait_s, 0.0))
         except queue.Empty:
@@ -286,7 +289,7 @@ class Pool:
             reply = json.loads(line)
             return Reply(status=reply["status"], value=reply["value"])
         if state == "end":
-            # The pipe closes a moment before the process can be reaped with its own exit code.
+            # The pipe closes a moment before the exit code of the process can be read.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(1.0)
             code = end_child(child)
@@ -298,17 +301,17 @@ class Pool:
         return Reply(status="timeout")
 
     def map(self, items: Sequence[tuple[Any, ...]], *, deadline_s: float = 60.0) -> list[Reply]:
-        """``call`` on each distinct item, ``workers`` at a time; items whose turn does not come are ``skipped``."""
+        """``call`` on each distinct item, ``workers`` at a time. Items whose turn does not come are ``skipped``."""
         end = time.monotonic() + deadline_s
         keys: list[Hashable] = [json.dumps(item) for item in items]
         distinct = dict(zip(keys, items, strict=True))
 
-        def one(item: tuple[Any, ...]) -> Reply:
+        def reply_to(item: tuple[Any, ...]) -> Reply:
             left_s = end - time.monotonic()
             return self.call(*item, wait_s=left_s) if left_s > 0 else Reply(status="skipped")
 
         with ThreadPoolExecutor(self.workers) as threads:
-            replies = dict(zip(distinct, threads.map(one, distinct.values()), strict=True))
+            replies = dict(zip(distinct, threads.map(reply_to, distinct.values()), strict=True))
         return [replies[key] for key in keys]
 
 

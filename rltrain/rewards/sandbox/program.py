@@ -1,4 +1,4 @@
-"""A program in a process tree of its own, with a deadline and limits."""
+"""Runs a program in a separate process tree, with a deadline and limits."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def run_program(
     output_bytes: int = 2**20,
     limits: Limits | None = None,
 ) -> ProgramResult:
-    """Run Python ``source`` in a fresh process tree that is gone when this returns. Never raises.
+    """Run Python ``source`` in a new process tree, all of whose processes have ended on return. Never raises.
 
-    ``stdin`` is what it may read; with ``calls`` its own output is discarded and ``output`` holds one JSON line for
-    each evaluated call instead. ``deadline_s`` counts from the start of the program.
+    The program reads ``stdin``. With ``calls`` its output is discarded, and ``output`` holds a JSON line for each
+    evaluated call instead. ``deadline_s`` counts from the start of the program.
     """
     request = json.dumps({"source": source, "stdin": stdin, "calls": calls}).encode() + b"\n"
     root = tempfile.mkdtemp(prefix="rltrain-")

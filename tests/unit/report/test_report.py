@@ -23,7 +23,7 @@ from rltrain.report.credit import credit
 from rltrain.report.estimators import SampledStep
 from rltrain.report.evaluation import evaluation
 from rltrain.report.folder import read_run
-from rltrain.report.provenance import differences, origin
+from rltrain.report.provenance import origin, preset_differences
 from rltrain.report.samples import by_group
 from rltrain.report.tree import branches
 from rltrain.runs import run_folder
@@ -138,12 +138,12 @@ def test_stages_are_means_per_step_and_probes_are_taken_out_of_the_advantage():
 
 
 def test_config_differences_by_key():
-    found = differences({"a": {"b": 1, "c": None}, "d": [1]}, {"a": {"b": 2, "c": None}, "e": "x"})
+    found = preset_differences({"a": {"b": 1, "c": None}, "d": [1]}, {"a": {"b": 2, "c": None}, "e": "x"})
     assert [(one.key, one.preset, one.run) for one in found] == [("a.b", "1", "2"), ("d", "[1]", "—"), ("e", "—", "x")]
 
 
 def test_of_an_exchanged_part_the_new_settings_are_shown():
-    found = differences({"advantage": {"kind": "a", "eps": 1}}, {"advantage": {"kind": "b", "delimiter": "\n"}})
+    found = preset_differences({"advantage": {"kind": "a", "eps": 1}}, {"advantage": {"kind": "b", "delimiter": "\n"}})
     rows = [(one.key, one.preset, one.run) for one in found]
     assert rows == [("advantage.delimiter", "—", "'\\n'"), ("advantage.kind", "a", "b")]
 
