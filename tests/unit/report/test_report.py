@@ -231,9 +231,9 @@ def test_the_runs_own_estimator_is_shown_as_recorded(grpo_run):
     _, groups, step = sampled(grpo_run)
     own = step.under("grpo")
     assert own.values == [[row["advantages"] for row in rows] for rows in groups]
-    assert own.own and step.under("group").values == own.values
+    assert own.is_recorded and step.under("group").values == own.values
     # A preset of the same estimator with other settings is another view.
-    assert not step.under("dr_grpo").own
+    assert not step.under("dr_grpo").is_recorded
     assert step.under("custom").remark.startswith("not shown: advantage.import_path")
 
 
