@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from types import FunctionType
 from typing import Any
 
-from rltrain.advantages.check import check_advantages, check_unchanged, copied_rewards
+from rltrain.advantages.check import EstimatorError, check_advantages, check_unchanged, copied_rewards
 from rltrain.advantages.custom import UserEstimatorConfig
 from rltrain.config import AdvantageConfig
 from rltrain.errors import ConfigError, require, require_one_of
@@ -30,7 +30,12 @@ class Estimator:
     def __call__(self, groups: Sequence[Group], context: Context) -> Advantages:
         """``EstimatorError`` for a result that :func:`check_advantages` refuses, and for rewards changed in place."""
         before = copied_rewards(groups)
-        advantages = self.function(groups, context)
+        try:
+            advantages = self.function(groups, context)
+        except FrozenInstanceError as error:  # what group.rewards_G -= 1 raises, after it has changed the tensor
+            raise EstimatorError(
+                f"{self.name}: {error}, which is fixed; work on a copy such as group.rewards_G.clone()"
+            ) from error
         check_unchanged(groups, before, self.name)
         check_advantages(groups, advantages, self.name)
         return advantages

@@ -50,6 +50,11 @@ def shifts_rewards(batch):
     return Advantages(values=[per_token(group.rewards_G, group.completion_ids) for group in batch])
 
 
+def subtracts_from_rewards(batch):
+    for group in batch:
+        group.rewards_G -= group.rewards_G.mean()
+
+
 def naive(batch):
     """NaN rewards go into the mean."""
     return Advantages(values=[per_token(g.rewards_G - g.rewards_G.mean(), g.completion_ids) for g in batch])
@@ -144,6 +149,10 @@ MISTAKES = {
     "rewards changed in place": (
         shifts_rewards,
         f"{FIRST}: changed group.rewards_G in place from [1.0, 0.0] to [0.5, -0.5]; work on group.rewards_G.clone()",
+    ),
+    "rewards assigned to": (
+        subtracts_from_rewards,
+        "cannot assign to field 'rewards_G', which is fixed; work on a copy such as group.rewards_G.clone()",
     ),
     "a metric that is a float": (
         lambda batch: Advantages(values=right(batch), metrics={"share": 0.5}),

@@ -1,0 +1,28 @@
+"""Estimators as users write them, wrong in ways that a run must name."""
+
+import torch
+
+from rltrain.advantages.group import group_advantages, per_token
+from rltrain.types import Advantages
+
+
+def one_value_per_completion(groups, options, context):
+    return Advantages(values=[group_advantages(group.rewards_G) for group in groups])
+
+
+def not_finite_later(groups, options, context):
+    """Right at step 0; then a division of zero by zero at the last token of one completion."""
+    values = [per_token(group_advantages(group.rewards_G), group.completion_ids) for group in groups]
+    if context.step:
+        values[1][2] = torch.cat([torch.zeros(len(values[1][2]) - 1), torch.zeros(1) / 0])
+    return Advantages(values=values)
+
+
+def in_place(groups, options, context):
+    for group in groups:
+        group.rewards_G.sub_(10)
+    return Advantages(values=[per_token(group.rewards_G, group.completion_ids) for group in groups])
+
+
+def two_arguments(groups, context):
+    return None
