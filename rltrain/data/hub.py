@@ -26,7 +26,7 @@ CHOICES = "choices"
 SPLITS = ("train", "validation", "test")
 IDS_IN_WARNING = 5
 REASONS_IN_WARNING = 8
-RAW = "; as it is, for a trl_function: data.answer=null '+data.meta.answer={path}'"
+RAW = "; as it is, for a trl_function: data.answer=null +data.meta.answer={path}"
 
 
 @dataclass(kw_only=True)
