@@ -20,6 +20,8 @@ from rltrain.registry import discover, parts
 from rltrain.runtime import watchdog
 
 # Lines of Hydra's and OmegaConf's messages that tell a user nothing.
+log = logging.getLogger(__name__)
+
 UNSAID = ("full_key", "object_type", "reference_type", "Set the env", "Config search path", "provider=")
 # What a disk or a folder can refuse in the middle of a run.
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -179,6 +181,9 @@ def run(task: Callable[[RunConfig], None]) -> None:
     finally:
         # After a clause that is done an error's frames are gone, which hold the run and with it the process group.
         _leave()
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        with errors_in_one_line():
+            _say_device()
     if code is not None:
         raise SystemExit(code)
 
@@ -222,9 +227,19 @@ def _leave() -> None:
             print(f"error: the process group did not end: {error}", file=sys.stderr)
 
 
-def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:
-    from rltrain.runtime import dist  # imports torch, which --help and config errors do without
+def _say_device() -> None:
+    from rltrain.runtime import dist
 
+    dist.refuse_unused_gpu()
+    print(f"device: {dist.device_in_words()}")
+
+
+def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:
+    from rltrain.runtime import dist  # imports torch, which config errors do without
+
+    dist.refuse_unused_gpu()
+    if dist.is_main():
+        log.info("device: %s", dist.device_in_words())
     with watchdog.armed(Path(config.run_dir), rank=dist.rank()):
         task(config)
     dist.teardown()  # a sweep has another task

@@ -10,7 +10,8 @@
 #
 # A seed's cold start is trained once, in the run of the first method, and copied to the others; a run that would have
 # made another one refuses it and names the keys that differ (COLD_START=own copies none).
-# From the environment: OUT (runs/ and the name of METHODS), JOBS (2 at a time, one thread each), PYTHON (python).
+# From the environment: OUT (runs/ and the name of METHODS), PYTHON (python), JOBS: runs at a time, one thread each. With
+# GPUs, of CUDA_VISIBLE_DEVICES or all, a run has one and JOBS is their number, else 2. More JOBS share the GPUs.
 set -euo pipefail
 
 methods=$1
@@ -18,6 +19,13 @@ seeds=$2
 shift 2
 out=${OUT:-runs/$(basename "${methods%.*}")}
 export OMP_NUM_THREADS=1 WANDB_MODE=${WANDB_MODE:-disabled} PYTHON=${PYTHON:-python}
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    devices=$CUDA_VISIBLE_DEVICES
+else
+    devices=$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd, || true)
+fi
+export devices
+IFS=, read -ra gpus <<<"$devices"
 mapfile -t lines < <(sed 's/#.*//' "$methods" | grep '[^[:space:]]')
 mkdir -p "$out"
 
@@ -48,6 +56,11 @@ share() { # SEED FIRST OTHER: a copy appears whole or not at all
     cp -r "$from" "$to/.copying_cold_start"
     mv "$to/.copying_cold_start" "$to/cold_start"
 }
+one_gpu() { # SLOT: of the runs at one time each has another slot
+    local gpus
+    IFS=, read -ra gpus <<<"$devices"
+    [ ${#gpus[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}
+}
 train() { # what was asked for is written down at the end; the same again is nothing to do
     local run=$out/$1-seed$2 asked
     asked=$(arguments "$@")
@@ -62,10 +75,12 @@ train() { # what was asked for is written down at the end; the same again is not
         return 1
     fi
 }
-export -f arguments cold_start train
+export -f arguments cold_start one_gpu train
 export out
 at_once() { # FUNCTION: call it with the words of each line of the input
-    xargs -P "${JOBS:-2}" -L 1 bash -feuo pipefail -c "$1"' "$@"' _
+    local jobs=${#gpus[@]}
+    ((jobs > 0)) || jobs=2
+    xargs -P "${JOBS:-$jobs}" --process-slot-var=SLOT -L 1 bash -feuo pipefail -c 'one_gpu "$SLOT"; '"$1"' "$@"' _
 }
 
 read -r first _ <<<"${lines[0]}"

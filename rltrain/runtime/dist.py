@@ -19,7 +19,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from rltrain.errors import RunError
+from rltrain.errors import ConfigError, RunError
 from rltrain.runtime import watchdog
 from rltrain.runtime.watchdog import DeadlineError
 
@@ -57,8 +57,39 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """The device that this rank computes on."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device that this rank computes on. Slurm may show each task its GPU alone, which is then number 0."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
+def device_in_words() -> str:
+    """The device and what it is, for people: ``cpu (2 threads)``, ``cuda:0 NVIDIA H200``."""
+    here = device()
+    if here.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return f"{here} {torch.cuda.get_device_name(here)}"
+
+
+def refuse_unused_gpu() -> None:
+    """Raise ``ConfigError`` where the driver lists a GPU that torch cannot use, unless it is hidden on purpose."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    if gpu := _first_listed_gpu():
+        build = "is a build without CUDA" if torch.version.cuda is None else "finds no driver that it can use"
+        raise ConfigError(
+            f"{gpu} is here, and torch {torch.__version__} {build}; make the environment again on this machine "
+            "(CONTRIBUTING.md, Set up), or train on the CPU with CUDA_VISIBLE_DEVICES= before the command"
+        )
+
+
+def _first_listed_gpu() -> str | None:
+    """The first GPU by ``nvidia-smi -L``, whose lines are ``GPU 0: NVIDIA H200 (UUID: GPU-…)``."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return listed.splitlines()[0].partition(" (UUID")[0] if listed.startswith("GPU ") else None
 
 
 def _first_slurm_host() -> str:
@@ -95,9 +126,9 @@ def setup(*, deadline_s: float, join_s: float | None = None) -> None:
     timeout = _library_timeout(deadline_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    if world_size() == 1 and not torch.cuda.is_available():
-        # One process needs no port: a file-less in-memory store cannot clash with a neighbour's run.
-        torch_dist.init_process_group("gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if world_size() == 1:
+        # One process needs no port: a store in memory cannot clash with a neighbour's run.
+        torch_dist.init_process_group(_backend(), store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     join_s = deadline_s if join_s is None else join_s
     named_wait("all ranks to join", lambda: _join(_library_timeout(join_s), timeout), join_s)
@@ -110,8 +141,11 @@ def _library_timeout(deadline_s: float) -> timedelta:
 
 def _join(join_timeout: timedelta, timeout: timedelta) -> None:
     store, rank_there, size = next(torch_dist.rendezvous("env://", timeout=join_timeout))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch_dist.init_process_group(backend, store=store, rank=rank_there, world_size=size, timeout=timeout)
+    torch_dist.init_process_group(_backend(), store=store, rank=rank_there, world_size=size, timeout=timeout)
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _import_before_joining() -> None:
