@@ -78,9 +78,10 @@ train() { # what was asked for is written down at the end; the same again is not
 export -f arguments cold_start one_gpu train
 export out
 at_once() { # FUNCTION: call it with the words of each line of the input
-    local jobs=${#gpus[@]}
-    ((jobs > 0)) || jobs=2
-    xargs -P "${JOBS:-$jobs}" --process-slot-var=SLOT -L 1 bash -feuo pipefail -c 'one_gpu "$SLOT"; '"$1"' "$@"' _
+    local jobs=2 slots=()
+    ((${#gpus[@]} == 0)) || jobs=${#gpus[@]} slots=(--process-slot-var=SLOT) # of GNU; macOS has no GPUs of this kind
+    xargs -P "${JOBS:-$jobs}" ${slots[@]+"${slots[@]}"} -L 1 \
+        bash -feuo pipefail -c 'one_gpu "${SLOT:-0}"; '"$1"' "$@"' _
 }
 
 read -r first _ <<<"${lines[0]}"

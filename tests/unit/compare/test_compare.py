@@ -350,6 +350,9 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
 INTERPRETER = """#!/usr/bin/env bash
 # Stands for the interpreter: writes down what is run, leaves what a cold start leaves, and fails on request.
 echo "$*" >>"$CALLS"
+echo "begins on ${CUDA_VISIBLE_DEVICES-all}" >>"$CALLS.devices"
+trap 'echo "ends on ${CUDA_VISIBLE_DEVICES-all}" >>"$CALLS.devices"' EXIT
+[ "${LASTS_S:-0}" = 0 ] || sleep "$LASTS_S"
 run=$(sed 's/.*run_dir=\\([^ ]*\\).*/\\1/' <<<"$*")
 case "$*" in
 *rltrain.sft*) mkdir "$run/cold_start" && echo "of $run" >"$run/cold_start/model" ;;
@@ -369,10 +372,10 @@ def sweep(tmp_path):
     )
     variables = {"OUT": str(tmp_path / "out"), "PYTHON": str(interpreter), "CALLS": str(calls), "JOBS": "1"}
 
-    def run(*overrides):
+    def run(*overrides, **more):
         calls.write_text("")
         command = ["bash", str(ROOT / "scripts/sweep.sh"), str(methods), "2", *overrides]
-        result = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, env=os.environ | variables | more, capture_output=True, text=True, timeout=60)
         return result, calls.read_text().splitlines()
 
     return run
@@ -408,6 +411,24 @@ def test_a_sweep_goes_on_where_it_was(sweep, tmp_path):
     again = sweep()[1]
     assert [call.split("run_dir=")[-1] for call in again[:-1]] == [f"{tmp_path}/out/tree-seed1"]
     assert len(sweep("steps=9")[1]) == 4 + 1
+
+
+@pytest.mark.parametrize("visible", ["3,5", None], ids=["CUDA_VISIBLE_DEVICES", "nvidia-smi"])
+def test_runs_at_the_same_time_have_different_gpus(sweep, tmp_path, monkeypatch, visible):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    more = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nfor gpu in 0 1; do echo \"GPU $gpu: NVIDIA H200 (UUID: GPU-$gpu)\"; done\n")
+    driver.chmod(0o755)
+    result, _ = sweep(JOBS="", LASTS_S="0.2", PATH=f"{tmp_path}:{os.environ['PATH']}", **more)
+    assert result.returncode == 0, result.stderr
+    busy, used = set(), set()
+    for line in (tmp_path / "calls.devices").read_text().splitlines()[:-2]:  # the last two are of the comparison
+        event, _, device = line.split()
+        assert (device in busy) == (event == "ends")
+        busy ^= {device}
+        used.add(device)
+    assert used == ({"3", "5"} if visible else {"0", "1"})
 
 
 def test_a_method_without_a_name_is_refused(sweep, tmp_path):
