@@ -62,7 +62,7 @@ def _configured(name: str, options: Mapping[str, Any]) -> AdvantageConfig:
     discover()
     known = {part.name: part.config for part in parts("advantage")}
     require_one_of(known, "advantage", name)
-    fields = [one.name for one in dataclasses.fields(known[name])]
+    fields = [field.name for field in dataclasses.fields(known[name])]
     unknown = sorted(set(options) - set(fields))
     require(not unknown, f"advantage={name}: has no option {', '.join(unknown)}; it has {', '.join(fields) or 'none'}")
     return known[name](**options)

@@ -119,9 +119,9 @@ def _advantages_of(returned: Any, shape: tuple[int, ...], name: str) -> Tensor:
         raise EstimatorError(f"{name}: returned {type(returned).__name__}, expected verl's pair (advantages, returns)")
     advantages_BT = returned[0]
     if not isinstance(advantages_BT, Tensor) or tuple(advantages_BT.shape) != shape:
-        found = tuple(advantages_BT.shape) if isinstance(advantages_BT, Tensor) else type(advantages_BT).__name__
+        shown = tuple(advantages_BT.shape) if isinstance(advantages_BT, Tensor) else type(advantages_BT).__name__
         raise EstimatorError(
-            f"{name}: returned advantages of shape {found}, expected {shape}; give one value per token of the padded "
+            f"{name}: returned advantages of shape {shown}, expected {shape}; give one value per token of the padded "
             "batch"
         )
     return advantages_BT

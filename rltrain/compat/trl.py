@@ -36,10 +36,10 @@ def check_hooks(trainer: type, version: str) -> None:
     """``ImportError`` unless the trainer has the two methods overridden here, with the arguments they have in 1.16."""
     for name, expected in HOOKS.items():
         method = getattr(trainer, name, None)
-        found = list(inspect.signature(method).parameters) if method else None
-        if found != expected:
+        taken = list(inspect.signature(method).parameters) if method else None
+        if taken != expected:
             raise ImportError(
-                f"trl {version}: GRPOTrainer.{name} takes {found}, not {expected}; pip install 'trl>=1.16,<1.17'"
+                f"trl {version}: GRPOTrainer.{name} takes {taken}, not {expected}; pip install 'trl>=1.16,<1.17'"
             )
 
 

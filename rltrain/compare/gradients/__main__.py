@@ -66,7 +66,7 @@ def options_of(text: str) -> dict[str, Any]:
     return options
 
 
-def cell(policy: TabularPolicy, row: Contender, sampling: Sampling) -> Cell:
+def measured_cell(policy: TabularPolicy, row: Contender, sampling: Sampling) -> Cell:
     """What an estimator raises is the result of its row, for the others are no worse for it."""
     start, judgement, reason = time.perf_counter(), None, ""
     try:
@@ -90,7 +90,7 @@ def measured(row: Contender, policies: Sequence[TabularPolicy], samplings: Seque
     """All cells of a row, or the first that failed."""
     cells = []
     for policy, sampling in itertools.product(policies, samplings):
-        cells.append(cell(policy, row, sampling))
+        cells.append(measured_cell(policy, row, sampling))
         if cells[-1].judgement is None:
             break
     return cells
@@ -116,11 +116,11 @@ def main(words: Sequence[str] | None = None) -> list[Cell]:
     cells = list(itertools.chain(*by_row))
     text = table(cells, policies)
     print(text)
-    for row, own in zip(rows, by_row, strict=True):
-        print(f"{row.label}: {sum(one.seconds for one in own):.1f} s", file=sys.stderr)
+    for row, of_row in zip(rows, by_row, strict=True):
+        print(f"{row.label}: {sum(cell.seconds for cell in of_row):.1f} s", file=sys.stderr)
     if arguments.table:
         arguments.table.write_text(text.strip() + "\n", encoding="utf-8")
-    if any(one.judgement for one in cells):
+    if any(cell.judgement for cell in cells):
         plot(cells, arguments.plot)
     return cells
 

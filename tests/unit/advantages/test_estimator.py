@@ -229,8 +229,8 @@ def test_what_is_right_passes_unchanged():
 def test_options_reach_a_name_and_a_function():
     batch = groups()
     expected = tempo_advantages(batch[0].completion_ids, batch[0].rewards_G, normalize_std=False)
-    found = estimator_of("tempo", {"normalize_std": False})(batch, Context()).values[0]
-    assert [row_T.tolist() for row_T in found] == [row_T.tolist() for row_T in expected]
+    values = estimator_of("tempo", {"normalize_std": False})(batch, Context()).values[0]
+    assert [row_T.tolist() for row_T in values] == [row_T.tolist() for row_T in expected]
 
     def scaled(groups, options, context):
         return Advantages(values=[[torch.full((len(ids),), options["to"]) for ids in g.completion_ids] for g in groups])

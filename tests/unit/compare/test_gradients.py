@@ -59,8 +59,8 @@ def test_an_estimator_is_given_the_log_probs_of_the_table(family):
     policy, seen = enumerated(family, 1), {}
 
     def reads(groups, options, context):
-        for one in groups:
-            seen.update({completion.token_ids: completion.logprobs for completion in one.completions})
+        for each in groups:
+            seen.update({completion.token_ids: completion.logprobs for completion in each.completions})
         return group(groups, GroupConfig(), context)
 
     judge_on(policy, estimator_of(reads), Sampling(completions=4096, batch=256, resamples=2))
@@ -100,13 +100,13 @@ def test_leave_one_out_is_unbiased_and_the_mean_baseline_short_by_one_part_in_g(
 
 def numbers(table: str) -> dict[tuple[str, str], list[float]]:
     """By family and estimator, all numbers of a row."""
-    found, family = {}, ""
+    rows, family = {}, ""
     for line in table.splitlines():
         family = line.split("**")[1] if line.startswith("**") else family
         if re.match(r"\| [^|]+ \| \d", line):
             label, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-            found[family, label] = [float(number) for cell in cells for number in re.findall(r"[\d.e-]+", cell)]
-    return found
+            rows[family, label] = [float(number) for cell in cells for number in re.findall(r"[\d.e-]+", cell)]
+    return rows
 
 
 def test_the_table_is_that_of_the_script_it_was(tmp_path, capsys):
@@ -263,7 +263,7 @@ def test_a_family_of_the_users_own():
 
 
 def wrong_length(groups, options, context):
-    return Advantages(values=[[torch.zeros(1) for _ in one.completions] for one in groups])
+    return Advantages(values=[[torch.zeros(1) for _ in each.completions] for each in groups])
 
 
 def raises(groups, options, context):

@@ -1,6 +1,8 @@
 """Scoring: sums, abstention, and users' functions that raise, hang, or return nonsense."""
 
 import math
+import os
+import socket
 import threading
 
 import numpy as np
@@ -8,12 +10,14 @@ import pytest
 import torch
 
 from rltrain.errors import ConfigError
+from rltrain.rewards import failures
 from rltrain.rewards.custom import CustomRewardConfig
 from rltrain.rewards.failures import RewardError, refuse_broken
 from rltrain.rewards.format import FormatConfig
 from rltrain.rewards.math import MathConfig
 from rltrain.rewards.scoring import score
 from rltrain.rewards.trl_function import TrlFunctionConfig, trl_arguments
+from rltrain.runtime import dist
 from rltrain.types import Completion, Context, Group, Problem, Prompt, Scores
 
 release = threading.Event()
@@ -326,3 +330,33 @@ def test_trls_own_reward_runs_here():
 def test_wrong_import_paths_are_refused_at_once(path):
     with pytest.raises(ConfigError, match="reward.import_path="):
         CustomRewardConfig(import_path=path)
+
+
+def _refused_on_a_rank(rank, port, folder, causes):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.setup(deadline_s=60)
+    outcomes = []
+    for of_ranks in causes:
+        failures.note("mine", of_ranks[rank])
+        try:
+            failures.refuse_broken(["mine"])
+            outcomes.append("goes on")
+        except RewardError as error:
+            outcomes.append(str(error))
+    (folder / str(rank)).write_text("\n".join(outcomes))
+    dist.teardown()
+
+
+def test_a_reward_that_fails_on_some_ranks_does_not_end_the_run(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    causes = [("its server is down", ""), ("", ""), ("its server is down", "KeyError: 'level'")]
+    torch.multiprocessing.spawn(_refused_on_a_rank, (port, tmp_path, causes), nprocs=2)
+    ended = (
+        "reward mine: failed on every completion of the first step (its server is down); mend the function, or leave"
+    )
+    for rank in range(2):
+        outcomes = (tmp_path / str(rank)).read_text().splitlines()
+        assert outcomes == ["goes on", "goes on", f"{ended} the reward out"]
