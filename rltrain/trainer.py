@@ -5,34 +5,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor
 
 from rltrain.advantages.estimator import estimator_of
 from rltrain.batching import zero_variance
-from rltrain.batching.collate import Denominators, collate, padding_share
-from rltrain.batching.minibatches import split
 from rltrain.build import Run, build
 from rltrain.config import RunConfig
-from rltrain.engine.deepspeed import NonFiniteError, learning_rate
 from rltrain.evaluate import evaluate, evaluation_rewards
-from rltrain.policy.logprobs import logprobs, micro_batch_loss, to_device
 from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.scoring import score
-from rltrain.runs import run_folder, step_dump
+from rltrain.runs import run_folder
 from rltrain.runs.recorder import Recorder
 from rltrain.runs.scope import Scope
-from rltrain.runs.step_dump import StepRecord
-from rltrain.runs.step_metrics import sampler_difference, step_values
-from rltrain.runtime import dist, watchdog
+from rltrain.runs.step_metrics import step_values
+from rltrain.runtime import dist
 from rltrain.runtime.interrupts import SignalWatch
-from rltrain.types import Advantages, Group, Mean, Sum, TokenBatch
+from rltrain.types import Advantages, Group, Sum
+from rltrain.update import Minibatch, make_minibatches, update_policy
 
 
 def fit(config: RunConfig) -> dict[str, float]:
@@ -66,8 +57,7 @@ def train(run: Run, recorder: Recorder) -> dict[str, float]:
             with scope.stage("collate", "train"):
                 minibatches = make_minibatches(run, scope, groups, advantages)
             with scope.metrics.timed("train"):
-                for epoch, index in itertools.product(range(run.config.batch.update_epochs), range(len(minibatches))):
-                    update(run, scope, minibatches[index].record(step + 1, epoch, index))
+                update_policy(run, scope, minibatches)
             renew_rollout(run, scope)
             values = conclude(run, scope, recorder, groups, advantages, minibatches)
             saving_s = run.maybe_save(step + 1, signal_name=signals.received())
@@ -139,107 +129,6 @@ def estimate(run: Run, scope: Scope, groups: Sequence[Group]) -> Advantages:
         advantages = estimator_of(run.config.advantage)(groups, run.context(scope.step))
         scope.metrics.add(advantages.metrics)
     return advantages
-
-
-@dataclass(frozen=True, kw_only=True)
-class Minibatch:
-    """The groups of one optimiser step, and the micro-batches that they became."""
-
-    groups: Sequence[Group]
-    advantages: Sequence[Sequence[Tensor]]
-    batches: Sequence[TokenBatch]
-    denominators: Denominators
-
-    def record(self, step: int, epoch: int, index: int) -> StepRecord:
-        """What its update in ``epoch`` fills; ``step`` counts from 1, ``index`` from 0."""
-        return StepRecord(step, epoch, self.groups, self.advantages, self.batches, minibatch=index)
-
-
-def make_minibatches(run: Run, scope: Scope, groups: Sequence[Group], advantages: Advantages) -> list[Minibatch]:
-    """The rollout in ``batch.minibatches`` parts, each weighted by its own denominators.
-
-    Their old log-probs are those before the first update. Advantages were estimated over the whole rollout.
-    """
-    made = []
-    for part in split(len(groups), run.config.batch.minibatches, seed=run.config.seed, step=scope.step):
-        some, values = [groups[i] for i in part], [advantages.values[i] for i in part]
-        batches, denominators = micro_batches(run, some, values)
-        scope.metrics.add({"padding_share": padding_share(batches)})
-        batches = with_fixed_logprobs(run, batches)
-        made.append(Minibatch(groups=some, advantages=values, batches=batches, denominators=denominators))
-    return made
-
-
-def micro_batches(
-    run: Run, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]
-) -> tuple[list[TokenBatch], Denominators]:
-    """This rank's micro-batches on its device; rows that cannot move the policy are left out."""
-    config = run.config
-    batches, denominators = collate(
-        groups,
-        advantages,
-        aggregation=config.loss.aggregation,
-        token_budget=config.batch.token_budget,
-        max_new_tokens=config.sampling.max_new_tokens,
-        keep_zero_advantages=config.loss.kl_coef > 0 or config.loss.entropy_coef > 0,
-        layouts=run.layouts,
-        hidden_size=run.policy.model.config.get_text_config().hidden_size,
-    )
-    return [to_device(batch, dist.device()) for batch in batches], denominators
-
-
-@torch.no_grad()
-def with_fixed_logprobs(run: Run, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-    """Add what stays fixed during the update: old log-probs (:attr:`Run.old_logprobs`) and the reference model's."""
-    fixed = []
-    for batch in batches:
-        added = {}
-        if run.old_logprobs != "sampler":
-            trainer = run.old_logprobs == "trainer"
-            added["old_logprobs_N"] = logprobs(run.engine, batch, entropy=False).logprobs_N if trainer else None
-        if run.reference is not None:
-            added["reference_logprobs_N"] = logprobs(run.reference, batch, entropy=False).logprobs_N
-        fixed.append(dataclasses.replace(batch, **added))
-    return fixed
-
-
-def update(run: Run, scope: Scope, record: StepRecord) -> None:
-    """One optimiser step over the record's micro-batches, whose losses add up to the loss of the step."""
-    with watchdog.rescues(partial(step_dump.write_alone, run.config, record)):
-        for index, batch in enumerate(record.batches):
-            with scope.named(f"micro-batch {index + 1} of {len(record.batches)}", "train"):
-                output = micro_batch_loss(run.engine, batch, run.config.loss)
-                run.engine.backward(output.loss, last=index == len(record.batches) - 1)
-            record.add(output.loss, output.logprobs_N)
-            scope.metrics.add(output.metrics)
-            if record.is_first:
-                scope.metrics.add(sampler_difference(output.logprobs_N, batch))
-        move_policy(run, scope, record)
-
-
-def move_policy(run: Run, scope: Scope, record: StepRecord) -> None:
-    """Clip, finite check, optimiser; then what follows the policy."""
-    rate = learning_rate(scope.step, run.config.optimizer, total_steps=run.config.steps)
-    with (
-        step_dump.kept(run.config, record, run.engine.full_parameters),
-        scope.named("optimiser", "train"),
-    ):
-        refuse_non_finite(record)
-        record.grad_norm = run.engine.step(learning_rate=rate)
-    scope.metrics.add({"grad_norm": Mean.of(record.grad_norm), "learning_rate": Mean.of(rate)})
-    if run.scorer is not None:
-        scope.metrics.add(run.scorer.follow(run.engine.full_parameters()))
-
-
-def refuse_non_finite(record: StepRecord) -> None:
-    """Stop every rank before the optimiser moves when any micro-batch of any rank has a loss that is not finite."""
-    here = [(dist.rank(), index + 1) for index, loss in enumerate(record.losses) if not bool(torch.isfinite(loss))]
-    bad = [place for places in dist.gather_objects(here, name="finite check of the losses") for place in places]
-    if bad:
-        raise NonFiniteError(
-            f"step {record.step}: the loss of {len(bad)} micro-batches is not finite, the first is micro-batch "
-            f"{bad[0][1]} of rank {bad[0][0]}"
-        )
 
 
 def renew_rollout(run: Run, scope: Scope) -> None:

@@ -27,6 +27,7 @@ LAYERS = [
     {"rewards/"},
     {"evaluate", "sft"},
     {"build"},
+    {"update"},
     {"trainer"},
     {"train", "audit", "compress", "compare/", "report/", "plan/", "compat/"},
 ]

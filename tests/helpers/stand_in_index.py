@@ -39,7 +39,9 @@ def needed_by(name: str) -> set[str]:
         if package not in known:
             known.add(package)
             requirements = map(Requirement, importlib.metadata.requires(package) or [])
-            waiting += [need.name for need in requirements if need.marker is None or need.marker.evaluate({"extra": ""})]
+            waiting += [
+                need.name for need in requirements if need.marker is None or need.marker.evaluate({"extra": ""})
+            ]
     return known
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_run import config
 from two_ranks import train
 
-from rltrain import trainer
+from rltrain import trainer, update
 from rltrain.advantages.check import EstimatorError
 from rltrain.engine.deepspeed import NonFiniteError
 from rltrain.errors import ConfigError
@@ -103,10 +103,10 @@ def test_weights_that_are_not_finite_stop_before_the_optimiser_and_replay_as_suc
     rewards_G = torch.tensor([0.0, 1.0])
     groups = [Group(prompt=one, completions=(completion, completion), rewards_G=rewards_G) for one in prompts]
     advantages = [[torch.ones(3) for _ in group.completions] for group in groups]
-    batches, _ = trainer.micro_batches(run, groups, advantages)
+    batches, _ = update.micro_batches(run, groups, advantages)
     record = step_dump.StepRecord(1, 0, groups, advantages, batches)
     with pytest.raises(NonFiniteError, match=r"step 1: the loss of 1 micro-batches is not finite, .* micro-batch 1 of"):
-        trainer.update(run, run.scope(0), record)
+        update.update(run, run.scope(0), record)
     for name, value in run.policy.model.named_parameters():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num())
     assert replay.replay(path_of(tmp_path / "run", 1), None) == 1

@@ -16,7 +16,7 @@ from collated import group
 from packed_models import assert_close, batches_of, groups_and_advantages, tiny
 from tiny_run import config
 
-from rltrain import trainer
+from rltrain import trainer, update
 from rltrain.batching.bins import (
     attention_calls,
     call_pairs,
@@ -133,15 +133,15 @@ def test_old_and_reference_logprobs_come_from_the_layout_of_training(tmp_path):
     with torch.no_grad():
         run.policy.model.lm_head.weight.mul_(20)  # so that policy and reference differ
     groups, advantages = groups_and_advantages()
-    packed, _ = trainer.micro_batches(run, groups, advantages)
-    padded, _ = trainer.micro_batches(dataclasses.replace(run, layouts=("padded",)), groups, advantages)
+    packed, _ = update.micro_batches(run, groups, advantages)
+    padded, _ = update.micro_batches(dataclasses.replace(run, layouts=("padded",)), groups, advantages)
     seen = []
     for module in (run.engine.module, run.reference):
         module.register_forward_pre_hook(lambda module, arguments: seen.append((module, arguments[0].prefix_S)))
-    (found,) = trainer.with_fixed_logprobs(run, packed)
+    (found,) = update.with_fixed_logprobs(run, packed)
     assert [module for module, _ in seen] == [run.engine.module, run.reference]
     assert all((prefix_S >= 0).sum() == 9 for _, prefix_S in seen)  # all completions share a prompt
-    (expected,) = trainer.with_fixed_logprobs(run, padded)
+    (expected,) = update.with_fixed_logprobs(run, padded)
     for name in ("old_logprobs_N", "reference_logprobs_N"):
         # Padded rows go by length, so that the order differs.
         torch.testing.assert_close(getattr(found, name).sort()[0], getattr(expected, name).sort()[0], rtol=0, atol=1e-4)
