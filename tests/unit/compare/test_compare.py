@@ -418,7 +418,7 @@ def test_runs_at_the_same_time_have_different_gpus(sweep, tmp_path, monkeypatch,
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     more = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     driver = tmp_path / "nvidia-smi"
-    driver.write_text("#!/bin/sh\nfor gpu in 0 1; do echo \"GPU $gpu: NVIDIA H200 (UUID: GPU-$gpu)\"; done\n")
+    driver.write_text('#!/bin/sh\nfor gpu in 0 1; do echo "GPU $gpu: NVIDIA H200 (UUID: GPU-$gpu)"; done\n')
     driver.chmod(0o755)
     result, _ = sweep(JOBS="", LASTS_S="0.2", PATH=f"{tmp_path}:{os.environ['PATH']}", **more)
     assert result.returncode == 0, result.stderr
