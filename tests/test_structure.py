@@ -41,6 +41,18 @@ EVALUATORS = {"eval", "sympify", "parse_expr"}
 SANDBOX = "rltrain.rewards.sandbox.child"  # the killable process in which submitted programs run
 
 
+# Files that read attributes which a library may or may not set, and how often. Our own records have fields instead.
+OPTIONAL_ATTRIBUTES = {
+    "compat.trl": 1,
+    "engine.zero_shards": 1,
+    "policy.capabilities": 15,
+    "policy.load": 3,
+    "rollout.llama_step": 1,
+    "rollout.vllm_weights": 1,
+    "runtime.dist": 1,
+}
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -136,6 +148,25 @@ def test_a_variant_is_named_in_its_own_file_only():
         if node.value in owners and module not in owners[node.value]
     ]
     assert not mentions
+
+
+def test_a_class_name_means_one_thing():
+    places = defaultdict(set)
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].add(f"{module}:{node.lineno}")
+    assert {name: sorted(defined) for name, defined in places.items() if len(defined) > 1} == {}
+
+
+def test_attributes_are_fields():
+    """``getattr`` with a default, by file: it hides what one module expects of another."""
+    counts = {}
+    for module, tree in TREES.items():
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and len(node.args) == 3]
+        if count := sum(getattr(call.func, "id", None) == "getattr" for call in calls):
+            counts[module.removeprefix("rltrain.")] = count
+    assert {name: count for name, count in counts.items() if count > OPTIONAL_ATTRIBUTES.get(name, 0)} == {}
 
 
 def test_nothing_is_evaluated():

@@ -51,8 +51,8 @@ class GuardedAdamW(torch.optim.AdamW):
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> GuardedAdamW:
     """AdamW over the trainable parameters. Vectors (norms, biases) get no weight decay."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() >= 2]
-    vectors = [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() < 2]
+    matrices = [p for p in trainable if len(zero_shards.full_shape(p)) >= 2]
+    vectors = [p for p in trainable if len(zero_shards.full_shape(p)) < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.betas[0], config.betas[1])
     return GuardedAdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, eps=config.eps)
@@ -185,7 +185,7 @@ class Engine:
     def state_bytes(self) -> int:
         """The size of all ranks' files of shards together."""
         trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return zero_shards.BYTES_PER_ELEMENT * sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
+        return zero_shards.BYTES_PER_ELEMENT * sum(zero_shards.full_shape(p).numel() for p in trainable)
 
     def _clip(self) -> Tensor:
         """Clip at stage 0 in fp32 and return the norm, which DeepSpeed does not report."""

@@ -74,6 +74,11 @@ def held(parameters: Iterable[tuple[str, Any]], *, stage: int, optimizer: Any, b
     return shards
 
 
+def full_shape(parameter: Any) -> torch.Size:
+    """The shape of a whole parameter, of which ZeRO 3 leaves an empty tensor."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 # Each yields (name, first element of the parameter, the tensor that AdamW steps, offset of that element in it, length).
 _Places = Iterator[tuple[str, int, Tensor, int, int]]
 

@@ -39,6 +39,34 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def most_positions(config: Any) -> int | None:
+    """The number of positions, None if the config gives none or the architecture adds a bias to scores instead.
+
+    A factor of the rotations counts, although some configs include it in their number.
+    """
+    known = getattr(config, "max_position_embeddings", None)
+    if not known or known < 0 or getattr(config, "alibi", False):
+        return None
+    rotations = getattr(config, "rope_parameters", None) or {}
+    by_layer = [rotations, *(layer for layer in rotations.values() if isinstance(layer, dict))]
+    return int(known * max(float(layer.get("factor") or 1) for layer in by_layer))
+
+
+def head_bias(head: Any) -> Any:
+    """The bias [V] of an output head, None if it has none."""
+    return getattr(head, "bias", None)
+
+
+def logit_scale(config: Any) -> float:
+    """The factor of the logits: a multiplier (Cohere) over a divisor (Granite)."""
+    return float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
+
+
+def logit_softcap(config: Any) -> float | None:
+    """c of the soft cap ``c·tanh(u/c)`` of the logits (Gemma), None without a cap."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
 def cannot_share_prompts(model: Any) -> str | None:
     """Why completions cannot attend to the keys and values of a prompt that is forwarded once. None if they can."""
     config = model.config.get_text_config()

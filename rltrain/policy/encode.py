@@ -12,6 +12,7 @@ import jinja2
 
 from rltrain.config import ModelConfig, SamplingConfig
 from rltrain.errors import ConfigError, require
+from rltrain.policy.capabilities import most_positions
 from rltrain.policy.load import Policy
 from rltrain.policy.tokenizer import CLOCK, text_ids
 from rltrain.types import Message, Problem, Prompt, TokenProblem
@@ -145,23 +146,9 @@ def why_left_out(policy: Policy, problem: Problem, config: ModelConfig, *, max_p
     return f"{problem.id}: {count} tokens, over {max_prompt_tokens} ({LIMITS})"
 
 
-def positions(model: Any) -> int | None:
-    """How many positions a model knows, by its config; None if it says nothing, or adds a bias to scores instead.
-
-    A factor of its rotations counts, although some configs have it in their number already.
-    """
-    config = model.config.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
-    if not known or known < 0 or getattr(config, "alibi", False):
-        return None
-    rotations = getattr(config, "rope_parameters", None) or {}
-    by_layer = [rotations, *(each for each in rotations.values() if isinstance(each, dict))]
-    return int(known * max(float(each.get("factor") or 1) for each in by_layer))
-
-
 def prompt_limit(policy: Policy, sampling: SamplingConfig) -> int:
     """``sampling.max_prompt_tokens``, or what the model's positions leave beside ``max_new_tokens`` if that is less."""
-    known = positions(policy.model)
+    known = most_positions(policy.model.config.get_text_config())
     if known is None:
         return sampling.max_prompt_tokens
     if known <= sampling.max_new_tokens:

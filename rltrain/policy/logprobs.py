@@ -15,7 +15,7 @@ from rltrain.config import LossConfig
 from rltrain.kernels import TokenLoss, fused_token_loss, prefers_fused, token_logprobs
 from rltrain.loss import is_separable, loss_output, policy_loss, token_losses
 from rltrain.policy import packed_attention
-from rltrain.policy.capabilities import cannot_pack
+from rltrain.policy.capabilities import cannot_pack, head_bias, logit_scale, logit_softcap
 from rltrain.policy.packed_attention import gather
 from rltrain.types import LossOutput, TokenBatch
 
@@ -87,8 +87,8 @@ class LogprobModel(nn.Module):
         options = {
             "temperature": (temperature or self.temperature) / logit_scale(config),
             "entropy": entropy,
-            "bias_V": getattr(head, "bias", None),
-            "softcap": getattr(config, "final_logit_softcapping", None),
+            "bias_V": head_bias(head),
+            "softcap": logit_softcap(config),
         }
         if token_loss is not None:
             fused = fused_token_loss(*arguments, token_loss, **options)
@@ -133,11 +133,6 @@ def loss_tokens(batch: TokenBatch, rows: slice | Tensor) -> TokenBatch:
     """The same sequences with some of their loss tokens."""
     per_token = {name: value[rows] for name, value in vars(batch).items() if name.endswith("_N") and value is not None}
     return dataclasses.replace(batch, **per_token)
-
-
-def logit_scale(config: Any) -> float:
-    """What an architecture multiplies its logits by (Cohere) or, inverted, divides them by (Granite)."""
-    return float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
 
 
 def loss_states(model: Any, batch: TokenBatch) -> Tensor:

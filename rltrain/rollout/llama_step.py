@@ -96,7 +96,7 @@ def _rms_norm(weight: Tensor, eps: float) -> Map:
     return norm
 
 
-class _Layer:
+class _LayerStep:
     """One layer's step, its weights looked up once."""
 
     def __init__(self, index: int, layer: Any, attend: Attend) -> None:
@@ -144,7 +144,7 @@ class LlamaStep:
     def __init__(self, model: Any, attend: Attend) -> None:
         backbone = model.model
         self._embed, self._rotary = backbone.embed_tokens, backbone.rotary_emb
-        self._layers = [_Layer(index, layer, attend) for index, layer in enumerate(backbone.layers)]
+        self._layers = [_LayerStep(index, layer, attend) for index, layer in enumerate(backbone.layers)]
         self._norm, self._head = _norm_of(backbone.norm), linear_map(model.lm_head, keep=True)
 
     @staticmethod

@@ -99,7 +99,7 @@ class _Braces:
         return depth_R + self._net_V[tokens_R], depth_R + self._low_V[tokens_R] <= 0
 
 
-class _Batch:
+class _ProbeBatch:
     """The probes of several completions: B completions x K cuts x N continuations, padded to the most cuts."""
 
     def __init__(self, policy: Policy, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> None:
@@ -271,7 +271,7 @@ def probe(policy: Policy, requests: Sequence[ProbeRequest], settings: ProbeSetti
     results = [ProbeResult(accuracy_K=none, confidence_K=none) for _ in requests]
     with inference(policy.model):
         for batch in _batches(requests, settings):
-            found = _Batch(policy, [requests[i] for i in batch], settings).results()
+            found = _ProbeBatch(policy, [requests[i] for i in batch], settings).results()
             for i, result in zip(batch, found, strict=True):
                 results[i] = result
     return results

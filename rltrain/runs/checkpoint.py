@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rltrain.config import CheckpointConfig, RunConfig
 from rltrain.engine.deepspeed import Engine
+from rltrain.engine.zero_shards import full_shape
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import Policy, save_policy
 from rltrain.runs import run_folder
@@ -218,7 +219,7 @@ def _together(name: str, work: Callable[[], T]) -> list[T]:
 def _expected_bytes(engine: Engine, policy: Policy, tensors: Mapping[str, Tensor]) -> int:
     """The size of a checkpoint: shards, exported weights, tensors of parts."""
     saved = [p for p in policy.model.parameters() if p.requires_grad or not hasattr(policy.model, "peft_config")]
-    exported = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
+    exported = sum(full_shape(p).numel() * p.element_size() for p in saved)
     return engine.state_bytes() + exported + sum(tensor.nbytes for tensor in tensors.values())
 
 
