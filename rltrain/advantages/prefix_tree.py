@@ -74,8 +74,8 @@ def node_values(common_GG: Tensor, rewards_G: Tensor) -> list[Tensor]:
 def prefix_values(completion_ids: Sequence[TokenIds], rewards: Sequence[float | None] | Tensor) -> list[Tensor]:
     r"""``V(s)`` = mean reward of the completions that start with s, along each completion (arXiv 2509.18314).
 
-    float64, one tensor of shape [T + 1] per completion: entry t is V of its first t tokens, entry 0 the group mean,
-    entry T its own reward, or the mean over the completions that go through it (its duplicates and continuations).
+    float64, a tensor of shape [T + 1] per completion: entry t is V of its first t tokens. Entry 0 is the group mean.
+    Entry T is the completion's reward, or the mean with its duplicates and continuations.
     A completion cut at the length limit is a leaf like any other, and an empty completion has the root alone.
 
     NaN or None rewards abstain: those completions are not in the trie, and their own values are NaN.

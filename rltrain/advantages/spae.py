@@ -116,8 +116,8 @@ def spae_advantages(
         g_k = exp(minmax(dPhi_k)) - mean(exp(minmax(dPhi)))     dPhi_1 = 0;  max = min gives g = 0
         result = (A - mean_B(A)) / (std_B(A) + 1e-8)            population std (ddof 0)
 
-    minmax and the mean in g run over all steps, mean_B and std_B over all tokens, of the groups given here and on all
-    ranks: each rank must call this once per batch, with no groups if it has none. Zero-variance groups are for
+    minmax and the mean in g run over all steps, mean_B and std_B over all tokens, of the groups on all ranks. Each rank
+    must call this once per batch, with no groups if it has none. Zero-variance groups are for
     the caller to leave out: given here, they take part and get g. ``saturate_positive_only`` (our switch) sets f = 1
     where r_i <= mean(r).
 

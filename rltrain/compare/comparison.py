@@ -104,10 +104,10 @@ def compare(
     level = 1 - (1 - LEVEL) / max(1, len(names) - 1)
     budget = {axis: float(min(curve.points(axis)[-1] for curve in curves)) for axis in ("completions", "seconds")}
     ends = {axis: [float(curve.at(axis, x)) for curve in curves] for axis, x in budget.items()}
-    of_base = [(curve, end) for curve, end in zip(curves, ends["completions"], strict=True) if curve.method == base]
-    start = float(np.mean([curve.values[0] for curve, _ in of_base]))
+    start = float(np.mean([curve.values[0] for curve in curves if curve.method == base]))
     if reach is None:
-        reach = (start + float(np.mean([end for _, end in of_base]))) / 2
+        base_ends = [end for curve, end in zip(curves, ends["completions"], strict=True) if curve.method == base]
+        reach = (start + float(np.mean(base_ends))) / 2
     costs = [_cost(curve, reach, budget["completions"], falling=reach < start) for curve in curves]
     titled = [
         (f"{metric} after {budget['completions']:,.0f} completions", 3, ends["completions"], None),
@@ -122,17 +122,23 @@ def compare(
         seconds=budget["seconds"],
         reach=reach,
         methods=[_method(name, [curve for curve in curves if curve.method == name]) for name in names],
-        views=[
-            View(
-                title=title,
-                digits=digits,
-                scores=_scores(curves, values, reached),
-                differences=_differences(curves, values, base=base, level=level),
-            )
-            for title, digits, values, reached in titled
-        ],
+        views=[_view(curves, *view, base=base, level=level) for view in titled],
         notes=_notes(curves, names),
     )
+
+
+def _view(
+    curves: Sequence[Curve],
+    title: str,
+    digits: int,
+    values: Sequence[float],
+    reached: Sequence[bool] | None,
+    *,
+    base: str,
+    level: float,
+) -> View:
+    differences = _differences(curves, values, base=base, level=level)
+    return View(title=title, digits=digits, scores=_scores(curves, values, reached), differences=differences)
 
 
 def _cost(curve: Curve, reach: float, budget: float, *, falling: bool) -> tuple[float, bool]:

@@ -1,7 +1,7 @@
 """The weights and optimiser state that a rank holds, by parameter name, at every ZeRO stage, and their files.
 
-A shard is a run of elements of one flattened parameter: its fp32 weight and AdamW's moments, as views of what DeepSpeed
-trains, so that writing into a shard restores it. Who holds which elements:
+A shard is a run of elements of a flattened parameter, with its fp32 weight and AdamW's moments. Its tensors are views
+of DeepSpeed's, so that writing into a shard restores it. The elements that a rank holds:
 
     stage 0      every rank every parameter; rank r writes the parameters r, r + ranks, …
     stage 1, 2   parameters are laid end to end and cut into one piece per rank

@@ -73,9 +73,9 @@ class ShardingPlan:
 class Footprint:
     """Bytes per rank under one sharding plan. ``host`` is the memory of the node that offloading takes, per rank.
 
-    ``weights``, ``optimizer`` and ``frozen`` (reference, scorer) are always held. On top come, one after the other:
-    training (gradients, activations, head, buffers), the optimiser's step, and sampling (cache, logits, and under
-    ZeRO 3 or with ``rollout.dtype`` another copy of the weights).
+    ``weights``, ``optimizer`` and ``frozen`` (reference, scorer) are always held. On top comes the largest of three
+    stages: training (gradients, activations, head, buffers), the optimiser step, and sampling (cache and logits).
+    Sampling needs another copy of the weights under ZeRO 3 or with ``rollout.dtype``.
     """
 
     weights: int
