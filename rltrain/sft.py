@@ -5,6 +5,7 @@ python -m rltrain.sft +experiment=NAME [cold_start.steps=…]
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -15,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rltrain import cli
 from rltrain.config import ColdStartConfig, RunConfig
@@ -141,14 +144,15 @@ def train(config: RunConfig, folder: Path, steps: Any = None) -> None:
     data = config.data if config.cold_start_data is None else config.cold_start_data
     source = part_of(data).function(data, "train")
     count = min(config.cold_start.problems, len(source), config.cold_start.steps * config.cold_start.batch_size)
-    policy = load_policy(config.model)
+    # Weights and moments are fp32, also where RL trains in bf16: autocast then computes in bf16.
+    policy = load_policy(dataclasses.replace(config.model, dtype="float32"))
     rows = examples([source[index] for index in range(count)], policy, config)
     writing = folder.with_name(".writing_cold_start")
     shutil.rmtree(writing, ignore_errors=True)
     trainer = SFTTrainer(
         model=policy.model,
         processing_class=policy.tokenizer,
-        args=_arguments(config.cold_start, writing, config.seed),
+        args=_arguments(config.cold_start, writing, seed=config.seed, dtype=config.model.dtype),
         train_dataset=datasets.Dataset.from_list(rows),
         callbacks=[] if steps is None else [_counting(steps)],
     )
@@ -171,10 +175,10 @@ def _counting(steps: Any) -> Any:
     return Counting()
 
 
-def _arguments(config: ColdStartConfig, folder: Path, seed: int) -> Any:
+def _arguments(config: ColdStartConfig, folder: Path, *, seed: int, dtype: str) -> Any:
     from trl import SFTConfig
 
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -186,7 +190,8 @@ def _arguments(config: ColdStartConfig, folder: Path, seed: int) -> Any:
         adam_beta2=config.betas[1],
         max_length=config.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},
-        bf16=False,
+        bf16=dtype == "bfloat16",
+        use_cpu=dtype == "bfloat16" and not torch.cuda.is_available(),  # else refused without a GPU
         seed=seed,
         data_seed=seed,
         save_strategy="no",
@@ -195,6 +200,9 @@ def _arguments(config: ColdStartConfig, folder: Path, seed: int) -> Any:
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=False,
     )
+    # With several GPUs in sight transformers wraps the model in DataParallel and multiplies the batch by their number.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _merged(model: Any) -> Any:

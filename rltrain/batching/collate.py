@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -224,8 +224,13 @@ def _in_equal_shares(units: Sequence[Unit], hidden_size: int) -> Sequence[Unit]:
     here = [part for part, rank in zip(target, owner, strict=True) if rank == dist.rank()]
     outgoing: list[list[Unit]] = [[] for _ in work_of_ranks]
     for unit, part in zip(units, here, strict=True):
-        outgoing[part].append(unit)
+        outgoing[part].append(compact(unit))
     return dist.exchange_objects(outgoing, name="rows for ranks of equal work")
+
+
+def compact(unit: Unit) -> Unit:
+    """The rows with advantages of their own, to be pickled: a slice would take its whole tensor along."""
+    return tuple(replace(row, advantages_T=row.advantages_T.clone()) for row in unit)
 
 
 def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> TokenBatch:

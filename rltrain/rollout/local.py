@@ -254,8 +254,11 @@ class LocalRollout:
 
     @property
     def same_distribution(self) -> bool:
-        """Whether the log-probs are the policy's own, so that the trainer need not compute them again."""
-        return self._model is self._policy.model
+        """Whether the log-probs are the policy's own, so that the trainer need not compute them again.
+
+        Below fp32 they are not: decoding rounds otherwise than a forward of whole rows, by hundredths of a nat.
+        """
+        return self._model is self._policy.model and self._model.dtype.itemsize >= 4
 
     def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
         """Continuations from inside completions, for estimators that declare ``Need.PROBES``."""

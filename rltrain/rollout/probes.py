@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,16 +84,23 @@ class BranchedCache:
         self._owners_BC[:, -columns_BQ.shape[1] :].masked_fill_(columns_BQ, _NOBODY)
 
 
+@lru_cache(maxsize=4)
+def _brace_counts(texts: tuple[str, ...], vocabulary_size: int) -> tuple[Tensor, Tensor]:
+    """Of each text, opened less closed braces, in the end and at the least; kept, since every batch asks for them."""
+    net, low = [0] * vocabulary_size, [0] * vocabulary_size
+    for index, text in enumerate(texts[:vocabulary_size]):
+        for character in text:
+            net[index] += (character == "{") - (character == "}")
+            low[index] = min(low[index], net[index])
+    return torch.tensor(net), torch.tensor(low)
+
+
 class _Braces:
     """Follows the brace depth of many texts at once, token by token."""
 
-    def __init__(self, texts: Sequence[str], vocabulary_size: int, device: torch.device) -> None:
-        net, low = [0] * vocabulary_size, [0] * vocabulary_size
-        for index, text in enumerate(texts[:vocabulary_size]):
-            for character in text:
-                net[index] += (character == "{") - (character == "}")
-                low[index] = min(low[index], net[index])
-        self._net_V, self._low_V = torch.tensor(net, device=device), torch.tensor(low, device=device)
+    def __init__(self, texts: tuple[str, ...], vocabulary_size: int, device: torch.device) -> None:
+        net_V, low_V = _brace_counts(texts, vocabulary_size)
+        self._net_V, self._low_V = net_V.to(device), low_V.to(device)
 
     def step(self, depth_R: Tensor, tokens_R: Tensor) -> tuple[Tensor, Tensor]:
         """New depth, and whether depth 0 was touched inside the token."""

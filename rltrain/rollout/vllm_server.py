@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 HEALTH_S = 10.0
 POLL_S = 1.0
+TOKENS_OF_A_DEADLINE = 4096  # that many new tokens are within rollout.request_s; more have longer, in proportion
 MAX_FRUITLESS_PASSES = 3  # in a row: servers that say they are well and answer nothing
 
 # Straight to the server, whatever proxy the environment names.
@@ -79,10 +80,15 @@ class Server:
         self.call("/update_weight_version", {"new_version": weights.name})
         self.call("/resume")
 
+    def completion_s(self, max_tokens: int) -> float:
+        """The deadline of a completion of up to ``max_tokens`` tokens."""
+        return self._request_s * max(1.0, max_tokens / TOKENS_OF_A_DEADLINE)
+
     def sample(self, request: Request, fields: dict[str, Any], version: str) -> Sampled:
         """One completion, sampled with the weights ``version`` from its first token to its last."""
         asked = {"token_ids": list(request.prompt_ids), "sampling_params": fields | {"seed": request.seed}}
-        (choice,) = self.call("/inference/v1/generate", asked)["choices"]
+        deadline_s = self.completion_s(fields["max_tokens"])
+        (choice,) = self.call("/inference/v1/generate", asked, deadline_s=deadline_s)["choices"]
         versions = [span["version"] for span in choice["weight_versions"] or []]
         if versions != [version]:
             raise ServerDown(f"{self.url}: sampled with the weights {versions}, not {version}; was it restarted?")

@@ -7,8 +7,11 @@ import time
 
 import pytest
 import torch
+from transformers import TrainingArguments
+from trl import SFTTrainer
 
-from rltrain import sft
+from rltrain import cli, sft
+from rltrain.config import ColdStartConfig
 from rltrain.runtime import dist
 from rltrain.runtime.watchdog import DeadlineError
 
@@ -66,3 +69,29 @@ def test_the_other_ranks_wait_longer_than_a_collective_may_take(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_rank, (port, tmp_path), nprocs=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "seen_0", "seen_1"]
+
+
+@pytest.mark.parametrize("visible", [1, 8])
+def test_a_cold_start_takes_one_gpu_of_those_in_sight(tmp_path, monkeypatch, visible):
+    """With more than one in ``n_gpu`` transformers' Trainer goes through DataParallel and multiplies the batch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == visible  # what would be taken
+    arguments = sft._arguments(ColdStartConfig(batch_size=4), tmp_path, seed=0, dtype="float32")
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("bfloat16", True)])
+def test_a_cold_start_in_bf16_is_autocast_over_fp32_weights(tmp_path, monkeypatch, dtype, autocast):
+    trained = []
+
+    class Trainer(SFTTrainer):
+        def train(self, *arguments, **options):
+            trained.append((self.model.dtype, self.args.bf16))
+            return super().train(*arguments, **options)
+
+    monkeypatch.setattr("trl.SFTTrainer", Trainer)
+    options = ["+experiment=quickstart", "cold_start.steps=1", "cold_start.problems=4", f"model.dtype={dtype}"]
+    sft.train(cli.compose([*options, f"run_dir={tmp_path}"]), tmp_path / "cold_start")
+    assert trained == [(torch.float32, autocast)]

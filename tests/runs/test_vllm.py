@@ -200,6 +200,16 @@ def test_a_call_without_an_answer_ends_at_its_deadline(serve):
         Server(server.url, request_s=0.2).call("/inference/v1/generate", {"sampling_params": {}})
 
 
+@pytest.mark.parametrize(("max_tokens", "seconds"), [(1, 600), (4096, 600), (8192, 1200), (32768, 4800)])
+def test_the_deadline_of_a_completion_grows_with_its_length(max_tokens, seconds):
+    assert Server("http://nobody", request_s=600).completion_s(max_tokens) == seconds
+
+
+def test_a_completion_without_an_answer_ends_at_its_deadline(serve):
+    with pytest.raises(ServerDown, match="generate: timed out"):
+        Server(serve(mute=True).url, request_s=0.1).sample(requests(1)[0], FIELDS | {"max_tokens": 8192}, "1")
+
+
 def test_a_server_that_fails_at_everything_does_not_keep_its_requests(policy, serve, tmp_path, caplog):
     steady, failing = serve(), serve()
     engine = servers(tmp_path, [steady.url, failing.url])

@@ -1,11 +1,13 @@
 """Weights are set before packing, so packing changes nothing."""
 
+import pickle
+
 import pytest
 import torch
 from collated import group, spread
 
 from rltrain.batching.bins import padded_bins
-from rltrain.batching.collate import Denominators, collate, padding_share, token_weight
+from rltrain.batching.collate import Denominators, LossRow, collate, compact, padding_share, token_weight
 
 
 def packed(groups, aggregation="token", budget=64, **options):
@@ -105,6 +107,16 @@ def test_padding_share_by_hand():
 def test_a_sequence_over_the_budget_is_refused():
     with pytest.raises(ValueError, match="token_budget=7"):
         padded_bins([8], budget=7)
+
+
+def test_a_row_for_another_rank_is_pickled_without_the_other_rows():
+    all_of_a_step = torch.arange(1_000_000, dtype=torch.float64)
+    row = LossRow(
+        prompt_ids=(1,), completion_ids=(2, 3), sampler_logprobs=(-1.0, -1.0), advantages_T=all_of_a_step[5:7]
+    )
+    (sent,) = pickle.loads(pickled := pickle.dumps(compact((row,))))
+    assert sent.advantages_T.tolist() == [5.0, 6.0]
+    assert len(pickled) < 2000 < 8_000_000 < len(pickle.dumps(row))
 
 
 def test_an_advantage_of_the_wrong_length_is_named():

@@ -156,6 +156,12 @@ def test_bfloat16_decoding_follows_the_policy_after_sync():
     assert policy.model.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("dtype", "same"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_in_bfloat16_the_trainer_computes_its_own_log_probs(dtype, same):
+    policy = Policy(copy.deepcopy(model("qwen3")).to(dtype), tokenizer())
+    assert LocalRollout(LocalRolloutConfig(), SamplingConfig(), policy, seed=1).same_distribution is same
+
+
 def test_a_cache_limit_changes_no_token():
     expected = ids(engine().generate(PROMPTS, step=0, group_size=3))
     assert ids(engine(max_cache_tokens=100).generate(PROMPTS, step=0, group_size=3)) == expected

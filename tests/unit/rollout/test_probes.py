@@ -81,10 +81,18 @@ def test_branches_equal_feeding_every_cut_anew(family, attention):
 
 
 def test_a_box_closes_inside_the_token_that_brings_the_depth_to_zero():
-    braces = probes._Braces(["}", "{", "a}", "{x}", "}{", "b"], 8, torch.device("cpu"))
+    braces = probes._Braces(("}", "{", "a}", "{x}", "}{", "b"), 8, torch.device("cpu"))
     depth_R, closed_R = braces.step(torch.tensor([1, 1, 2, 1, 1, 1, 1]), torch.tensor([0, 1, 2, 3, 4, 5, 7]))
     assert closed_R.tolist() == [True, False, False, False, True, False, False]
     assert depth_R.tolist() == [0, 2, 1, 1, 1, 1, 1]
+
+
+def test_the_vocabulary_is_walked_once():
+    texts = ("{", "}{once}")
+    walked = probes._brace_counts.cache_info().misses
+    for _ in range(3):
+        probes._Braces(texts, 2, torch.device("cpu"))
+    assert probes._brace_counts.cache_info().misses == walked + 1
 
 
 def test_a_uniform_policy_has_accuracy_and_confidence_one_over_the_vocabulary():
