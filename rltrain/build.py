@@ -160,8 +160,6 @@ def build(config: RunConfig) -> Run:
     """Check what needs the number of ranks, load the models, and restore the newest intact checkpoint."""
     _refuse_unequal_shares(config)
     saved = checkpoint.resume_point(Path(config.run_dir), config)
-    if saved is None and dist.is_main():
-        run_folder.write_provenance(Path(config.run_dir), config)
     initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
     with sharded_loading(config.deepspeed, dtype=config.model.dtype):
         policy = load_policy(config.model, path=initial)

@@ -234,9 +234,25 @@ def _say_device() -> None:
     print(f"device: {dist.device_in_words()}")
 
 
+def make_folder(folder: Path) -> None:
+    """Make the run folder and try to write there, before a model is loaded."""
+    probe = folder / f".writable_{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"run_dir={folder}: cannot be written to ({cause}); set run_dir to a folder that this user can write to"
+        ) from error
+
+
 def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:
     from rltrain.runtime import dist  # imports torch, which config errors do without
 
+    dist.refuse_tasks_without_srun()
+    make_folder(Path(config.run_dir))
     dist.refuse_unused_gpu()
     if dist.is_main():
         log.info("device: %s", dist.device_in_words())

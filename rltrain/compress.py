@@ -217,7 +217,8 @@ def main(config: RunConfig) -> None:
         raise ConfigError(
             f"rltrain.compress: started on {dist.world_size()} ranks; start one, and split the data instead"
         )
-    print("\n".join(f"{name:20s} {value:.4g}" for name, value in compress(config).items()))
+    with run_folder.opened(Path(config.run_dir)):
+        print("\n".join(f"{name:20s} {value:.4g}" for name, value in compress(config).items()))
 
 
 if __name__ == "__main__":

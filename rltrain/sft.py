@@ -214,7 +214,8 @@ def main(config: RunConfig) -> None:
     """Fine-tune into ``run_dir/cold_start``."""
     if config.cold_start.steps == 0:
         raise ConfigError("cold_start.steps=0: nothing to do; set cold_start.steps, or name an experiment that does")
-    print(f"saved to {cold_start(config)}")
+    with run_folder.opened(Path(config.run_dir)):
+        print(f"saved to {cold_start(config)}")
 
 
 if __name__ == "__main__":

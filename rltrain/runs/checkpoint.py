@@ -81,9 +81,30 @@ def resume_point(run_dir: Path, config: RunConfig) -> Saved | None:
             f"run_dir={run_dir}: holds a run; set another run_dir, or checkpoint.resume=auto to continue it"
         )
     saved = newest_intact(run_dir)
-    if saved is not None:
+    if saved is None:
+        check_same_folder(run_dir, config)
+    else:
         check_same_config(saved, config)
     return saved
+
+
+def check_same_folder(run_dir: Path, config: RunConfig) -> None:
+    """Refuse a folder with the records of another config, where there is no checkpoint to go on from."""
+    held = run_folder.config_of(run_dir)
+    if held is None:
+        return
+    made_with = run_folder.with_new_keys(held, config)
+    if changes := run_folder.changes(made_with, run_folder.resolved(config), ignored=_free_keys(config)):
+        raise ConfigError(
+            f"run_dir={run_dir}: holds a run of another config ({changes}); restore these keys, set another run_dir, "
+            "or delete the folder"
+        )
+
+
+def _free_keys(config: RunConfig) -> list[str]:
+    """Other schedules end at the last step, so every learning rate depends on the number of steps."""
+    steps = ["steps"] if config.optimizer.schedule == "constant" else []
+    return [*run_folder.FREE_KEYS, *steps, *SHARDING_KEYS]
 
 
 def newest_intact(run_dir: Path) -> Saved | None:
@@ -133,15 +154,13 @@ def check_same_config(saved: Saved, config: RunConfig) -> None:
     """
     manifest, now = saved.manifest, run_folder.resolved(config)
     made_with = run_folder.with_new_keys(manifest["config"], config)
-    # Other schedules end at the last step, so every learning rate depends on the number of steps.
-    steps = ["steps"] if config.optimizer.schedule == "constant" else []
-    if changes := run_folder.changes(made_with, now, ignored=[*run_folder.FREE_KEYS, *steps, *SHARDING_KEYS]):
+    if changes := run_folder.changes(made_with, now, ignored=_free_keys(config)):
         raise ConfigError(
             f"{saved.path}: made with another config ({changes}); restore these keys or set another run_dir"
         )
     before = {key: made_with[key] for key in SHARDING_KEYS} | {"ranks": manifest["world_size"]}
     after = {key: now[key] for key in SHARDING_KEYS} | {"ranks": dist.world_size()}
-    if (moved := run_folder.changes(before, after)) and dist.is_main():
+    if (moved := run_folder.changes(before, after, reasons=False)) and dist.is_main():
         log.warning("%s: resumed with another layout (%s); equal to rounding, not bit for bit", saved.path, moved)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from rltrain.runs import log_file
 from rltrain.runtime import dist
 
 SHOWN = ("reward", "eval_accuracy", "completions/mean_length", "entropy", "grad_norm")
@@ -29,12 +30,14 @@ class Console:
             return
         text = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         text += f"  {values.get('perf/throughput', 0):.0f} tok/s"
+        done = max(1, step - self._first_step)
+        remaining_s = (time.monotonic() - self._start) / done * (self._steps - step)
+        line = f"step {step}/{self._steps}  {text}  ETA {remaining_s:.0f} s"
+        log_file.shown.info("%s", line)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=text)
         else:
-            done = max(1, step - self._first_step)
-            remaining_s = (time.monotonic() - self._start) / done * (self._steps - step)
-            print(f"step {step}/{self._steps}  {text}  ETA {remaining_s:.0f} s", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Stop the bar and restore the terminal."""

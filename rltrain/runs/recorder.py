@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.config import RunConfig
-from rltrain.runs import run_folder, summary
+from rltrain.runs import lock, log_file, run_folder, summary
 from rltrain.runs.console import Console
 from rltrain.runs.metrics import JsonlWriter, read_jsonl
 from rltrain.runs.wandb import WandbWriter
@@ -24,6 +24,8 @@ class Recorder:
         self._tokenizer = tokenizer
         self._console = Console(first_step=first_step, steps=config.steps)
         if dist.is_main():
+            if first_step == 0:  # not before the models are loaded: what fails earlier leaves no config to differ from
+                run_folder.write_provenance(run_dir, config)
             # A run that starts over also writes step 0 again.
             self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", resume_step=first_step if first_step else -1)
             self._wandb = WandbWriter(
@@ -34,6 +36,7 @@ class Recorder:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of a step, everywhere."""
         if dist.is_main():
+            lock.refuse_if_lost(self._run_dir)
             self._jsonl.write(step, values)
             self._wandb.write(step, values)
             self._console.update(step, values)
@@ -53,7 +56,9 @@ class Recorder:
         """At the end: the learning curve as a picture, and the table of held-out metrics on standard output."""
         self._console.close()
         if dist.is_main():
-            print(f"\n{summary.summarise(self._run_dir)}\n\nrun folder: {self._run_dir}", flush=True)
+            text = f"\n{summary.summarise(self._run_dir)}\n\nrun folder: {self._run_dir}"
+            print(text, flush=True)
+            log_file.shown.info("%s", text)
 
     def close(self) -> None:
         """Close the console and wandb."""

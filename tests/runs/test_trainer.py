@@ -323,7 +323,10 @@ def test_a_key_that_a_checkpoint_is_older_than_counts_as_its_default(unbroken):
     changed = run_folder.changes(
         run_folder.with_new_keys(older, other), run_folder.resolved(other), ignored=["run_dir"]
     )
-    assert changed == f"rewards.{reward}.weight: 1.0 -> 0.5, rollout.speculate_tokens: 0 -> 2"
+    assert changed == (
+        f"rewards.{reward}.weight: 1.0 -> 0.5 (rewards before and after would mean different things), "
+        "rollout.speculate_tokens: 0 -> 2 (completions would come from another sampler)"
+    )
 
 
 def test_more_steps_are_free_under_a_constant_rate_alone(tmp_path):
