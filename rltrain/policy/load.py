@@ -15,6 +15,7 @@ import torch
 
 from rltrain.config import MISSING, LoraConfig, ModelConfig
 from rltrain.errors import ConfigError, require
+from rltrain.policy.from_pretrained import causal_lm
 from rltrain.policy.lora import add_lora, load_lora
 from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer, pad_token_id
 from rltrain.policy.training_mode import only_lora_dropout, recompute_layers
@@ -151,24 +152,21 @@ def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 @register("model", "pretrained", PretrainedConfig)
 def pretrained(config: PretrainedConfig) -> tuple[Any, Any]:
     """Load from the hub, a folder, or a GGUF file. A GGUF model comes out as plain weights, ready to train."""
-    from transformers import AutoModelForCausalLM
-
     source = located(config)
     common = {
         "trust_remote_code": config.trust_remote_code,
         "revision": config.revision or "main",
         **({"gguf_file": config.gguf_file} if config.gguf_file else {}),
     }
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation, **common
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"model.path={config.path}: cannot be loaded ({str(error).splitlines()[0]}); "
-            "give a folder with config.json and weights, or a hub name this machine can reach"
-        ) from error
-    return _unquantised(model), load_tokenizer(source, f"model.path={config.path}", **common)
+    setting = f"model.path={config.path}"
+    model = causal_lm(
+        source,
+        setting,
+        attn_implementation=config.attn_implementation,
+        dtype=getattr(torch, config.dtype),
+        **common,
+    )
+    return _unquantised(model), load_tokenizer(source, setting, **common)
 
 
 def located(config: PretrainedConfig) -> str:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.config import LoraConfig
-from rltrain.errors import require
+from rltrain.errors import ConfigError, require
 
 
 def add_lora(model: Any, config: LoraConfig) -> Any:
     """Wrap a model with peft's LoRA adapters. Only the adapters are trained."""
     import peft
 
+    _refuse_unmatched(model, config)
     adapters = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type] - peft divides it by the rank
@@ -20,14 +21,45 @@ def add_lora(model: Any, config: LoraConfig) -> Any:
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, adapters)
+    try:
+        return peft.get_peft_model(model, adapters)
+    except ValueError as error:  # a module of a kind that peft cannot adapt
+        raise ConfigError(
+            f"model.lora.target_modules={config.target_modules}: {str(error).splitlines()[0]}; {_choices(model)}"
+        ) from error
+
+
+def _refuse_unmatched(model: Any, config: LoraConfig) -> None:
+    """Every name stands for some module: where one does not, less would be trained than was asked for."""
+    names = [name for name, _ in model.named_modules()]
+    unmatched = [
+        target for target in config.target_modules if not any(f".{name}".endswith(f".{target}") for name in names)
+    ]
+    require(
+        not unmatched,
+        f"model.lora.target_modules: no module of {type(model).__name__} is called {', '.join(unmatched)}; "
+        f"{_choices(model)}",
+    )
+
+
+def _choices(model: Any) -> str:
+    """What there is to adapt: the last words of the names of layers with a matrix."""
+    weights = model.named_parameters(remove_duplicate=False)
+    layers = {name.split(".")[-2] for name, weight in weights if name.endswith(".weight") and weight.dim() == 2}
+    return f"set some of {', '.join(sorted(layers))}"
 
 
 def load_lora(model: Any, folder: Path, config: LoraConfig) -> Any:
     """Put saved adapters on their base model: trainable, or merged into plain weights where ``config.rank=0``."""
     import peft
 
-    adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=config.rank > 0)
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=config.rank > 0)
+    except Exception as error:  # cut-off files, other shapes, names that the base lacks: they have no type in common
+        raise ConfigError(
+            f"model.path={folder}: adapters cannot be loaded ({str(error).splitlines()[0][:200]}); "
+            "give the folder of whole adapters of this base model"
+        ) from error
     if config.rank == 0:
         return adapted.merge_and_unload()  # type: ignore[operator]
     saved = adapted.peft_config["default"].r  # type: ignore[attr-defined]
