@@ -5,10 +5,13 @@ python -m rltrain.train +experiment=NAME [key=value …]
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from rltrain import cli
+from rltrain import catalogue, cli
 from rltrain.config import RunConfig
+from rltrain.errors import ConfigError
 
 
 def main(config: RunConfig) -> None:
@@ -23,5 +26,14 @@ def main(config: RunConfig) -> None:
         fit(config)
 
 
+def refuse_no_arguments(arguments: Sequence[str]) -> None:
+    """Without a choice there is nothing to train: show the experiments."""
+    if not arguments:
+        print(catalogue.table(only="experiments"))
+        raise ConfigError("nothing is chosen; give +experiment=NAME, or model=, data= and reward@rewards.answer=")
+
+
 if __name__ == "__main__":
+    with cli.errors_in_one_line():
+        refuse_no_arguments(sys.argv[1:])
     cli.run(main)

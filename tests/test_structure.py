@@ -19,7 +19,7 @@ LAYERS = [
     {"runtime/"},
     {"registry"},
     {"config"},
-    {"kernels/", "loss", "keys", "overrides", "cli"},
+    {"kernels/", "loss", "keys", "overrides", "cli", "catalogue"},
     {"batching/", "engine/"},
     {"policy/"},
     {"data/", "rollout/", "runs/"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"build"},
     {"update"},
     {"trainer"},
-    {"train", "audit", "compress", "compare/", "report/", "plan/", "compat/"},
+    {"__main__", "train", "audit", "compress", "compare/", "report/", "plan/", "compat/"},
 ]
 LAYER_OF = {name.removesuffix("/"): level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"advantages", "rewards", "kernels", "loss", "batching"}
