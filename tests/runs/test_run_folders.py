@@ -11,6 +11,7 @@ from two_ranks import ROOT, train
 from whole_runs import metrics_if_any, wait_for
 
 from rltrain.runs import lock
+from rltrain.sft import LAUNCHER_VARIABLES
 
 
 def command(folder, *overrides: str, module: str = "rltrain.train") -> list[str]:
@@ -18,8 +19,10 @@ def command(folder, *overrides: str, module: str = "rltrain.train") -> list[str]
 
 
 def run(folder, *overrides: str, module: str = "rltrain.train", **variables: str) -> subprocess.CompletedProcess:
+    # A run inside this process left the launcher's variables behind.
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     return subprocess.run(
-        command(folder, *overrides, module=module), cwd=ROOT, env=os.environ | variables, capture_output=True,
+        command(folder, *overrides, module=module), cwd=ROOT, env=inherited | variables, capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
 
