@@ -27,7 +27,8 @@ class VllmRolloutConfig(RolloutConfig):
 
     ``folder`` is where weights are handed to servers; trainer and servers must see it under the same path. One call to
     a server takes at most ``request_s``; when none is left, the step waits ``restart_s`` for one to come back. A rank
-    has ``max_requests`` calls under way at once. A colocated engine keeps a cache of ``cache_gib``, gives its memory
+    has ``max_requests`` calls under way at once. A colocated engine keeps a cache of ``cache_gib``, 0 for
+    what is free on a GPU less a reserve where the engine sleeps and 2 GiB elsewhere. It gives its memory
     back while the rank trains (``sleep``, on GPUs), and gets ``engine`` as further arguments of ``vllm.LLM``.
     Its log-probs differ from the trainer's, by rounding at least: ``loss.importance_correction=auto`` is ``truncate``.
     """
@@ -38,7 +39,7 @@ class VllmRolloutConfig(RolloutConfig):
     request_s: float = 600.0
     restart_s: float = 900.0
     max_requests: int = 256
-    cache_gib: float = 2.0
+    cache_gib: float = 0.0
     sleep: bool = True
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -59,7 +60,8 @@ class VllmRolloutConfig(RolloutConfig):
         )
         for url in self.urls:
             require(url.startswith(("http://", "https://")), f"rollout.urls: {url} is no address; write http://{url}")
-        for key in ("request_s", "restart_s", "max_requests", "cache_gib"):
+        require(self.cache_gib >= 0, f"rollout.cache_gib={self.cache_gib}: must be >= 0; 0 is what fits")
+        for key in ("request_s", "restart_s", "max_requests"):
             require(getattr(self, key) > 0, f"rollout.{key}={getattr(self, key)}: must be > 0")
 
     def needed_correction(self) -> str:

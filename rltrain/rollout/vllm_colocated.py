@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rltrain.errors import ConfigError
+from rltrain.errors import ConfigError, require
 from rltrain.rollout import vllm_worker
 from rltrain.rollout.vllm_requests import Request, Sampled
 from rltrain.rollout.vllm_weights import checkpoint_weights, describe
@@ -20,6 +20,8 @@ from rltrain.runtime import dist
 
 # Read by vLLM when it is imported: the engine in this very process, and threads as the trainer has them.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+GIB = 2**30
+CACHE_GIB = 2.0  # where nothing says how much there is
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 
 
@@ -40,13 +42,12 @@ class ColocatedEngine:
             "load_format": "dummy",  # the weights come with the first push
             "dtype": str(policy.model.dtype).removeprefix("torch."),
             "max_model_len": longest,
-            "kv_cache_memory_bytes": int(cache_gib * 2**30),
             "logprobs_mode": "processed_logprobs",
             "enable_sleep_mode": self._sleeps,
             "worker_extension_cls": vllm_worker.NAME,
             "enforce_eager": not torch.cuda.is_available(),
             "seed": 0,
-        }
+        } | _memory(policy, cache_gib, sleeps=self._sleeps)
         if dist.world_size() > 1:
             own["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads
@@ -55,31 +56,69 @@ class ColocatedEngine:
         _, shutdown, _, _ = self._llm.llm_engine.engine_core._finalizer.detach()
         weakref.finalize(self, _end, shutdown)
         self._vllm = vllm
+        self._asleep, self._pushed = False, None
 
     def push(self, model: Any) -> None:
-        """Put the weights in place, tensor by tensor, and forget what was cached under the old ones."""
-        self._wake()
+        """Put the weights in place, tensor by tensor, and forget what was cached under the old ones.
+
+        The cache wakes after the weights are whole, so that both never meet the buffers of the push.
+        """
+        if self._asleep and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # blocks that the trainer freed and its allocator keeps
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
         weights = checkpoint_weights(model)
         self._llm.collective_rpc("take_weights", kwargs={"weights_iterator": weights})
         for _ in weights:  # every rank walks to the end, or the others wait for it
             pass
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+        self._asleep, self._pushed = False, model
         self._llm.reset_prefix_cache()
 
     def sample(self, requests: Sequence[Request], fields: dict[str, Any]) -> list[Sampled]:
-        """One answer per request, in order."""
-        self._wake()
+        """One answer per request, in order. Sleep drops the weights, which are pushed again if no push came since."""
+        if self._asleep:
+            self.push(self._pushed)
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
             [self._vllm.SamplingParams(**fields, seed=request.seed) for request in requests],
             use_tqdm=False,
         )
         if self._sleeps:
-            self._llm.sleep(level=1)
+            self._llm.sleep(level=2)
+            self._asleep = True
         return [_sampled(output.outputs[0]) for output in outputs]
 
-    def _wake(self) -> None:
-        if self._sleeps:
-            self._llm.wake_up()
+
+def _memory(policy: Any, cache_gib: float, *, sleeps: bool) -> dict[str, Any]:
+    """What vLLM is told about memory on the device that it shares with the trainer."""
+    if not torch.cuda.is_available():
+        return {"kv_cache_memory_bytes": int((cache_gib or CACHE_GIB) * GIB)}
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+    return memory_arguments(free, total, trained=trained, cache_gib=cache_gib, sleeps=sleeps)
+
+
+def memory_arguments(free: int, total: int, *, trained: int, cache_gib: float, sleeps: bool) -> dict[str, Any]:
+    """``vllm.LLM``'s arguments on a GPU with ``free`` of ``total`` bytes and ``trained`` parameters of the trainer.
+
+    vLLM refuses to start unless ``gpu_memory_utilization`` of the card is free. Of that share it fills with cache what
+    weights and activations leave. Kept back: 12 bytes a trained parameter, for fp32 gradients and moments that come
+    with the first step, and a tenth of the card. An engine that never sleeps keeps its cache while the rank trains, so
+    its cache is small unless ``cache_gib`` says otherwise.
+    """
+    share = (free - 12 * trained) / total - 0.1
+    require(
+        share > 0,
+        f"rollout.mode=colocated: {free / GIB:.1f} of {total / GIB:.1f} GiB are free, which gradients, moments and a "
+        "reserve of a tenth fill up; shard with deepspeed.zero_stage=3, or set rollout.mode=server",
+    )
+    arguments: dict[str, Any] = {"gpu_memory_utilization": round(share, 4)}
+    if cache_gib or not sleeps:
+        arguments["kv_cache_memory_bytes"] = int((cache_gib or CACHE_GIB) * GIB)
+    return arguments
 
 
 def _end(shutdown: Callable[[], None]) -> None:
