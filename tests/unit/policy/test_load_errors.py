@@ -85,6 +85,13 @@ def test_weights_that_are_not_all_there(llama):
     )
 
 
+def test_weights_that_are_no_numbers(llama):
+    file = f"{llama}/model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.full((101, 16), torch.nan)}, file, {"format": "pt"})
+    message = refused(llama)
+    assert "1 weights hold NaN or infinity, the first is ['lm_head.weight']; give weights from before" in message
+
+
 def test_weights_of_another_shape(llama):
     file = f"{llama}/model.safetensors"
     save_file(load_file(file) | {"lm_head.weight": torch.zeros(5, 16)}, file, {"format": "pt"})
