@@ -60,7 +60,7 @@ def _load(source: str, setting: str, attention: str, dtype: Any, options: dict[s
     bad = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
     require(
         not bad,
-        f"{setting}: {len(bad)} weights hold NaN or infinity, the first is {bad[:1]}; give weights from before they did",
+        f"{setting}: {len(bad)} weights hold NaN or infinity, the first is {bad[:1]}; give weights from before",
     )
     return model
 
