@@ -24,7 +24,7 @@ from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import Scorer, load_reference, load_scorer
 from rltrain.rollout import Rollout, ahead
-from rltrain.rollout.ahead import Ahead
+from rltrain.rollout.ahead import Ahead, check_rollout
 from rltrain.runs import checkpoint, run_folder
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.scope import Scope
@@ -183,7 +183,7 @@ def build(config: RunConfig) -> Run:
     if isinstance(rollout, Ahead) and saved is not None:
         rollout.restore(saved.step, parts.get("ahead", {}), tensors, source.next(saved.step)[0])
     _log_correction(config)
-    return Run(
+    run = Run(
         config=config,
         policy=policy,
         engine=engine,
@@ -196,6 +196,9 @@ def build(config: RunConfig) -> Run:
         layouts=usable_layouts(config.batch.packing, [engine, *([reference] if reference else [])]),
         progress=progress,
     )
+    with run.scope(run.first_step).weights():
+        check_rollout(rollout)
+    return run
 
 
 def _refuse_unequal_shares(config: RunConfig) -> None:

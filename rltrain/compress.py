@@ -31,6 +31,7 @@ from rltrain.policy.scorer import check_same_vocabulary
 from rltrain.registry import part_of
 from rltrain.rewards.compression import compressed_ids
 from rltrain.rewards.scoring import score
+from rltrain.rollout.ahead import check_rollout
 from rltrain.runs import run_folder
 from rltrain.runtime import dist
 from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right
@@ -140,6 +141,7 @@ def load(config: RunConfig) -> Pipeline:
     for policy in (compressor, frozen):
         policy.model.to(dist.device())
         engines.append(part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed))
+        check_rollout(engines[-1])
     return Pipeline(config=config, compressor=compressor, writing=engines[0], answering=engines[1])
 
 

@@ -26,6 +26,7 @@ from rltrain.policy.scorer import load_scorer
 from rltrain.registry import part_of
 from rltrain.rewards.scoring import score
 from rltrain.rollout import Rollout, engine_of
+from rltrain.rollout.ahead import check_rollout
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
 from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, is_right
@@ -127,6 +128,7 @@ def main(config: RunConfig) -> None:
     policy = load_policy(config.model)
     policy.model.to(dist.device())
     rollout = engine_of(config.rollout)(config.rollout, config.sampling, policy, seed=config.seed)
+    check_rollout(rollout)
     services: dict[str, Any] = {}
     if Need.SCORER in config.needs():
         services["scorer"] = load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0))

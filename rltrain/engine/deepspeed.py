@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,26 @@ class Engine:
 def undo_averaging(loss: Tensor) -> Tensor:
     """The loss times the number of ranks: DeepSpeed averages gradients, but token weights sum to 1 over all ranks."""
     return loss * dist.world_size()
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether ZeRO 3 holds the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Sequence[Any]) -> Iterator[None]:
+    """Parameters that ZeRO 3 shards, whole while held, and with rank 0's changes afterwards; others as they are."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    apart = [parameter for parameter in sharded if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    with deepspeed.zero.GatheredParameters(apart, modifier_rank=0):
+        yield
 
 
 @contextmanager

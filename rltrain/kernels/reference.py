@@ -26,8 +26,15 @@ def token_logprobs(
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
     if bias_V is not None:
         logits_NV = logits_NV + bias_V
-    logits_NV = logits_NV / temperature
-    logprobs_NV = logits_NV.log_softmax(-1)
+    return logits_logprobs(logits_NV, targets_N, temperature=temperature, entropy=entropy)
+
+
+def logits_logprobs(
+    logits_NV: Tensor, targets_N: Tensor, *, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``log p(y)`` and ``H(p)`` (nats, None if not asked for) of ``p = softmax(logits / T)``, in fp32 or more."""
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logprobs_NV = (wide_NV / temperature).log_softmax(-1)
     logprobs_N = logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1)
     if not entropy:
         return logprobs_N, None

@@ -58,8 +58,12 @@ def head_bias(head: Any) -> Any:
 
 
 def logit_scale(config: Any) -> float:
-    """The factor of the logits: a multiplier (Cohere) over a divisor (Granite)."""
-    return float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
+    """The factor of the logits: multipliers (Cohere, Falcon-H1) over a divisor (Granite); None means 1 (MPT)."""
+    cohere, falcon, granite = (
+        1.0 if getattr(config, name, None) is None else float(getattr(config, name))
+        for name in ("logit_scale", "lm_head_multiplier", "logits_scaling")
+    )
+    return cohere * falcon / granite
 
 
 def logit_softcap(config: Any) -> float | None:

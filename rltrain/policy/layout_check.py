@@ -1,84 +1,85 @@
-"""Which layouts of micro-batches a run may use: configured, supported by its models, and verified at the start."""
+"""Which layouts of a micro-batch a run may take: those that were asked for, that the models can, and that check out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from rltrain.batching.bins import LAYOUTS, Layout
-from rltrain.batching.collate import NO_WEIGHTING, LossRow, Unit, token_batch
-from rltrain.policy.logprobs import inference, logprobs, to_device, unwrapped
+from rltrain.batching.collate import NO_WEIGHTING, Unit, token_batch
+from rltrain.errors import ConfigError
+from rltrain.policy.logprobs import logprobs, to_device, unwrapped
+from rltrain.policy.model_check import Difference, check_units, difference, limit, own_logprobs, quiet, states
 from rltrain.runtime import dist
 
 log = logging.getLogger(__name__)
 
 
 def usable_layouts(packing: str, models: Sequence[Any]) -> tuple[Layout, ...]:
-    """The layouts of ``batch.packing`` in which all ``models`` give the log-probs of padded rows, at least ``padded``.
+    """The layouts of ``batch.packing`` in which all ``models`` compute what transformers does; at least ``padded``.
 
     ``models`` are :class:`~rltrain.policy.logprobs.LogprobModel` or engines that hold one. All ranks call this
-    together.
+    together. Where a head is more than its weights, the model's own is used; ConfigError if even that is not enough.
     """
     configured: list[Layout] = [layout for layout in LAYOUTS if packing in ("auto", layout)]
-    usable: list[Layout] = [layout for layout in configured if all(_works(layout, model, packing) for model in models)]
+    working = [_working(packing, configured, model) for model in models]
+    usable: list[Layout] = [layout for layout in configured if all(layout in each for each in working)]
     return tuple(usable) or ("padded",)
 
 
-def _works(layout: Layout, model: Any, packing: str) -> bool:
-    if layout == "padded":
-        return True
+def _working(packing: str, configured: Sequence[Layout], model: Any) -> list[Layout]:
     module = unwrapped(model)
     name = type(module.model).__name__
-    if module.cannot_pack is not None:
+    layouts: list[Layout] = ["padded", *(layout for layout in configured if layout != "padded")]
+    if module.cannot_pack is not None and layouts[1:]:
         level = logging.INFO if packing == "auto" else logging.WARNING
-        log.log(level, "batch.packing=%s: layout %s is not used, %s: %s", packing, layout, name, module.cannot_pack)
-        return False
-    difference, limit = difference_from_padded(model, layout), torch.finfo(module.model.dtype).eps ** 0.5
-    if difference <= limit:
-        return True
-    log.warning(
-        "batch.packing=%s: in layout %s the log-probs of %s are %.2g nats from those of padded rows, more than %.2g; "
-        "this layout is not used",
-        *(packing, layout, name, difference, limit),
-    )
-    return False
-
-
-@torch.no_grad()
-def difference_from_padded(model: Any, layout: Layout) -> float:
-    """Mean absolute difference of the log-probs of a small batch in this layout and as padded rows, in nats.
-
-    The largest over ranks. It should be below half the digits of the model's precision.
-    """
-    module = unwrapped(model)
-    units = check_units(module.model.config.get_text_config().vocab_size)
-    alone: list[Unit] = [(row,) for unit in units for row in unit]
-    batches = (token_batch(units if layout == "shared" else alone, NO_WEIGHTING, layout),)
-    batches += (token_batch(alone, NO_WEIGHTING, "padded"),)
-    with inference(module):
-        in_layout, padded = (logprobs(model, to_device(batch, dist.device()), entropy=False) for batch in batches)
-    difference = (in_layout.logprobs_N - padded.logprobs_N).abs().mean().nan_to_num(torch.inf)
-    return float(dist.all_max(difference.cpu(), name="check of the packed layout"))
-
-
-def check_units(vocabulary: int) -> list[Unit]:
-    """Two prompts with three completions each, of unequal lengths."""
-
-    def ids(first: int, length: int) -> tuple[int, ...]:
-        return tuple((37 * (first + i) + 11) % vocabulary for i in range(length))
-
-    return [
-        tuple(
-            LossRow(
-                prompt_ids=ids(seed, prompt),
-                completion_ids=ids(seed + 100 * (index + 1), length),
-                sampler_logprobs=(0.0,) * length,
-                advantages_T=torch.zeros(length),
-            )
-            for index, length in enumerate((6, 1, 9))
+        log.log(level, "batch.packing=%s: no layout but padded for %s: %s", packing, name, module.cannot_pack)
+        layouts = ["padded"]
+    apart = differences(model, layouts)
+    if not apart["padded"].fits and not module.own_head:
+        log.warning(
+            "log-probs of %s by the weights of its head are %s; the model's own head is used, which takes more memory",
+            *(name, apart["padded"]),
         )
-        for seed, prompt in ((0, 5), (50, 11))
-    ]
+        module.own_head = True
+        apart = differences(model, layouts)
+    if not apart["padded"].fits:
+        raise ConfigError(
+            f"model: the trainer's log-probs of {name} are {apart['padded']}; this architecture cannot be trained "
+            "here, choose another"
+        )
+    for layout in layouts:
+        if not apart[layout].fits:
+            log.warning(
+                "batch.packing=%s: in layout %s the log-probs of %s are %s; this layout is not used",
+                *(packing, layout, name, apart[layout]),
+            )
+    return [layout for layout in layouts if apart[layout].fits]
+
+
+def differences(model: Any, layouts: Sequence[Layout]) -> dict[Layout, Difference]:
+    """Of each layout, in the state of the adapters in which it is furthest off."""
+    module = unwrapped(model)
+    units = check_units(module.model)
+    measured: dict[Layout, list[Difference]] = {layout: [] for layout in layouts}
+    with quiet(module):
+        for state in states(module.model):
+            with state:
+                own_N = own_logprobs(module.model, units)
+                for layout in layouts:
+                    for compute in _paths(model, units, layout):
+                        measured[layout].append(difference(compute, own_N, limit(module.model, own_N)))
+    return {layout: max(each, key=lambda path: path.nats / path.limit) for layout, each in measured.items()}
+
+
+def _paths(model: Any, units: Sequence[Unit], layout: Layout) -> Iterator[Callable[[], Tensor]]:
+    """Ways to the log-probs of the completions in a layout: the plain head and, on padded rows, the fused one."""
+    module = unwrapped(model)
+    rows = units if layout == "shared" else [(row,) for unit in units for row in unit]
+    batch = to_device(token_batch(rows, NO_WEIGHTING, layout), dist.device())
+    yield lambda: logprobs(model, batch, entropy=False, temperature=1.0).logprobs_N
+    if layout == "padded" and not module.own_head:
+        yield lambda: model(batch, entropy=False, temperature=1.0, token_loss=lambda logprobs_n, *_: logprobs_n)[0]

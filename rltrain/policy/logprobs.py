@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from rltrain.config import LossConfig
 from rltrain.kernels import TokenLoss, fused_token_loss, prefers_fused, token_logprobs
+from rltrain.kernels.reference import logits_logprobs
 from rltrain.loss import is_separable, loss_output, policy_loss, token_losses
 from rltrain.policy import packed_attention
-from rltrain.policy.capabilities import cannot_pack, head_bias, logit_scale, logit_softcap
+from rltrain.policy.capabilities import cannot_pack
+from rltrain.policy.head import head_options, is_plain, own_logits
 from rltrain.policy.packed_attention import gather
 from rltrain.types import LossOutput, TokenBatch
 
@@ -62,6 +64,7 @@ class LogprobModel(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.own_head = not is_plain(model.get_output_embeddings())  # and where the check before the first step says so
         self.cannot_pack = cannot_pack(model)
         if self.cannot_pack is None:
             packed_attention.enable(model)
@@ -80,16 +83,13 @@ class LogprobModel(nn.Module):
         token_loss: TokenLoss | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The fields of :class:`HeadOutput`, as a tuple because DeepSpeed's hooks look into no record."""
+        temperature = temperature or self.temperature
+        if self.own_head:
+            logits_NV = own_logits(self.model, *decoder_inputs(self.model, batch))
+            return (*logits_logprobs(logits_NV, batch.targets_N, temperature=temperature, entropy=entropy), None)
         hidden_ND = loss_states(self.model, batch)
-        head = self.model.get_output_embeddings()
-        config = self.model.config.get_text_config()
-        arguments = (hidden_ND, head.weight, batch.targets_N)
-        options = {
-            "temperature": (temperature or self.temperature) / logit_scale(config),
-            "entropy": entropy,
-            "bias_V": head_bias(head),
-            "softcap": logit_softcap(config),
-        }
+        arguments = (hidden_ND, self.model.get_output_embeddings().weight, batch.targets_N)
+        options = head_options(self.model, temperature, entropy=entropy)
         if token_loss is not None:
             fused = fused_token_loss(*arguments, token_loss, **options)
             return fused.logprobs_N, fused.entropy_N, fused.loss
@@ -112,8 +112,9 @@ def micro_batch_loss(model: Any, batch: TokenBatch, config: LossConfig) -> LossO
 
     Where the fused head is the faster path, and no tokens share a ratio, the head differentiates the loss itself.
     """
-    vocabulary, device = unwrapped(model).vocabulary, batch.targets_N.device
-    if is_separable(config) and prefers_fused(len(batch.targets_N), vocabulary, device):
+    module, device = unwrapped(model), batch.targets_N.device
+    fits = is_separable(config) and not module.own_head
+    if fits and prefers_fused(len(batch.targets_N), module.vocabulary, device):
         return fused_micro_batch_loss(model, batch, config)
     head = logprobs(model, batch)
     return policy_loss(head.logprobs_N, batch, config, entropy_N=head.entropy_N)
@@ -135,14 +136,19 @@ def loss_tokens(batch: TokenBatch, rows: slice | Tensor) -> TokenBatch:
     return dataclasses.replace(batch, **per_token)
 
 
+def decoder_inputs(model: Any, batch: TokenBatch) -> tuple[dict[str, Any], Tensor]:
+    """What the decoder is fed, and where in its flat rows the states are that predict the loss tokens."""
+    return padded_inputs(batch) if batch.prefix_S is None else packed_inputs(model, batch)
+
+
 def loss_states(model: Any, batch: TokenBatch) -> Tensor:
     """The last hidden states that predict the loss tokens, [N, D]."""
-    if batch.prefix_S is None:
-        return padded_states(model, batch)
-    return packed_states(model, batch)
+    inputs, place_N = decoder_inputs(model, batch)
+    hidden_BTD = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return gather(hidden_BTD.flatten(0, 1), place_N)
 
 
-def padded_states(model: Any, batch: TokenBatch) -> Tensor:
+def padded_inputs(batch: TokenBatch) -> tuple[dict[str, Any], Tensor]:
     """Sequences become right-padded rows.
 
     Under a causal mask nothing attends to padding on its right, so no mask is needed and the result is that of each
@@ -153,14 +159,12 @@ def padded_states(model: Any, batch: TokenBatch) -> Tensor:
     column_BT = torch.arange(longest, device=lengths_S.device).expand(len(lengths_S), longest)
     real_BT = column_BT < lengths_S[:, None]
     input_ids_BT = torch.zeros_like(column_BT).masked_scatter(real_BT, batch.input_ids_L)
-    hidden_BTD = model.get_decoder()(input_ids=input_ids_BT, use_cache=False).last_hidden_state
     place_L = real_BT.flatten().nonzero().squeeze(1)
-    return gather(hidden_BTD.flatten(0, 1), place_L[batch.source_N])
+    return {"input_ids": input_ids_BT}, place_L[batch.source_N]
 
 
-def packed_states(model: Any, batch: TokenBatch) -> Tensor:
+def packed_inputs(model: Any, batch: TokenBatch) -> tuple[dict[str, Any], Tensor]:
     """Sequences stay end to end in one row without padding; attention respects their boundaries and prefixes."""
     ids_1L, positions_1L = batch.input_ids_L[None], batch.positions_L[None]
-    decoder, how = model.get_decoder(), packed_attention.arguments(model, batch)
-    hidden_1LD = decoder(input_ids=ids_1L, position_ids=positions_1L, use_cache=False, **how).last_hidden_state
-    return gather(hidden_1LD[0], batch.source_N)
+    how = packed_attention.arguments(model, batch)
+    return {"input_ids": ids_1L, "position_ids": positions_1L, **how}, batch.source_N

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rltrain.errors import ConfigError
 from rltrain.policy.layout_check import usable_layouts
 from rltrain.policy.load import Policy, load_frozen, load_policy
 from rltrain.policy.logprobs import LogprobModel, inference, logprobs, loss_tokens, to_device, unwrapped
+from rltrain.policy.model_check import check_units, difference, limit, own_logprobs, quiet
 from rltrain.runtime import dist
 from rltrain.types import Mean, Metrics, Need, SpanRequest, TokenBatch
 
@@ -85,6 +87,16 @@ def span_logprobs(
     return results
 
 
+def _request(row: LossRow) -> SpanRequest:
+    """The completion of a row as one span."""
+    ids, prompt = row.prompt_ids + row.completion_ids, len(row.prompt_ids)
+    return SpanRequest(token_ids=ids, spans=((prompt, len(ids)),), prompt_tokens=prompt)
+
+
+def _flat(results: Sequence[Sequence[Tensor]]) -> Tensor:
+    return torch.cat([span for spans in results for span in spans]).to(dist.device())
+
+
 class Scorer:
     """The service ``Context.scorer``: ``policy(requests)`` and ``phi(requests)`` give log-probs by request and span.
 
@@ -115,6 +127,22 @@ class Scorer:
     def _score(self, model: Any, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
         with inference(unwrapped(model)):
             return span_logprobs(model, requests, token_budget=self._token_budget, layouts=self._layouts)
+
+    def check(self) -> None:
+        """Compare the log-probs of both with an independent forward of their models; ConfigError if they differ."""
+        for name, model in {"policy": self._policy, "phi": self._phi}.items():
+            own_model = unwrapped(model).model
+            units = check_units(own_model)
+            requests = [_request(row) for unit in units for row in unit]
+            with quiet(own_model):
+                own_N = own_logprobs(own_model, units)
+                score = partial(self._score, model, requests)
+                apart = difference(lambda score=score: _flat(score()), own_N, limit(own_model, own_N))
+            if not apart.fits:
+                raise ConfigError(
+                    f"scorer: log-probs of {type(own_model).__name__} ({name}) are {apart}; this architecture cannot "
+                    "score here, choose another"
+                )
 
     @torch.no_grad()
     def start(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -158,7 +186,9 @@ def load_scorer(
         shared = reference is not None and config.scorer.path == config.reference
         phi = reference if shared else load_phi(config, policy, path=config.scorer.path or initial)
     layouts = usable_layouts(config.batch.packing, [module] if phi is module else [module, phi])
-    return Scorer(module, phi, token_budget=config.batch.token_budget, decay=decay, layouts=layouts)
+    scorer = Scorer(module, phi, token_budget=config.batch.token_budget, decay=decay, layouts=layouts)
+    scorer.check()
+    return scorer
 
 
 def load_phi(config: RunConfig, policy: Policy, *, path: str | None) -> LogprobModel:

@@ -26,6 +26,7 @@ from rltrain.config import RunConfig, SamplingConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import Policy, load_policy
 from rltrain.rollout import Rollout, RolloutLost, engine_of, probes
+from rltrain.rollout.local import LocalRollout
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.runs import completions
 from rltrain.runtime import dist
@@ -147,6 +148,10 @@ class Ahead:
         """Continuations from inside completions, by the policy itself as it is now."""
         return probes.probe(self._policy, requests, settings)
 
+    def check(self) -> None:
+        """Check the engine's decoders, if they are of this process."""
+        check_rollout(self._engine)
+
     def close(self) -> None:
         """End the thread: a copy of the policy stops at its next token; servers answer first."""
         self._cancelled.set()
@@ -222,6 +227,12 @@ def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, i
     inner = engine(config.rollout, config.sampling, own, seed=config.seed)
     deadline_s = config.deadline("rollout")
     return Ahead(inner, policy, own, parameters, updates=config.batch.updates, deadline_s=deadline_s)
+
+
+def check_rollout(rollout: Rollout) -> None:
+    """Compare what decodes in this process with the model's own forward; all ranks call this with whole weights."""
+    if isinstance(rollout, (Ahead, LocalRollout)):
+        rollout.check()
 
 
 def load_copy(config: RunConfig, initial: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""The decoder for any causal language model of transformers: its own cache, left padding, one wave of rows."""
+"""Decoders for any causal language model of transformers: with its own cache, or without any."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from rltrain.policy.head import own_logits
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -24,7 +26,10 @@ def padded_positions(mask_PT: Tensor) -> Tensor:
 
 
 class PlainDecoder:
-    """``admit`` prefills each prompt once and repeats its cache G times; ``step`` feeds one token per row."""
+    """Left padding, and one wave of rows.
+
+    ``admit`` prefills each prompt once and repeats its cache G times; ``step`` feeds one token per row.
+    """
 
     refills = False
 
@@ -74,3 +79,36 @@ class PlainDecoder:
         # Meant for beams, and the one selection that every kind of layer has, recurrent states included.
         self._cache.reorder_cache(rows_B)
         self._mask_BT = self._mask_BT[rows_B]
+
+
+class UncachedDecoder:
+    """Same interface. Every token forwards all rows again from their first token: slow, and right for every model."""
+
+    refills = True
+
+    def __init__(self, model: Any, *, pad_id: int) -> None:
+        self._model, self._pad_id = model, pad_id
+        self._rows: list[list[int]] = []
+
+    def admit(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
+        """Logits [P·G, V] of the first tokens; the rows of a prompt are neighbours and follow those in flight."""
+        self._rows += [list(ids) for ids in prompts for _ in range(group_size)]
+        return self._logits(prompts).repeat_interleave(group_size, dim=0)
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Logits [B, V] after one more token in every row."""
+        for row, token in zip(self._rows, tokens_B.tolist(), strict=True):
+            row.append(token)
+        return self._logits(self._rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+        self._rows = [self._rows[index] for index in rows]
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        # Padding lies to the right, where a causal model does not look.
+        longest = max(map(len, rows))
+        ids_BT = torch.tensor([[*ids, *[self._pad_id] * (longest - len(ids))] for ids in rows])
+        last_B = torch.tensor([index * longest + len(ids) - 1 for index, ids in enumerate(rows)])
+        device = self._model.device
+        return own_logits(self._model, {"input_ids": ids_BT.to(device)}, last_B.to(device))

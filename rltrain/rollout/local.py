@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,15 @@ from rltrain.errors import require
 from rltrain.policy.logprobs import inference
 from rltrain.registry import register
 from rltrain.rollout import probes
-from rltrain.rollout.hf_decoder import PlainDecoder
+from rltrain.rollout.decoder_check import Decoder, DecoderKind, check_decoders
+from rltrain.rollout.hf_decoder import PlainDecoder, UncachedDecoder
+from rltrain.rollout.llama_step import LlamaStep
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.rollout.sampling import row_key, sample, uniforms
 from rltrain.rollout.shared_prompt_decoder import SharedDecoder
 from rltrain.rollout.speculation import GroupDrafts, accepted
 from rltrain.rollout.stopping import StopRule
 from rltrain.types import Group, Prompt
-
-Decoder = PlainDecoder | SharedDecoder
 
 MOST_GUESSES = 8
 
@@ -246,6 +247,7 @@ class LocalRollout:
         self._model = policy.model
         if config.dtype == "bfloat16" and policy.model.dtype != torch.bfloat16:
             self._model = copy.deepcopy(policy.model).requires_grad_(False).to(torch.bfloat16)
+        self._kinds = decoder_kinds(self._base, pad_id=policy.pad_token_id)
         require(
             not config.speculate_tokens or SharedDecoder.supports(self._base),
             f"rollout.speculate_tokens={config.speculate_tokens}: {type(self._base).__name__} cannot take back a token "
@@ -259,6 +261,15 @@ class LocalRollout:
         Below fp32 they are not: decoding rounds otherwise than a forward of whole rows, by hundredths of a nat.
         """
         return self._model is self._policy.model and self._model.dtype.itemsize >= 4
+
+    @property
+    def decoder_name(self) -> str:
+        """The decoder in use, in words."""
+        return self._kinds[0].name
+
+    def check(self) -> None:
+        """Take the fastest decoder that is right; see :func:`~rltrain.rollout.decoder_check.check_decoders`."""
+        self._kinds = check_decoders(self._base, self._kinds)
 
     def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
         """Continuations from inside completions, for estimators that declare ``Need.PROBES``."""
@@ -303,7 +314,21 @@ class LocalRollout:
         return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
 
     def _decoder(self, max_new_tokens: int) -> Decoder:
-        pad_id = self._policy.pad_token_id
-        if SharedDecoder.supports(self._base):
-            return SharedDecoder(self._base, pad_id=pad_id, max_new_tokens=max_new_tokens)
-        return PlainDecoder(self._base, pad_id=pad_id)
+        return self._kinds[0].make(max_new_tokens)
+
+
+def decoder_kinds(model: Any, *, pad_id: int) -> list[DecoderKind]:
+    """The decoders that a model may have, fastest first."""
+
+    def shared(max_new_tokens: int, *, fused: bool) -> Decoder:
+        return SharedDecoder(model, pad_id=pad_id, max_new_tokens=max_new_tokens, fused=fused)
+
+    kinds = [
+        DecoderKind("the decoder with its own cache", lambda _: PlainDecoder(model, pad_id=pad_id)),
+        DecoderKind("the decoder without a cache", lambda _: UncachedDecoder(model, pad_id=pad_id)),
+    ]
+    if SharedDecoder.supports(model):
+        kinds.insert(0, DecoderKind("the decoder that shares prompts", partial(shared, fused=False)))
+        if LlamaStep.supports(model):
+            kinds.insert(0, DecoderKind("the decoder for Llama-shaped models", partial(shared, fused=True)))
+    return kinds

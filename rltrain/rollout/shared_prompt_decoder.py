@@ -154,11 +154,13 @@ class SharedDecoder:
 
     refills = True
 
-    def __init__(self, model: Any, *, pad_id: int, max_new_tokens: int) -> None:
+    def __init__(self, model: Any, *, pad_id: int, max_new_tokens: int, fused: bool = True) -> None:
+        """``fused`` steps by :class:`LlamaStep` where that supports the model."""
         self._model, self._pad_id, self._device = model, pad_id, model.device
         self._max_new_tokens = max_new_tokens
-        fused = LlamaStep.supports(model)
-        self._forward = LlamaStep(model, self._llama_attend) if fused else self._transformers_forward
+        self._forward = (
+            LlamaStep(model, self._llama_attend) if fused and LlamaStep.supports(model) else self._transformers_forward
+        )
         self.layers: list[_Layer] = []
         self.layout: _Layout
         self._prompt_of: list[int] = []  # of each row; ascending

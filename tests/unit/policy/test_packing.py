@@ -32,7 +32,7 @@ from rltrain.errors import ConfigError
 from rltrain.loss import policy_loss
 from rltrain.policy import packed_attention
 from rltrain.policy.capabilities import cannot_pack
-from rltrain.policy.layout_check import difference_from_padded, usable_layouts
+from rltrain.policy.layout_check import differences, usable_layouts
 from rltrain.policy.logprobs import LogprobModel, micro_batch_loss
 from rltrain.runtime import dist
 
@@ -109,7 +109,7 @@ def test_models_whose_attention_cannot_are_named(name, reason):
 def test_the_check_passes_models_that_pack_and_stops_those_that_do_not(caplog):
     """A model that counts positions by itself can be packed, as its positions are relative, but not share prompts."""
     model = LogprobModel(tiny("Llama").float(), temperature=1.0)
-    assert difference_from_padded(model, "packed") < 1e-6
+    assert all(apart.nats < 1e-6 for apart in differences(model, ["padded", "packed", "shared"]).values())
     assert usable_layouts("auto", [model]) == ("padded", "packed", "shared")
     assert usable_layouts("shared", [model]) == ("shared",)
     assert not caplog.records
@@ -121,8 +121,8 @@ def test_the_check_passes_models_that_pack_and_stops_those_that_do_not(caplog):
     assert usable_layouts("auto", [model, wrong]) == ("padded", "packed")
     assert usable_layouts("shared", [model, wrong]) == ("padded",)
     assert "in layout shared the log-probs of LlamaForCausalLM are" in caplog.text
-    assert usable_layouts("packed", [LogprobModel(tiny("GptOss"), temperature=1.0)]) == ("padded",)
-    assert "layout packed is not used, GptOssForCausalLM: it has attention sinks" in caplog.text
+    assert usable_layouts("packed", [LogprobModel(tiny("GptOss").float(), temperature=1.0)]) == ("padded",)
+    assert "batch.packing=packed: no layout but padded for GptOssForCausalLM: it has attention sinks" in caplog.text
 
 
 def test_old_and_reference_logprobs_come_from_the_layout_of_training(tmp_path):
