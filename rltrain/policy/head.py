@@ -36,7 +36,7 @@ def own_logits(model: Any, inputs: dict[str, Any], place_N: Tensor) -> Tensor:
     cuts: list[bool] = []
 
     def cut(module: Any, args: Any, output: Any) -> Any:
-        if not cuts and getattr(output, "last_hidden_state", None) is not None:
+        if not cuts and hasattr(output, "last_hidden_state"):
             cuts.append(True)
             output.last_hidden_state = gather(output.last_hidden_state.flatten(0, 1), place_N)[None]
         return output
