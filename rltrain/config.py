@@ -10,7 +10,7 @@ from typing import Any
 from rltrain.errors import ConfigError as ConfigError
 from rltrain.errors import RunError as RunError
 from rltrain.errors import require, require_one_of
-from rltrain.registry import part_of
+from rltrain.registry import needs_of
 from rltrain.registry import register as register  # where estimators of users have it from
 from rltrain.runtime.watchdog import WatchdogConfig
 from rltrain.types import Need
@@ -36,12 +36,20 @@ def _is_date(text: str) -> bool:
 class AdvantageConfig:
     """Base of every estimator's config; the function is ``f(groups, config, context) -> Advantages``."""
 
+    def user_needs(self) -> frozenset[Need]:
+        """What a user's function needs beside what its part is registered with."""
+        return frozenset()
+
 
 @dataclass(kw_only=True)
 class RewardConfig:
     """Base of every reward's config; the function is ``f(groups, config, context) -> Scores``."""
 
     weight: float = 1.0
+
+    def user_needs(self) -> frozenset[Need]:
+        """What a user's function needs beside what its part is registered with."""
+        return frozenset()
 
     def longest_wait_s(self) -> float:
         """How long a rank's batch may take by the reward's own deadline; 0 for one that waits for nothing."""
@@ -478,7 +486,7 @@ class RunConfig:
     def needs(self) -> frozenset[Need]:
         """What the chosen parts and the loss ask the trainer to compute."""
         chosen = [self.advantage, *self.rewards.values(), *self.eval_rewards.values()]
-        declared = frozenset().union(*(part_of(config).needs for config in chosen))
+        declared = frozenset().union(*(needs_of(config) for config in chosen))
         return declared | ({Need.REFERENCE_LOGPROBS} if self.loss.kl_coef > 0 else frozenset())
 
     def deadline(self, part: str) -> float:

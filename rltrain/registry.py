@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rltrain.errors import ConfigError, require
+from rltrain.errors import ConfigError, require, require_one_of
 from rltrain.types import Need
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,6 +60,22 @@ def part_of(config: Any) -> Part:
         if type(config) is part.config:
             return part
     raise ConfigError(f"{type(config).__name__}: no registered part has this config; import the file that registers it")
+
+
+def needs_of(config: Any) -> frozenset[Need]:
+    """What a part declares: where it is registered, and, of a function of a user's, in its config or on itself."""
+    return part_of(config).needs | config.user_needs()
+
+
+def declared_needs(function: Callable[..., Any], names: Iterable[str], *, setting: str) -> frozenset[Need]:
+    """The needs in a config's ``needs=[scorer]`` and in the attribute ``function.needs = {Need.SCORER}``."""
+    known = {need.name.lower(): need for need in Need}
+    for name in names:
+        require_one_of(known, f"{setting}.needs", name)
+    attribute = getattr(function, "needs", ())
+    wrong = [need for need in attribute if not isinstance(need, Need)]
+    require(not wrong, f"{setting}: its attribute needs holds {wrong}; give a set such as {{Need.SCORER}}")
+    return frozenset(attribute) | {known[name] for name in names}
 
 
 def discover() -> None:

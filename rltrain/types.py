@@ -257,6 +257,10 @@ class SpanScorer(Protocol):
         """Under the policy as it is now."""
         ...
 
+    def entropies(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        """Entropies of the policy's distribution over each token of the spans, in nats."""
+        ...
+
     def phi(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
         """Under the model phi (``ScorerConfig``)."""
         ...
@@ -271,7 +275,8 @@ class Undeclared:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copying and pickling ask for these
             raise AttributeError(name)
-        remedy = f"register the part with needs={{Need.{self._need.name}}}"
+        need = self._need.name
+        remedy = f"register the part with needs={{Need.{need}}}, or give a function of yours needs = {{Need.{need}}}"
         raise RunError(f"context.{self._field}.{name}: nothing declared this service; {remedy}")
 
 

@@ -43,6 +43,7 @@ SANDBOX = "rltrain.rewards.sandbox.child"  # the killable process in which submi
 
 # Files that read attributes which a library may or may not set, and how often. Our own records have fields instead.
 OPTIONAL_ATTRIBUTES = {
+    "registry": 1,  # of a function of a user's
     "compat.trl": 1,
     "engine.zero_shards": 1,
     "policy.capabilities": 15,

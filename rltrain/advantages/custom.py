@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rltrain.config import MISSING, AdvantageConfig
-from rltrain.registry import check_arguments, load_callable, register
-from rltrain.types import Advantages, Context, Group
+from rltrain.registry import check_arguments, declared_needs, load_callable, register
+from rltrain.types import Advantages, Context, Group, Need
 
 KEY = "advantage.import_path"
 
@@ -17,19 +17,25 @@ KEY = "advantage.import_path"
 class UserEstimatorConfig(AdvantageConfig):
     """Base of estimators that run a user's function, named by ``import_path``.
 
-    It is imported when the config is made, so that a wrong path is refused before a model is loaded.
+    It is imported when the config is made, so that a wrong path is refused before a model is loaded. ``needs`` names
+    the services that it uses, such as ``[scorer]``; so does its attribute ``needs = {Need.SCORER}``.
     """
 
     import_path: str = MISSING
     options: dict[str, Any] = field(default_factory=dict)
+    needs: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.import_path != MISSING:
             self.check(self.load())
+            self.user_needs()
 
     def load(self) -> Callable[..., Any]:
         """The function; ``ConfigError`` where there is none."""
         return load_callable(self.import_path, key=KEY)
+
+    def user_needs(self) -> frozenset[Need]:
+        return declared_needs(self.load(), self.needs, setting="advantage")
 
     def check(self, function: Callable[..., Any]) -> None:
         """``ConfigError`` for a function that cannot be called as this kind of estimator is."""

@@ -12,7 +12,7 @@ from rltrain.advantages.check import EstimatorError, check_advantages, check_unc
 from rltrain.advantages.custom import UserEstimatorConfig
 from rltrain.config import AdvantageConfig
 from rltrain.errors import ConfigError, require, require_one_of
-from rltrain.registry import check_arguments, discover, part_of, parts
+from rltrain.registry import check_arguments, declared_needs, discover, needs_of, part_of, parts
 from rltrain.types import Advantages, Context, Group, Need
 
 # What names an estimator: a config, the name of a registered one, or ``f(groups, options, context) -> Advantages``.
@@ -73,7 +73,7 @@ def _of_config(config: AdvantageConfig) -> Estimator:
     from_outside = isinstance(config, UserEstimatorConfig)
     return Estimator(
         name=f"advantage.import_path={config.import_path}" if from_outside else f"advantage={part.name}",
-        needs=part.needs,
+        needs=needs_of(config),
         function=lambda groups, context: part.function(groups, config, context),
     )
 
@@ -82,4 +82,5 @@ def _of_function(function: Callable[..., Any], options: dict[str, Any]) -> Estim
     named = isinstance(function, FunctionType)
     name = f"advantage={function.__module__}:{function.__qualname__}" if named else f"advantage={function!r}"
     check_arguments(function, ("groups", "options", "context"), setting=name)
-    return Estimator(name=name, needs=frozenset(), function=lambda groups, context: function(groups, options, context))
+    needs = declared_needs(function, (), setting=name)
+    return Estimator(name=name, needs=needs, function=lambda groups, context: function(groups, options, context))

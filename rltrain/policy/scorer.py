@@ -66,10 +66,15 @@ def span_batches(
     return batches + [([], empty_batch()) for _ in range(most - len(batches))]
 
 
-def span_logprobs(
-    model: Any, requests: Sequence[SpanRequest], *, token_budget: int, layouts: Sequence[Layout] = ("padded",)
+def span_values(
+    model: Any,
+    requests: Sequence[SpanRequest],
+    *,
+    token_budget: int,
+    layouts: Sequence[Layout] = ("padded",),
+    entropy: bool = False,
 ) -> list[list[Tensor]]:
-    """Per request and span, the fp32 log-probs of its tokens, on the CPU.
+    """Per request and span, the fp32 log-probs of its tokens, on the CPU; with ``entropy`` the entropies there instead.
 
     ``model`` is called as :class:`LogprobModel` is. Of the ``layouts`` the one of the least work is taken. The budget
     is raised to the longest sequence. All ranks call this together and make the same number of passes, so that
@@ -79,9 +84,10 @@ def span_logprobs(
     results: list[list[Tensor]] = [[] for _ in requests]
     for order, batch in span_batches(requests, layouts, token_budget=token_budget, hidden_size=hidden_size):
         batch = to_device(batch, dist.device())
-        logprobs_N = logprobs(model, batch, entropy=False, temperature=1.0).logprobs_N.cpu()
+        head = logprobs(model, batch, entropy=entropy, temperature=1.0)
+        values_N = head.logprobs_N if head.entropy_N is None else head.entropy_N
         sizes = [stop - start for i in order for start, stop in requests[i].spans]
-        pieces = iter(logprobs_N.split(sizes) if order else ())
+        pieces = iter(values_N.cpu().split(sizes) if order else ())
         for i in order:
             results[i] = [next(pieces) for _ in requests[i].spans]
     return results
@@ -120,13 +126,17 @@ class Scorer:
         """Log-probs under the policy as it is now."""
         return self._score(self._policy, requests)
 
+    def entropies(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        """Entropies of the policy's distribution over each token of the spans, in nats."""
+        return self._score(self._policy, requests, entropy=True)
+
     def phi(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
         """Log-probs under phi."""
         return self._score(self._phi, requests)
 
-    def _score(self, model: Any, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+    def _score(self, model: Any, requests: Sequence[SpanRequest], *, entropy: bool = False) -> list[list[Tensor]]:
         with inference(unwrapped(model)):
-            return span_logprobs(model, requests, token_budget=self._token_budget, layouts=self._layouts)
+            return span_values(model, requests, token_budget=self._token_budget, layouts=self._layouts, entropy=entropy)
 
     def check(self) -> None:
         """Compare the log-probs of both with an independent forward of their models; ConfigError if they differ."""

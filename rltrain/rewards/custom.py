@@ -8,8 +8,8 @@ from typing import Any
 
 from rltrain.config import MISSING, RewardConfig
 from rltrain.errors import require
-from rltrain.registry import check_arguments, load_callable, register
-from rltrain.types import Context, Group, Scores
+from rltrain.registry import check_arguments, declared_needs, load_callable, register
+from rltrain.types import Context, Group, Need, Scores
 
 KEY = "reward.import_path"
 
@@ -19,15 +19,18 @@ class UserRewardConfig(RewardConfig):
     """Base of rewards that call a user's function, which must score a batch within ``deadline_s`` seconds.
 
     The function is imported when the config is made, so that a wrong path is refused before a model is loaded.
+    ``needs`` names the services that it uses, such as ``[scorer]``; so does its attribute ``needs = {Need.SCORER}``.
     """
 
     import_path: str = MISSING
     deadline_s: float = 120.0
+    needs: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: must be > 0 seconds")
         if self.import_path != MISSING:
             self.check(self.load())
+            self.user_needs()
 
     def load(self) -> Callable[..., Any]:
         """The function; ``ConfigError`` where there is none."""
@@ -35,6 +38,9 @@ class UserRewardConfig(RewardConfig):
 
     def check(self, function: Callable[..., Any]) -> None:
         """``ConfigError`` for a function that cannot be called as this kind of reward is."""
+
+    def user_needs(self) -> frozenset[Need]:
+        return declared_needs(self.load(), self.needs, setting="reward")
 
     def longest_wait_s(self) -> float:
         return self.deadline_s

@@ -10,6 +10,8 @@ from tiny_run import OVERRIDES, config, metrics
 
 from rltrain import trainer
 from rltrain.advantages.check import EstimatorError
+from rltrain.errors import ConfigError
+from rltrain.types import Need
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,3 +65,20 @@ def test_the_command_line_says_it_in_one_line(function, code, line, tmp_path):
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert re.fullmatch(line, done.stderr.strip().splitlines()[-1]), done.stderr
+
+
+def test_a_function_declares_what_it_needs(tmp_path):
+    """Its attribute gives it the scorer, without a file in the package."""
+    overrides = ["advantage=custom", "advantage.import_path=user_estimators:at_high_entropy", "steps=2"]
+    run_config = config(tmp_path / "run", *overrides)
+    assert run_config.needs() == {Need.SCORER}
+    trainer.fit(run_config)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
+    assert metrics(tmp_path / "run")[1]["grad_norm"] > 0
+
+
+def test_needs_in_the_config_are_checked(tmp_path):
+    custom = ["advantage=custom", "advantage.import_path=user_estimators:one_value_per_completion"]
+    assert config(tmp_path, *custom, "advantage.needs=[probes,scorer]").needs() == {Need.PROBES, Need.SCORER}
+    with pytest.raises(ConfigError, match="advantage.needs=continuation: unknown; set one of .*probes, scorer"):
+        config(tmp_path, *custom, "advantage.needs=[continuation]")

@@ -97,7 +97,11 @@ def test_needs_follow_from_the_parts():
     (["deadline_s=0"], "deadline_s=0.0: must be > 0"),
     (["cold_start.batch_size=0"], "cold_start.batch_size=0: set at least 1"),
     (
-        ["reward@rewards.answer=custom", "rewards.answer.import_path=json:dumps", "rewards.answer.deadline_s=1000"],
+        [
+            "reward@rewards.answer=custom",
+            "rewards.answer.import_path=user_rewards:hangs",
+            "rewards.answer.deadline_s=1000",
+        ],
         "set it to half of that or less",
     ),
     (

@@ -13,7 +13,7 @@ from rltrain import kernels
 from rltrain.config import LossConfig
 from rltrain.loss import policy_loss
 from rltrain.policy.logprobs import LogprobModel, inference, logprobs, loss_tokens, micro_batch_loss
-from rltrain.policy.scorer import span_logprobs
+from rltrain.policy.scorer import span_values
 from rltrain.rollout import probes
 from rltrain.rollout.probe_types import ProbeSettings
 from rltrain.types import SpanRequest
@@ -64,7 +64,7 @@ def test_in_scoring():
         SpanRequest(token_ids=tuple(range(7)), spans=((6, 7),)),
     ]
     with HeadRows(61) as head, inference(model):
-        span_logprobs(model, requests, token_budget=64)
+        span_values(model, requests, token_budget=64)
     assert head.rows == 4
 
 

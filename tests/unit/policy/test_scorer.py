@@ -14,7 +14,7 @@ from rltrain.config import ScorerConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, inference
-from rltrain.policy.scorer import Scorer, check_same_vocabulary, load_scorer, span_logprobs
+from rltrain.policy.scorer import Scorer, check_same_vocabulary, load_scorer, span_values
 from rltrain.policy.tiny import TinyConfig
 from rltrain.runs import checkpoint
 from rltrain.runtime import dist
@@ -44,19 +44,29 @@ REQUESTS = [
 
 @pytest.mark.parametrize("token_budget", [1, 30, 1000])
 def test_spans_equal_a_naive_loop_whatever_the_batches(policy, token_budget):
-    found = span_logprobs(LogprobModel(policy.model, temperature=0.3), REQUESTS, token_budget=token_budget)
+    found = span_values(LogprobModel(policy.model, temperature=0.3), REQUESTS, token_budget=token_budget)
     for request, spans in zip(REQUESTS, found, strict=True):
         for (start, stop), logprobs in zip(request.spans, spans, strict=True):
             expected = naive(policy.model, request.token_ids, start, stop)
             torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_entropies_are_those_of_a_plain_forward_at_temperature_one(policy):
+    scorer = Scorer(LogprobModel(policy.model, temperature=0.3), None, token_budget=40)
+    for request, spans in zip(REQUESTS, scorer.entropies(REQUESTS), strict=True):
+        with torch.no_grad():
+            logprobs_TV = policy.model(torch.tensor([request.token_ids])).logits[0].double().log_softmax(-1)
+        entropies_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
+        for (start, stop), entropies in zip(request.spans, spans, strict=True):
+            torch.testing.assert_close(entropies.double(), entropies_T[start - 1 : stop - 1], rtol=1e-5, atol=1e-5)
+
+
 def test_two_spans_in_one_pass_equal_two_passes(policy):
     model = LogprobModel(policy.model, temperature=1.0)
-    both = span_logprobs(model, REQUESTS, token_budget=100)
+    both = span_values(model, REQUESTS, token_budget=100)
     for index, request in enumerate(REQUESTS):
         for span, expected in zip(request.spans, both[index], strict=True):
-            alone = span_logprobs(model, [dataclasses.replace(request, spans=(span,))], token_budget=100)
+            alone = span_values(model, [dataclasses.replace(request, spans=(span,))], token_budget=100)
             torch.testing.assert_close(alone[0][0], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -69,7 +79,7 @@ def fed_ids(policy, requests, layout):
     seen = []
     model = LogprobModel(policy.model, temperature=1.0)
     model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].input_ids_L.tolist()))
-    span_logprobs(model, requests, token_budget=1000, layouts=(layout,))
+    span_values(model, requests, token_budget=1000, layouts=(layout,))
     return sorted(token for batch in seen for token in batch)
 
 
@@ -106,7 +116,7 @@ def test_every_layout_scores_as_each_sequence_alone(name):
         (prompted(), list(reversed(prompted(1)))), ("padded", "packed", "shared"), (1000, 12)
     ):
         with inference(wrapped := LogprobModel(model, temperature=0.7)):
-            found = span_logprobs(wrapped, requests, token_budget=budget, layouts=(layout,))
+            found = span_values(wrapped, requests, token_budget=budget, layouts=(layout,))
             for request, spans in zip(requests, found, strict=True):
                 logprobs_TV = model(torch.tensor([request.token_ids])).logits[0].log_softmax(-1)
                 for (start, stop), values in zip(request.spans, spans, strict=True):
@@ -143,7 +153,7 @@ def test_scores_carry_no_gradient_and_leave_training_mode(policy):
 
 def test_nothing_to_score_is_no_result(policy):
     model = LogprobModel(policy.model, temperature=1.0)
-    assert span_logprobs(model, [], token_budget=10) == []
+    assert span_values(model, [], token_budget=10) == []
 
 
 def test_a_span_outside_its_sequence_is_refused():
