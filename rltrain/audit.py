@@ -19,17 +19,23 @@ from typing import Any
 
 from rltrain import cli
 from rltrain.config import RewardConfig, RunConfig
+from rltrain.errors import ConfigError
 from rltrain.registry import part_of
 from rltrain.rewards.math import MathConfig, grade
 from rltrain.rewards.scoring import score
 from rltrain.rewards.verifier.extract import gold_of
+from rltrain.rewards.verifier.labels import name_of
 from rltrain.rewards.verifier.number import parse_number
+from rltrain.rewards.verifier.structure import Equation, parse_structure
+from rltrain.rewards.verifier.text import clean_latex, normalise
+from rltrain.rewards.verifier.unit import Quantity
 from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right
 
 NGRAM = 13
 PROBE_SHARES = (0.4, 0.6, 0.8)
 SPLITS = ("train", "validation", "test")
 _PLACES = {"gsm8k": "#### {}", "minerva": "Answer: {}"}
+_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _WORD = re.compile(r"\w+|[^\w\s.,!?;:'\"`$]")
 
 
@@ -63,26 +69,44 @@ def neighbour(problems: Sequence[Problem], index: int) -> str | None:
     return next((candidate for candidate in golds if candidate.casefold() != gold.casefold()), None)
 
 
+def simplified(gold: str) -> list[str]:
+    """Wrong answers that leave out a part of the gold: its last variable, or one side of an equation."""
+    cleaned = clean_latex(normalise(gold))
+    structure = parse_structure(cleaned)
+    if isinstance(structure, Equation) and not any(map(name_of, structure.sides)):
+        return list(dict.fromkeys(structure.sides))
+    letters = list(_VARIABLE.finditer(cleaned)) if isinstance(structure, Quantity) and not structure.unit else []
+    shorter = f"{cleaned[: letters[-1].start()]}{cleaned[letters[-1].end() :]}".strip() if letters else ""
+    return [shorter] if shorter else []
+
+
 def check_golds(problems: Sequence[Problem], rewards: Mapping[str, RewardConfig], *, split: str) -> list[Finding]:
     """Golds that the first reward does not grade 1, or with which it grades a neighbour 1."""
     name, config = next(iter(rewards.items()))
     place = _PLACES.get(config.answer, r"\boxed{{{}}}") if isinstance(config, MathConfig) else r"\boxed{{{}}}"
     groups = []
     for index, problem in enumerate(problems):
-        answers = [gold_of(problem.answer), neighbour(problems, index)]
+        gold = gold_of(problem.answer)
+        answers = [gold, neighbour(problems, index), *simplified(gold)]
         texts = ["" if answer is None else place.format(answer) for answer in answers]
         completions = [Completion(token_ids=(), logprobs=(), finish="stop", text=text) for text in texts]
         groups.append(Group(prompt=Prompt(problem=problem, token_ids=()), completions=tuple(completions)))
     findings = []
     for group in score(groups, {name: config}, Context())[0]:
-        of_gold, of_neighbour = group.reward_parts[name].tolist()
+        of_gold, *of_neighbours = group.reward_parts[name].tolist()
+        problem = group.prompt.problem
         if of_gold != 1:
-            why = f"the gold grades itself {'None' if math.isnan(of_gold) else of_gold}"
-            findings.append(Finding(split=split, id=group.prompt.problem.id, why=why))
-        elif of_neighbour == 1:
-            text = group.completions[1].text
-            findings.append(Finding(split=split, id=group.prompt.problem.id, why=f"a neighbour grades 1: {text[:80]}"))
+            why = f"abstains: {_fault(problem, config)}" if math.isnan(of_gold) else f"the gold grades itself {of_gold}"
+            findings.append(Finding(split=split, id=problem.id, why=why))
+        elif 1 in of_neighbours:
+            text = group.completions[1 + of_neighbours.index(1)].text
+            findings.append(Finding(split=split, id=problem.id, why=f"a neighbour grades 1: {text[:80]}"))
     return findings
+
+
+def _fault(problem: Problem, config: RewardConfig) -> str:
+    """Why the verifier does not grade a gold."""
+    return grade("", problem.answer).reason if isinstance(config, MathConfig) else "the gold is not gradeable"
 
 
 # --- duplicates and overlap --------------------------------------------------------------------------------------
@@ -223,9 +247,22 @@ def passing(problems: Sequence[Problem], findings: Sequence[Finding], *, split: 
 
 
 def load_splits(config: RunConfig, limit: int) -> dict[str, list[Problem]]:
-    """The first ``limit`` problems of every split that the data set has."""
+    """The first ``limit`` problems of every split that the data set has.
+
+    A small file may leave a split without a row; the others are audited. ConfigError if none has one.
+    """
     source = part_of(config.data).function
-    loaded = {split: source(config.data, split) for split in SPLITS}
+    loaded: dict[str, Sequence[Problem]] = {}
+    errors: list[ConfigError] = []
+    for split in SPLITS:
+        try:
+            loaded[split] = source(config.data, split)
+        except ConfigError as error:
+            if split != "train" and getattr(config.data, f"{split}_split", None):
+                raise  # a split that the configuration names must be there
+            errors.append(error)
+    if not loaded:
+        raise errors[0]
     return {
         split: [problems[index] for index in range(min(limit, len(problems)))] for split, problems in loaded.items()
     }
@@ -237,6 +274,7 @@ def main(config: RunConfig, *, limit: int, probes: int) -> int:
     findings = audit(splits, config.rewards)
     report: dict[str, Any] = {
         "problems": {split: len(problems) for split, problems in splits.items()},
+        "abstaining": sum(row.why.startswith("abstains") for row in findings["golds"]),
         "counts": {check: len(rows) for check, rows in findings.items()},
         "findings": {check: [asdict(row) for row in rows] for check, rows in findings.items()},
     }
@@ -253,6 +291,7 @@ def main(config: RunConfig, *, limit: int, probes: int) -> int:
 def _print(report: Mapping[str, Any], path: Path) -> None:
     for split, count in report["problems"].items():
         print(f"{split:20s} {count} problems")
+    print(f"{'abstaining golds':20s} {report['abstaining']}")
     for check, count in report["counts"].items():
         first = report["findings"][check][:1]
         print(

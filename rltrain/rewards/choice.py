@@ -1,7 +1,8 @@
 """Multiple choice (MedQA, MedMCQA): which option does the completion choose?
 
-A letter in a box or an ``<answer>`` tag, ``(C) text``, or the text of exactly one option. A letter and a text that
-disagree, several letters, a negation or a number are wrong; letters in the prose are never read.
+A letter in a box or an ``<answer>`` tag, ``(C) text``, or the text of exactly one option. A bare letter is that letter,
+also where another option's text is a letter. A letter and a text that disagree, several letters, a negation or a number
+are wrong; letters in the prose are never read.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from rltrain.data.columns import lettered
 from rltrain.registry import register
 from rltrain.rewards.format import opens_thinking
 from rltrain.rewards.math import Verdict
+from rltrain.rewards.verifier.compare import compare
 from rltrain.rewards.verifier.extract import OPEN_THINK, TAIL_CHARACTERS, after_thinking, answer_line, boxed, boxes
 from rltrain.rewards.verifier.text import clean_latex, normalise
+from rltrain.rewards.verifier.values import Outcome
 from rltrain.types import Context, Group, Mean, Scores
 
 MAX_CHARACTERS = 1024
@@ -24,11 +27,14 @@ MAX_CHARACTERS = 1024
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _LETTER = re.compile(r"[\s(\[{*]*([A-Za-z])[\s)\]}*]*(?:[.:,\-][\s*]*)?")
 _LETTER_TEXT = re.compile(
-    r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+-)[\s*:.\-]*(\S.*)", re.DOTALL
+    r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:,]|([A-Za-z])\s+-)[\s*:.\-]*(?P<text>\S.*)",
+    re.DOTALL,
 )
+_LETTER_BLANK_TEXT = re.compile(r"([A-Z])\s+(?P<text>\S.*)", re.DOTALL)  # only where the options are known
 _PREFIX = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|final\s+|best\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*)+(?=[(\[*A-Za-z])", re.I
 )
+_MATHEMATICS = re.compile(r"[\d\\^]")
 _NEGATION = re.compile(
     r"\b(?:not|isn'?t|never|wrong|incorrect|false|except|neither|nor|cannot|rule[sd]? out)\b", re.IGNORECASE
 )
@@ -87,26 +93,49 @@ def _extract(completion: str, strict: bool) -> tuple[str | None, str]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[^\w.%+\-/]+", " ", text.casefold()).split()).strip(" .")
+    return " ".join(re.sub(r"[^\w.%+\-/]+", " ", _clean(text).casefold()).split()).strip(" .")
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", clean_latex(normalise(text))).replace("\\%", "%").strip(" *")
 
 
 def chosen_letter(text: str, options: Mapping[str, str]) -> tuple[str | None, str]:
     """``(letter, "")`` or ``(None, why)``."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", clean_latex(normalise(text))).strip(" *")
     inner = boxes(text)
-    text = (inner[-1].content or "").strip() if inner else text
-    same = [letter for letter, option in options.items() if _plain(option) == _plain(text) and _plain(text)]
+    text = _clean((inner[-1].content or "") if inner else text)
+    letter = _LETTER.fullmatch(text)
+    if letter and letter[1].upper() in options:
+        return letter[1].upper(), ""
+    same = _with_text(text, options)
     if same:
         return (same[0], "") if len(same) == 1 else (None, "several options have this text")
     text = _PREFIX.sub("", text, count=1)
     letter = _LETTER.fullmatch(text)
     if letter:
         return _known(letter[1], options)
-    found = _LETTER_TEXT.fullmatch(text)
+    found = _LETTER_TEXT.fullmatch(text) or (_LETTER_BLANK_TEXT.fullmatch(text) if options else None)
     if not found:
         return None, "neither a letter nor the text of one option"
     chosen, reason = _known(next(group for group in found.groups() if group), options)
-    return (chosen, reason) if chosen is None else _agreeing(chosen, found[5], options)
+    return (chosen, reason) if chosen is None else _agreeing(chosen, found["text"], options)
+
+
+def _with_text(text: str, options: Mapping[str, str]) -> list[str]:
+    """The options that are this text, or, of mathematics, that have this value."""
+    if not _plain(text):
+        return []
+    same = [letter for letter, option in options.items() if _plain(option) == _plain(text)]
+    return same or [letter for letter, option in options.items() if _same_value(option, text)]
+
+
+def _same_value(option: str, text: str) -> bool:
+    if not _MATHEMATICS.search(option) or not _MATHEMATICS.search(text):
+        return False
+    try:
+        return compare(_clean(option), _clean(text)) is Outcome.RIGHT
+    except RecursionError:
+        return False
 
 
 def _known(letter: str, options: Mapping[str, str]) -> tuple[str | None, str]:
@@ -115,13 +144,20 @@ def _known(letter: str, options: Mapping[str, str]) -> tuple[str | None, str]:
 
 
 def _agreeing(letter: str, text: str, options: Mapping[str, str]) -> tuple[str | None, str]:
-    """The letter, if the text after it is its option's; with unknown options, any that neither denies nor lists."""
+    """The letter, if the text after it is its option's, or begins that option and no other.
+
+    With unknown options, any text that neither denies nor lists.
+    """
     if options:
-        agrees = _plain(text) == _plain(options[letter])
+        agrees = letter in _with_text(text, options) or _begins(text, options) == [letter]
         return (letter, "") if agrees else (None, "letter and text disagree")
     if _NEGATION.search(text) or re.search(r"\b(?:or|and)\b\W*[A-Z]\b|(?:^|[\s(,])[A-Z][).:]", text):
         return None, "negation or list"
     return letter, ""
+
+
+def _begins(text: str, options: Mapping[str, str]) -> list[str]:
+    return [letter for letter, option in options.items() if _plain(option).startswith(f"{_plain(text)} ")]
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,8 @@
 """``verify``: is the answer in a completion the gold answer? And the reward made of it.
 
 The policy, with its reasons, is the table in docs/rewards.md. The rungs run in this process and are bounded
-(``math_compare``); what they cannot tell goes to math-verify in a killable child process (``math_cas``).
+(``verifier.compare``); what they cannot tell goes to math-verify in a killable child process (``verifier.cas``). A gold
+is gradeable or not, decided once for all its completions.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from rltrain.errors import require
 from rltrain.registry import register
 from rltrain.rewards.format import opens_thinking
 from rltrain.rewards.verifier import cas
-from rltrain.rewards.verifier.compare import Outcome, compare, compare_joined
+from rltrain.rewards.verifier.compare import compare, compare_joined, readable
 from rltrain.rewards.verifier.extract import EXTRACTORS, OPEN_THINK, extract, gold_of
 from rltrain.rewards.verifier.number import parse_number
+from rltrain.rewards.verifier.structure import parse_structure
 from rltrain.rewards.verifier.text import clean_latex, normalise
+from rltrain.rewards.verifier.values import Outcome, has_set_algebra
 from rltrain.runtime import dist
 from rltrain.types import Context, Group, Max, Mean, Metric, Scores
 
@@ -36,7 +39,8 @@ _POINTER = re.compile(
     r"\b(?:see|refer to|shown|given|as|in the)\b.*\b(?:figure|graph|diagram|solution|above|below|table|picture|image|"
     r"text|explanation|proof|attachment|work)\b|\banswers? (?:may|will|can) vary\b|\bvar(?:y|ies)\b|^\W*(?:proof|"
     r"n/?a|nan|tbd|todo|null|unknown|figure|graph|diagram|omitted|not (?:given|provided|available)|no answer"
-    r"(?: given| provided)?|none given|left to the reader|self[- ]explanatory)\W*$|https?://|\[asy\]|\\includegraphics",
+    r"(?: given| provided)?|none given|left to the reader|self[- ]explanatory|(?:answer )?not[\s_-]*found|"
+    r"no answer (?:was )?found|not applicable|missing|answer)\W*$|^none$|https?://|\[asy\]|\\includegraphics",
     re.IGNORECASE,
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -66,16 +70,18 @@ def grade(
     completion: str, gold: str, *, extraction: str = "boxed", inequalities: bool = False, wait_s: float = 60.0
 ) -> Verdict:
     """``verify`` with a choice of where the answer is (``math_extract.EXTRACTORS``), whether inequalities may stand
-    for intervals, and how long to wait for a free child."""
+    for intervals, and how long to wait for the CAS (at most ``cas.VERDICT_S``)."""
     if not isinstance(gold, str) or not isinstance(completion, str):
         which = "gold" if not isinstance(gold, str) else "completion"
         status: Status = "gold_error" if which == "gold" else "no_answer"
         return Verdict(
             score=None if which == "gold" else 0.0, status=status, extracted=None, reason=f"{which} is not text"
         )
+    end = time.monotonic() + min(wait_s, cas.VERDICT_S)
     expected, fault = _read_gold(gold)
+    status, fault = ("gold_error", fault) if fault else _gradeable(expected, end)
     if fault:
-        return Verdict(score=None, status="gold_error", extracted=None, reason=fault)
+        return Verdict(score=None, status=status, extracted=None, reason=fault)
     found = extract(completion, extraction)
     if not found.answers:
         return Verdict(score=0.0, status="no_answer", extracted=None, reason=found.reason)
@@ -85,7 +91,7 @@ def grade(
     answers, fault = _read_answers(found.answers)
     if fault:
         return Verdict(score=0.0, status="parse_error", extracted=extracted, reason=fault)
-    score, status, reason = _decide(expected, answers, inequalities, wait_s)
+    score, status, reason = _decide(expected, answers, inequalities, end)
     return Verdict(score=score, status=status, extracted=extracted, reason=reason)
 
 
@@ -104,10 +110,31 @@ def _read_gold(gold: str) -> tuple[str, str]:
     if not _SOMETHING.search(plain):
         return "", "gold holds no answer"
     if _POINTER.search(plain):
-        return "", "gold points elsewhere"
+        return "", "gold points elsewhere or is a placeholder"
     if len(re.findall(r"[^\W\d_]{2,}", plain)) > MAX_TEXT_WORDS and "\\" not in plain:
         return "", "gold is prose"
     return cleaned, _gate(cleaned)
+
+
+@lru_cache(maxsize=4096)
+def _is_readable(gold: str) -> bool:
+    """Can the rungs of this process compare the gold?"""
+    try:
+        return readable(parse_structure(gold))
+    except RecursionError:
+        return False
+
+
+def _gradeable(gold: str, end: float) -> tuple[Status, str]:
+    """``("ok", "")`` if this process or the CAS can compare the gold, else the status and why not."""
+    if _is_readable(gold):
+        return "ok", ""
+    match cas.reads(gold, end=end):
+        case True:
+            return "ok", ""
+        case False:
+            return "gold_error", Outcome.UNPARSED_GOLD.value
+    return "timeout", "CAS: no processor time before the deadline"
 
 
 @lru_cache(maxsize=CACHE_SIZE)
@@ -146,21 +173,23 @@ def _compared(gold: str, answers: tuple[str, ...], inequalities: bool) -> Outcom
         return Outcome.UNPARSED_ANSWER
 
 
-def _decide(gold: str, answers: tuple[str, ...], inequalities: bool, wait_s: float) -> tuple[float | None, Status, str]:
+def _decide(gold: str, answers: tuple[str, ...], inequalities: bool, end: float) -> tuple[float | None, Status, str]:
     outcome = _compared(gold, answers, inequalities)
     if outcome in (Outcome.RIGHT, Outcome.WRONG):
         return float(outcome is Outcome.RIGHT), "ok", outcome.value
-    if len(answers) != 1 or (outcome is Outcome.UNPARSED_ANSWER and parse_number(gold)):
-        return 0.0, "parse_error", outcome.value  # what the parser cannot read is not a number
+    plain = (
+        _is_readable(gold)
+        and outcome is Outcome.UNPARSED_ANSWER
+        and (not has_set_algebra(answers[0]) or parse_number(gold) is not None)
+    )
+    if len(answers) != 1 or plain:
+        return 0.0, "parse_error", outcome.value  # what the parser cannot read is not this value
     fault = cas.gate(gold, answers[0])
     if fault:
-        gold_fault = outcome is Outcome.UNPARSED_GOLD and fault.startswith("gold")
-        return (None, "gold_error", outcome.value) if gold_fault else (0.0, "parse_error", fault)
-    reply = cas.ask(gold, answers[0], wait_s=wait_s)
+        return 0.0, "parse_error", fault
+    reply = cas.ask(gold, answers[0], end=end)
     if reply.status == "ok":
-        if reply.value is None:
-            return None, "gold_error", Outcome.UNPARSED_GOLD.value
-        return float(reply.value), "ok", f"CAS: {'same' if reply.value else 'different'}"
+        return float(bool(reply.value)), "ok", f"CAS: {'same' if reply.value else 'different'}"
     return _CAS_FAILURES[reply.status]
 
 
@@ -200,6 +229,8 @@ class MathConfig(RewardConfig):
 def math_reward(groups: Sequence[Group], config: MathConfig, context: Context) -> Scores:
     """Grade every completion against its problem's answer, all before the batch deadline."""
     end = time.monotonic() + config.batch_deadline_s
+    if any(_needs_cas(group.prompt.problem.answer) for group in groups):
+        cas.warm(wait_s=config.batch_deadline_s / 2)
     hits = _compared.cache_info().hits
     scores: list[list[float | None]] = []
     graded: list[tuple[Verdict, float]] = []
@@ -216,6 +247,11 @@ def math_reward(groups: Sequence[Group], config: MathConfig, context: Context) -
             if config.samples_path:
                 _keep_sample(config.samples_path, context.step, group, completion.text, verdict)
     return Scores(scores=scores, metrics=_metrics(graded, _compared.cache_info().hits - hits))
+
+
+def _needs_cas(gold: str) -> bool:
+    expected, fault = _read_gold(gold)
+    return not fault and not _is_readable(expected)
 
 
 def _before(end: float, text: str, gold: str, config: MathConfig) -> Verdict:

@@ -13,6 +13,8 @@ from rltrain.config import RewardConfig
 from rltrain.data.boxed import last_boxed
 from rltrain.errors import require
 from rltrain.registry import register
+from rltrain.rewards.format import opens_thinking
+from rltrain.rewards.verifier.extract import OPEN_THINK, after_thinking
 from rltrain.types import Context, Group, Mean, Problem, Scores
 
 MAX_LITERAL_CHARACTERS = 512
@@ -26,6 +28,8 @@ _FRACTION = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:\\[dt]?frac\s*\{{\s*(?P<over>[-+]?{_DIGITS})\s*\}}\s*\{{\s*(?P<under>{_DIGITS})\s*\}}"
     rf"|(?P<p>{_DIGITS})\s*/\s*(?P<q>{_DIGITS}))"
 )
+
+_THOUSANDS = re.compile(r"(?<=\d)(?:,\\!\s*|\\!,|\{,\}|\\,|,)(?=\d{3}(?!\d))")
 
 
 def _signed(sign: str, value: Fraction) -> Fraction:
@@ -107,14 +111,15 @@ def reference_of(problem: Problem) -> Fraction | None:
 
 
 def boxed_number(text: str, *, reduced: bool = False) -> Fraction | None:
-    """The number in the last box of a completion, None if there is none."""
-    boxed = last_boxed(text)
-    return None if boxed is None else parse_literal(boxed, reduced=reduced)
+    r"""The number in the last box after the thinking, None if there is none; ``1,234`` and ``1{,}234`` are 1234."""
+    answer, _ = after_thinking(text)
+    boxed = None if answer is None else last_boxed(answer)
+    return None if boxed is None else parse_literal(_THOUSANDS.sub("", boxed), reduced=reduced)
 
 
 @register("reward", "random_calculation", RandomCalculationRewardConfig)
 def random_calculation(groups: Sequence[Group], config: RandomCalculationRewardConfig, context: Context) -> Scores:
-    r"""Score the last ``\boxed{}`` of each completion. Abstain where the problem has no numeric reference.
+    r"""Score the last ``\boxed{}`` after the thinking; abstain where the problem has no numeric reference.
 
     Metrics: ``accuracy`` (the reference itself, or within the relative tolerance if continuous) and ``answered`` (the
     share with a number in the box). An exact reward takes fractions in lowest terms only.
@@ -128,7 +133,8 @@ def random_calculation(groups: Sequence[Group], config: RandomCalculationRewardC
         if reference is None:
             scores.append([None] * len(group.completions))
             continue
-        numbers = [boxed_number(completion.text, reduced=is_exact) for completion in group.completions]
+        prefix = OPEN_THINK if opens_thinking(group.prompt, context.tokenizer) else ""
+        numbers = [boxed_number(prefix + completion.text, reduced=is_exact) for completion in group.completions]
         tolerance = 0 if is_exact else Fraction(config.relative_tolerance) * abs(reference)
         hits = [number is not None and abs(number - reference) <= tolerance for number in numbers]
         scores.append(

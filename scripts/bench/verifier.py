@@ -63,7 +63,7 @@ def _number(draw: random.Random) -> tuple[str, list[str]]:
 
 def ours(pairs: list[tuple[str, str]]) -> list[float]:
     """Seconds of each verdict, caches cold at the start."""
-    for cache in (verifier._compared, verifier._read_gold, verifier._read_answers, cas._known):
+    for cache in (verifier._compared, verifier._read_gold, verifier._is_readable, verifier._read_answers, cas._known):
         cache.cache_clear()
     return [_timed(lambda c=completion, g=gold: verifier.verify(c, g)) for completion, gold in pairs]
 

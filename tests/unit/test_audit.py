@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from rltrain.audit import audit, check_overlap, cut, neighbour, ngrams, normal_words, passing, probe, rouge_l
+from rltrain.audit import (
+    audit,
+    check_overlap,
+    cut,
+    neighbour,
+    ngrams,
+    normal_words,
+    passing,
+    probe,
+    rouge_l,
+    simplified,
+)
 from rltrain.rewards.math import MathConfig
 from rltrain.types import Problem
 
@@ -51,6 +62,42 @@ def test_neighbours_are_wrong_answers():
     ]
     assert [neighbour(problems, index) for index in range(4)] == ["6", "3/2", "5", "5"]
     assert neighbour([problem("a", "", "yes"), problem("b", "", "Yes")], 0) is None
+
+
+@pytest.mark.parametrize(
+    ("gold", "wrong"),
+    [
+        ("10-4 n", ["10-4"]),
+        ("2n", ["2"]),
+        ("n", []),
+        ("x - 2y = 0", ["x - 2y", "0"]),
+        ("y = 2x + 1", []),
+        ("5", []),
+        (r"5\text{ cm}", []),
+        (r"$8n^{2}+72n$", ["8n^{2}+72"]),
+        (r"\frac{9}{7}", []),
+    ],
+)
+def test_answers_that_leave_out_a_part(gold, wrong):
+    assert simplified(gold) == wrong
+
+
+def test_golds_whose_parts_would_be_right_are_found():
+    golds = ["10-4 n", "x - 2y = 0", "y = 2x+1", "notfound", "5 n^4+5 n"]
+    problems = [problem(str(index), f"{index}", gold) for index, gold in enumerate(golds)]
+    found = audit({"train": problems}, {"answer": MathConfig()})["golds"]
+    assert [(row.id, row.why) for row in found] == [("3", "abstains: gold points elsewhere or is a placeholder")]
+
+
+def test_a_small_file_is_audited(tmp_path):
+    (tmp_path / "small.jsonl").write_text(json.dumps({"question": "What is 1 + 1?", "answer": "2"}) + "\n")
+    command = [sys.executable, "-m", "rltrain.audit", "data=hub", f"data.path={tmp_path / 'small.jsonl'}"]
+    command += ["data.prompt='{question}'", "reward@rewards.answer=boxed", f"run_dir={tmp_path / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert (sum(report["problems"].values()), report["abstaining"]) == (1, 0)
 
 
 def test_golds_in_gsm8k_solutions_are_found_and_placed():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from typing import Any
 
 MIB = 2**20
 EXIT_MEMORY = 86
+MAX_ITERATED = 100_000
 FIRST_FREE_USER = 1_000_000_000
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
@@ -81,13 +83,19 @@ def isolate(flags: int) -> bool:
 
 
 def serve(config: dict[str, Any]) -> None:
-    """Answer JSON lines ``[argument, …]`` with ``{"status": …, "value": …}`` until the input ends."""
+    """Answer JSON lines ``[argument, …]`` with ``{"status": …, "value": …}`` until the input ends.
+
+    The imports and ``prepare`` come before "ready", so that no item pays for them.
+    """
     replies = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     sys.path[:] = config["path"]
-    module, name = config["target"].split(":")
-    function = getattr(importlib.import_module(module), name)
+    module_name, name = config["target"].split(":")
+    module = importlib.import_module(module_name)
+    function = getattr(module, name)
+    if config["prepare"]:
+        getattr(module, config["prepare"])()
     active = limit(config) + (["no network"] if isolate(_NEW_NET) else [])
     _reply(replies, {"status": "ready", "value": active})
     for line in sys.stdin:
@@ -248,7 +256,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Built-in and numpy values as tagged JSON. An object of any other class becomes opaque."""
+    """Tagged JSON of built-in types and numpy's; of any other class, what it iterates over and its truth value."""
     if value is None or type(value) is bool:
         return value
     for kind in (str, int, float):
@@ -263,7 +271,24 @@ def plain(value: Any) -> Any:
         return {"t": "bytes", "v": value.hex()}
     if isinstance(value, complex):
         return {"t": "complex", "v": [value.real, value.imag]}
-    return plain(value.tolist()) if hasattr(value, "tolist") else {"t": "object", "v": None}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return {"t": "object", "v": [_iterated(value), _truth(value)]}
+
+
+def _iterated(value: Any) -> list[Any] | None:
+    try:
+        items = list(itertools.islice(iter(value), MAX_ITERATED + 1))
+        return [plain(item) for item in items] if len(items) <= MAX_ITERATED else None
+    except Exception:
+        return None
+
+
+def _truth(value: Any) -> bool | None:
+    try:
+        return bool(value)
+    except Exception:
+        return None
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import select
@@ -56,8 +57,9 @@ class Reply:
     """The outcome of an item.
 
     ``ok`` and ``error`` come from the function. ``memory`` and ``cpu``: the item used up its share. ``timeout``: the
-    deadline passed although the item had processor time left, as in a stopped child. ``died``: the child was killed
-    from outside or could not start. ``skipped``: the batch deadline passed before the item's turn.
+    deadline passed although the item had processor time left, as in a stopped child or one that is still starting.
+    ``died``: the child was killed from outside or could not start. ``skipped``: the batch deadline passed before the
+    item's turn.
     """
 
     status: ReplyStatus
@@ -217,8 +219,9 @@ class Pool:
     """``workers`` persistent children that apply ``target`` ("module:function") to JSON arguments.
 
     An item may use ``item_cpu_s`` of processor time (enforced by the kernel) and ``deadline_s`` of wall clock
-    (enforced here). Callers wait for a free worker, so that no queue grows. A child that fails costs its item, and
-    the next item gets a new child. After ``max_items`` a child is replaced, so that caches do not grow.
+    (enforced here). Callers wait for a free worker, so that no queue grows. A child that fails costs its item, and a
+    new child is started in the background at once. After ``max_items`` a child is replaced, so that caches do not grow.
+    A child runs the function ``prepare`` of the target's module before it takes items.
     """
 
     def __init__(
@@ -230,39 +233,71 @@ class Pool:
         item_cpu_s: float = 0.7,
         max_items: int = 2000,
         limits: Limits | None = None,
+        prepare: str = "",
     ) -> None:
         self.deadline_s, self.max_items, self.workers = deadline_s, max_items, workers
         limits = limits or Limits(cpu_s=max_items, processes=1)
-        self.config = asdict(limits) | {"target": target, "item_cpu_s": item_cpu_s, "path": sys.path}
-        self.free: queue.LifoQueue[tuple[subprocess.Popen[bytes], int] | None] = queue.LifoQueue()
-        for _ in range(workers):
-            self.free.put(None)
+        self.config = asdict(limits) | {
+            "target": target,
+            "item_cpu_s": item_cpu_s,
+            "path": sys.path,
+            "prepare": prepare,
+        }
+        self.free: queue.LifoQueue[tuple[subprocess.Popen[bytes], int] | str] = queue.LifoQueue()
+        self.lock = threading.Lock()
+        self.absent, self.busy = workers, 0
 
     def warm(self) -> None:
-        """Start a child in the background, if none has been started yet."""
+        """Start a child in the background, if one is missing and none is free."""
+        with self.lock:
+            if not self.absent or not self.free.empty():
+                return
+            self.absent -= 1
+        threading.Thread(target=self._fill, name="rltrain-sandbox-start", daemon=True).start()
 
-        def start() -> None:
-            with contextlib.suppress(queue.Empty):
-                slot = self.free.get_nowait()
-                try:
-                    slot = slot or (self._new(), 0)
-                except Exception as error:
-                    log.warning("sandbox: %s", error)
-                finally:
-                    self.free.put(slot)
-
-        threading.Thread(target=start, name="rltrain-sandbox-warm", daemon=True).start()
-
-    def call(self, *arguments: Any, wait_s: float = 60.0) -> Reply:
-        """Apply the function in a child. Never raises. Takes at most ``wait_s`` + start + ``deadline_s``."""
+    def _fill(self) -> None:
+        """Put a new child, or the reason why there is none, where callers wait."""
         try:
-            slot = self.free.get(timeout=max(wait_s, 0.0))
+            self.free.put((self._new(), 0))
+        except Exception as error:
+            log.warning("sandbox: %s", error)
+            with self.lock:
+                self.absent += 1
+            self.free.put(f"{type(error).__name__}: {error}")
+
+    def is_ready(self, wait_s: float) -> bool:
+        """Wait until a child is ready to take items."""
+        end = time.monotonic() + wait_s
+        self.warm()
+        while time.monotonic() < end:
+            try:
+                slot = self.free.get(timeout=max(end - time.monotonic(), 0.001))
+            except queue.Empty:
+                break
+            if not isinstance(slot, str):
+                self.free.put(slot)
+            return not isinstance(slot, str)
+        return False
+
+    def call(self, *arguments: Any, wait_s: float = 60.0, total_s: float = math.inf) -> Reply:
+        """Apply the function in a child; never raises. Waits at most ``wait_s`` for a child that is free or starting.
+
+        ``total_s`` bounds the waiting and the item together.
+        """
+        end = time.monotonic() + total_s
+        self.warm()
+        try:
+            slot = self.free.get(timeout=max(min(wait_s, total_s), 0.0))
         except queue.Empty:
-            return Reply(status="skipped")
+            return Reply(status="skipped" if self.busy else "timeout", value="no child was ready")
+        if isinstance(slot, str):
+            return Reply(status="died", value=slot)
         kept = None
+        with self.lock:
+            self.busy += 1
         try:
-            child, used = slot or (self._new(), 0)
-            reply = self._ask(child, arguments)
+            child, used = slot
+            reply = self._ask(child, arguments, min(time.monotonic() + self.deadline_s, end))
             if reply.status in ("ok", "error") and used + 1 < self.max_items:
                 kept = (child, used + 1)
             elif reply.status != "died":
@@ -271,6 +306,15 @@ class Pool:
         except Exception as error:
             return Reply(status="died", value=f"{type(error).__name__}: {error}")
         finally:
+            self._give_back(kept)
+
+    def _give_back(self, kept: tuple[subprocess.Popen[bytes], int] | None) -> None:
+        with self.lock:
+            self.busy -= 1
+            self.absent += kept is None
+        if kept is None:
+            self.warm()
+        else:
             self.free.put(kept)
 
     def _new(self) -> subprocess.Popen[bytes]:
@@ -282,9 +326,9 @@ class Pool:
         describe("the CAS", json.loads(line)["value"])
         return child
 
-    def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any]) -> Reply:
+    def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any], deadline: float) -> Reply:
         request = json.dumps(arguments).encode() + b"\n"
-        line, state = exchange(child, request, time.monotonic() + self.deadline_s, limit=_REPLY_BYTES, one_line=True)
+        line, state = exchange(child, request, deadline, limit=_REPLY_BYTES, one_line=True)
         if state == "ok":
             reply = json.loads(line)
             return Reply(status=reply["status"], value=reply["value"])

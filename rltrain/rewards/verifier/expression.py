@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from rltrain.rewards.verifier.number import Number, parse_number
@@ -17,20 +17,26 @@ from rltrain.rewards.verifier.number import Number, parse_number
 MAX_CHARACTERS, MAX_TOKENS, MAX_DEPTH = 512, 256, 64
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\\,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)|(?P<command>\\[a-zA-Z]+)"
+    r"\s*(?:(?P<number>\d{1,3}(?:(?:,|\\,)\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*(?:\\overline\{\d+\})?)?|\.\d+"
+    r"(?:\\overline\{\d+\})?)|(?P<command>\\[a-zA-Z]+)"
     r"|(?P<word>(?:sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![a-zA-Z]))"
-    r"|(?P<symbol>[a-zA-Z])|(?P<op>\*\*|[-+*/^_!()\[\]{}|]))"
+    r"|(?P<symbol>[a-zA-Z])|(?P<op>\*\*|!!|'+|[-+*/^_!()\[\]{}|]))"
 )
 _GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega Pi ell hbar nabla".split()
 )
+_ACCENTS = set("vec hat bar overline tilde dot ddot overrightarrow widehat widetilde".split())
 _FUNCTIONS = {"ln": "log", "log": "log10", "lg": "log10", "exp": "exp"} | {
     name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")
-} | {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}  # fmt: skip
-_INVERSES = {"sin": "asin", "cos": "acos", "tan": "atan", "sinh": "asinh", "cosh": "acosh", "tanh": "atanh"}
+} | {f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")} | {
+    "tg": "tan", "ctg": "cot", "arctg": "atan"}  # fmt: skip
+_INVERSES = {name: f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")}
 _UPRIGHT = re.compile(r"\\text\s*\{\s*([a-zA-Z]|\d+(?:\.\d+)?)\s*\}")
 _THIN = re.compile(r"\\,(?!\d{3}(?!\d))")
+_DERIVATIVE = re.compile(
+    r"\\frac\s*\{\s*d[^{}]*\}\s*\{\s*d\s*[a-zA-Z](?:\^\{?\d\}?)?\s*\}|(?<![a-zA-Z])d\s*[a-z]\s*/\s*d\s*[a-z](?![a-zA-Z])"
+)
 
 
 class Unparsed(ValueError):
@@ -39,7 +45,7 @@ class Unparsed(ValueError):
 
 @dataclass(frozen=True)
 class Node:
-    """``kind`` is number, symbol, an operator or a function; ``value`` a Fraction or a name."""
+    """``kind`` is number, symbol, an operator or a function, ``apply`` for ``f``; ``value`` a Fraction or a name."""
 
     kind: str
     value: Any = None
@@ -51,26 +57,35 @@ class Node:
             yield from child.walk()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expression:
-    """A parsed expression; ``decimal`` says that it contains a rounded number."""
+    """A parsed expression; ``decimal`` says that it contains a rounded number. ``values`` remembers evaluations."""
 
     root: Node
     decimal: bool
+    values: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, number: Number) -> Expression:
         """A literal as an expression."""
         return cls(Node("number", number.value), number.decimal)
 
-    @property
+    @cached_property
     def symbols(self) -> frozenset[str]:
         return frozenset(node.value for node in self.root.walk() if node.kind == "symbol")
 
-    @property
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of its nodes, and ``i`` if the imaginary unit is among them."""
+        nodes = list(self.root.walk())
+        return frozenset(node.kind for node in nodes) | {"i" for node in nodes if node.value == "i"}
+
+    @cached_property
     def operators(self) -> int:
         """Operations left to do; a sign and a simple fraction are none."""
-        return sum(node.kind not in ("number", "symbol", "constant", "negate") for node in self.root.walk())
+        return sum(
+            node.kind not in ("number", "symbol", "constant", "negate", "degree", "apply") for node in self.root.walk()
+        )
 
 
 class _Parser:
@@ -84,6 +99,7 @@ class _Parser:
         self.depth = 0
         self.decimal = False
         self.bars = 0
+        self.after_power = -1
 
     def peek(self) -> str:
         return self.tokens[self.position][1] if self.position < len(self.tokens) else ""
@@ -128,10 +144,10 @@ class _Parser:
         token, kind = self.peek(), self.kind()
         if token == "|":
             return self.bars == 0
-        if kind == "number":
-            return self.tokens[self.position - 1][0] != "number"
+        if kind == "number":  # 2^6 3^5 is a product, 1 2 is nothing
+            return self.tokens[self.position - 1][0] != "number" or self.position == self.after_power
         return kind in ("symbol", "word") or token in ("(", "[", "{") or (
-            kind == "command" and token not in (r"\cdot", r"\times", r"\div", r"\rfloor", r"\rceil")
+            kind == "command" and token not in (r"\cdot", r"\times", r"\div", r"\rfloor", r"\rceil", r"\circ")
         )  # fmt: skip
 
     def juxtapose(self, left: Node) -> Node:
@@ -156,10 +172,29 @@ class _Parser:
 
     def power(self) -> Node:
         base = self.postfix()
+        if self.at_degree():
+            self.position += 2
+            return self.angle(base)
         if self.peek() in ("^", "**"):
             self.take()
-            return Node("power", None, (base, self.exponent()))
+            node = Node("power", None, (base, self.exponent()))
+            self.after_power = self.position
+            return node
         return base
+
+    def at_degree(self) -> bool:
+        return self.peek() == "^" and self.tokens[self.position + 1 : self.position + 2] == [("command", r"\circ")]
+
+    def angle(self, degrees: Node) -> Node:
+        r"""``30^\circ 15'``: degrees and what follows of minutes and seconds, in radians."""
+        total = degrees
+        for mark, parts in (("'", 60), ("''", 3600)):
+            following = self.tokens[self.position + 1 : self.position + 2]
+            if self.kind() == "number" and following == [("op", mark)]:
+                minutes = self.number(self.take())
+                self.take()
+                total = Node("add", None, (total, _divide(minutes, Node("number", Fraction(parts)))))
+        return Node("degree", None, (total,))
 
     def exponent(self) -> Node:
         if self.peek() in ("-", "+"):
@@ -175,9 +210,11 @@ class _Parser:
 
     def postfix(self) -> Node:
         node = self.atom()
-        while self.peek() == "!":
-            self.take()
-            node = Node("factorial", None, (node,))
+        while self.peek() in ("!", "!!"):
+            node = Node("factorial" if self.take() == "!" else "factorial2", None, (node,))
+        if node.kind == "number" and self.peek() in ("'", "''"):  # minutes or seconds of arc
+            parts = Node("number", Fraction(60 if self.take() == "'" else 3600))
+            node = Node("degree", None, (_divide(node, parts),))
         return node
 
     def group(self, close: str) -> Node:
@@ -219,6 +256,8 @@ class _Parser:
             return Node(name[1:], None, (self.group(f"\\r{name[1:]}"),))
         if name in _FUNCTIONS:
             return self.function(name)
+        if name in _ACCENTS:
+            return self.accented(name)
         raise Unparsed(f"unknown {token}")
 
     def number(self, token: str) -> Node:
@@ -228,18 +267,33 @@ class _Parser:
         self.decimal |= number.decimal
         return Node("number", number.value)
 
+    def accented(self, accent: str) -> Node:
+        r"""``\bar{x}`` and ``\overrightarrow{AB}`` are names of their own."""
+        start = self.position
+        self.argument_text()
+        inside = [(kind, token) for kind, token in self.tokens[start : self.position] if token not in "{}"]
+        if not inside or any(kind not in ("symbol", "command") for kind, _ in inside):
+            raise Unparsed(f"\\{accent} of an expression")
+        same = {"overline": "bar", "widehat": "hat", "widetilde": "tilde", "overrightarrow": "vec"}
+        return self.symbol(f"{same.get(accent, accent)} {''.join(token for _, token in inside)}")
+
     def symbol(self, name: str) -> Node:
+        if self.peek().startswith("'"):
+            name += self.take()
         if self.peek() == "_":
             self.take()
             start = self.position
             self.argument_text()
             name += "_" + "".join(token for _, token in self.tokens[start : self.position]).strip("{}")
+        if name.startswith("f") and self.peek() == "(":  # f(x)^2 is not f(x^2)
+            return Node("apply", name, (self.atom(),))
         return Node("constant", name) if name in ("e", "i") else Node("symbol", name)
 
     def argument_text(self) -> None:
         if self.take() == "{":
             while self.take() != "}":
-                pass
+                if self.peek() == "{":
+                    raise Unparsed("a group inside an index")
 
     def fraction(self) -> Node:
         top, bottom = self.argument(), self.argument()
@@ -270,11 +324,17 @@ class _Parser:
         node = Node(function, None, (argument,))
         if base is not None:
             node = Node("divide", None, (Node("log", None, (argument,)), Node("log", None, (base,))))
-        return node if outer is None else Node("power", None, (node, outer))
+        node = node if outer is None else Node("power", None, (node, outer))
+        if self.peek() in ("^", "**") and self.tokens[self.position - 1][1] == ")":
+            self.take()
+            node = Node("power", None, (node, self.exponent()))
+        return node
 
     def function_argument(self) -> Node:
         r"""``(…)`` or ``{…}`` alone; otherwise a product without signs, so ``\sin 2x + 1`` is ``sin(2x) + 1``."""
-        if self.peek() in ("(", "{", "|"):
+        if self.peek() == "(":  # \cos(x)^2 is (\cos x)^2
+            return self.atom()
+        if self.peek() in ("{", "|"):
             return self.power()
         node = self.power()
         while self.kind() == "symbol" or self.peek().lstrip("\\") in _GREEK | {"pi", "frac"}:
@@ -283,6 +343,8 @@ class _Parser:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str]]:
+    if _DERIVATIVE.search(text):
+        raise Unparsed("a derivative")
     text = _THIN.sub(" ", _UPRIGHT.sub(r" \1 ", text))
     position, end = 0, len(text.rstrip())
     while position < end:

@@ -6,6 +6,7 @@ Every scan is linear and looks at the last 8 KB only, so a completion of any len
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 TAIL_CHARACTERS = 8192
@@ -22,16 +23,22 @@ _JOINER_NOISE = re.compile(
 )
 _JOINER = re.compile(
     r"(?:(?:[,;]|and|or)(?: ?(?:and|or))?(?: (?:maybe|possibly|perhaps|also|even|else|alternatively|equivalently))?"
-    r"(?: ?[a-z]\w{0,3} ?=)?|=)?",
+    r"(?: ?\\?[a-z]\w{0,7}(?: \d)? ?=)?|=)?",
     re.IGNORECASE,
 )
-_HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_ANSWER_LINE = re.compile(
-    r"\banswer\b[ \t*_]*(?:is|:|=)[ \t*_]*(?:(?:the )?(?:final )?answer is|is)?[ \t:]*([^\n]+)", re.I
-)
+_SPACES = re.compile(r"\s+")
+_HASHES = re.compile(r"####\s*([^\n]+)")
+# "Answer:" may have its answer on the next line, "the answer is" has it on its own.
+_ANSWER_MARK = re.compile(
+    r"(?:\b(?:answer|antwort)\b|答案)[ \t*_]*(?:(?:is|ist|是|为)\b[ \t]*[:：]?|[:：=]\s*)[ \t*_]*"
+    r"(?:(?:the )?(?:final )?answer is|is)?[ \t:]*"
+    r"|^[ \t#*_]*(?:final )?answer[ \t*_:]*\n\s*", re.IGNORECASE | re.MULTILINE
+)  # fmt: skip
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*|__([^_\n]+)__")
-_MINERVA_TAIL = re.compile(r"\.?\s*I hope (?:it|this) is correct.*$", re.IGNORECASE | re.DOTALL)
+_MINERVA_TAIL = re.compile(r"I hope (?:it|this) is correct.*$", re.IGNORECASE | re.DOTALL)
 _NEXT_SENTENCE = re.compile(r"[.!?]\s+(?=[A-Z]).*$", re.DOTALL)
+_OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
+_LABEL = re.compile(r"(?P<name>\\?[a-zA-Z]+(?:_\{?\w\}?)?)\s*=\s*(?:\\[(\[]|\$)?\s*$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +101,17 @@ def _box(text: str, opener: re.Match[str], start: int, stop: int, end: int) -> B
 
 
 def _joined(separator: str) -> bool:
-    return len(separator) <= 80 and bool(_JOINER.fullmatch(_JOINER_NOISE.sub(" ", separator).strip()))
+    return len(separator) <= 80 and bool(_JOINER.fullmatch(_SPACES.sub(" ", _JOINER_NOISE.sub(" ", separator)).strip()))
+
+
+def _joined_run(text: str, found: Sequence[Box]) -> list[Box]:
+    """The last box and those before it that are joined to it."""
+    run = [found[-1]]
+    for box in reversed(found[:-1]):
+        if box.content is None or not _joined(text[box.end : run[0].start]):
+            break
+        run.insert(0, box)
+    return run
 
 
 def boxed(text: str) -> Extracted:
@@ -104,37 +121,54 @@ def boxed(text: str) -> Extracted:
         return Extracted(reason="no box")
     if any(box.content is None and box.end > found[-1].start for box in found):
         return Extracted(reason="box never closed")
-    run = [found[-1]]
-    for box in reversed(found[:-1]):
-        if box.content is None or not _joined(text[box.end : run[0].start]):
-            break
-        run.insert(0, box)
-    contents = (box.content.strip() for box in run if box.content is not None)
-    return Extracted(answers=tuple(dict.fromkeys(contents)))
+    contents = tuple(box.content.strip() for box in _joined_run(text, found) if box.content is not None)
+    return Extracted(answers=contents[:1] if len(set(contents)) == 1 else contents)
+
+
+def _unwrapped(line: str) -> tuple[str, ...]:
+    """A line after a mark: its box if it has one, else the line without a closing tag and emphasis."""
+    boxed_answers = boxed(line).answers if boxes(line) else ()
+    plain = line.split(_CLOSE_TAG)[0].strip().strip("*_ \t")
+    return boxed_answers or ((plain,) if plain else ())
 
 
 def hashes(text: str) -> Extracted:
-    """GSM8K: what follows the last ``####``."""
+    """GSM8K: what follows the last ``####``, or the box there."""
     found = _HASHES.findall(text)
-    return Extracted(answers=(found[-1].strip(),)) if found else Extracted(reason="no #### line")
+    return Extracted(answers=_unwrapped(found[-1])) if found else Extracted(reason="no #### line")
+
+
+def _marked_line(text: str) -> Extracted:
+    text = _MINERVA_TAIL.sub("", text)
+    marks = list(_ANSWER_MARK.finditer(text))
+    line = text[marks[-1].end() :].split("\n", 1)[0] if marks else ""
+    if not line.strip():
+        return Extracted(reason="no Answer: line")
+    return Extracted(answers=_unwrapped(line if boxes(line) else _NEXT_SENTENCE.sub("", line)))
 
 
 def answer_line(text: str) -> Extracted:
-    """Minerva: what follows the last ``Answer:`` or "the answer is" on its line."""
-    found = _ANSWER_LINE.findall(_MINERVA_TAIL.sub("", text))
-    if not found:
-        return Extracted(reason="no Answer: line")
-    return Extracted(answers=(_NEXT_SENTENCE.sub("", found[-1]).strip(" \t*_"),))
+    """Minerva: what follows the last ``Answer:`` or "the answer is", or the box there; without either, the last box."""
+    found = _marked_line(text)
+    return found if found.answers or not boxes(text) else boxed(text)
+
+
+def tagged(text: str) -> Extracted:
+    """The last ``<answer>…</answer>``."""
+    start = text.rfind(_OPEN_TAG)
+    if start < 0 or _CLOSE_TAG not in text[start:]:
+        return Extracted(reason="no answer tag")
+    return Extracted(answers=_unwrapped(text[start + len(_OPEN_TAG) :].split(_CLOSE_TAG)[0]))
 
 
 def lenient(text: str) -> Extracted:
-    """A box; else the last ``####`` or ``Answer:`` line; else the last bold span."""
+    """A box; else an answer tag; else the last ``####`` or ``Answer:`` line; else the last bold span."""
     if boxes(text):
         return boxed(text)
-    for find in (hashes, answer_line):
+    for find in (tagged, hashes, _marked_line):
         found = find(text)
         if found.answers:
-            return Extracted(answers=tuple(answer.strip("*_ ") for answer in found.answers))
+            return found
     bold = _BOLD.findall(text)
     return Extracted(answers=("".join(bold[-1]).strip(),)) if bold else Extracted(reason="no box, answer line or bold")
 
@@ -153,8 +187,15 @@ def extract(completion: str, method: str) -> Extracted:
 
 
 def gold_of(gold: str) -> str:
-    """The gold itself; of a worked solution, its ``####`` line or its last box."""
+    """The gold itself; of a worked solution, its ``####`` line, or its last box with the boxes joined to it."""
     if "####" in gold:
-        return "".join(hashes(gold).answers)
-    solution = boxes(gold)
-    return (solution[-1].content or "") if solution else gold.strip()
+        return ", ".join(hashes(gold).answers)
+    found = boxes(gold)
+    if not found:
+        return gold.strip()
+    run = _joined_run(gold, found)
+    names = [_LABEL.search(gold[max(0, box.start - 40) : box.start]) for box in run]
+    contents = [(box.content or "").strip() for box in run]
+    if len({match["name"] for match in names if match}) == len(run) > 1:
+        contents = [f"{match['name']} = {content}" for match, content in zip(names, contents, strict=True) if match]
+    return ", ".join(contents)

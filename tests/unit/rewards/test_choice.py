@@ -55,6 +55,33 @@ def test_option_text_and_golds(output, gold, score):
     assert verify_choice(output, gold, OPTIONS).score == score
 
 
+BLOOD = {"A": "O", "B": "A", "C": "AB", "D": "B"}
+DOSES = {"A": "Ibuprofen 200 mg", "B": "Ibuprofen 400 mg", "C": "Aspirin 100 mg", "D": "5%"}
+SHARES = {"A": r"$\frac{1}{2}$", "B": r"$\frac{1}{3}$", "C": r"$x^2-1$", "D": "3"}
+
+
+@pytest.mark.parametrize(
+    ("output", "gold", "options", "score"),
+    [
+        (r"\boxed{B}", "B", BLOOD, 1), (r"\boxed{B}", "D", BLOOD, 0), (r"\boxed{A}", "A", BLOOD, 1),
+        (r"\boxed{A}", "B", BLOOD, 0), (r"\boxed{O}", "A", BLOOD, 1), (r"\boxed{AB}", "C", BLOOD, 1),
+        (r"\boxed{(D) B}", "D", BLOOD, 1), (r"\boxed{(B) B}", "D", BLOOD, 0), (r"\boxed{5\%}", "D", DOSES, 1),
+        (r"\boxed{5}", "D", DOSES, 1), (r"\boxed{50\%}", "D", DOSES, 0), (r"\boxed{D. 5\%}", "D", DOSES, 1),
+        (r"\boxed{B Ibuprofen 400 mg}", "B", DOSES, 1), (r"\boxed{B \text{ (Ibuprofen 400 mg)}}", "B", DOSES, 1),
+        (r"\boxed{B, Ibuprofen 400 mg}", "B", DOSES, 1), (r"\boxed{B Ibuprofen 200 mg}", "B", DOSES, 0),
+        (r"\boxed{A \text{ (Ibuprofen 400 mg)}}", "A", DOSES, 0), (r"\boxed{B Aspirin 100 mg}", "B", DOSES, 0),
+        (r"\boxed{C) Aspirin}", "C", DOSES, 1), (r"\boxed{B) Ibuprofen}", "B", DOSES, 0),
+        (r"\boxed{B) Aspirin}", "B", DOSES, 0), (r"\boxed{C) Aspi}", "C", DOSES, 0),
+        (r"\boxed{\dfrac13}", "B", SHARES, 1), (r"\boxed{0.5}", "A", SHARES, 1),
+        (r"\boxed{\dfrac13}", "A", SHARES, 0), (r"\boxed{(x-1)(x+1)}", "C", SHARES, 1),
+        (r"\boxed{(x+1)^2}", "C", SHARES, 0), (r"\boxed{(B)\ \frac{2}{6}}", "B", SHARES, 1),
+        (r"\boxed{(B)\ \frac{2}{4}}", "B", SHARES, 0), (r"\boxed{3.0}", "D", SHARES, 1),
+    ],
+)  # fmt: skip
+def test_letters_texts_and_values_of_options(output, gold, options, score):
+    assert verify_choice(output, gold, options).score == score
+
+
 def test_without_known_options_text_after_the_letter_is_free_but_neither_denies_nor_lists():
     assert verify_choice("<answer>(C) Calcium</answer>", "C").score == 1.0
     assert verify_choice("<answer>(C) is not right</answer>", "C").score == 0.0

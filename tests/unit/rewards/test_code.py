@@ -164,7 +164,8 @@ def test_tests_that_cannot_be_judged_abstain():
 
 
 def test_extraction_takes_the_last_closed_block_after_the_thinking():
-    assert extract_code("```python\nx=1\n```\n```\ny=2\n```\n") == "y=2\n"
+    assert extract_code("```python\nx=1\n```\n```python\ny=2\n```\n") == "y=2\n"
+    assert extract_code("```\nx=1\n```\n```\ny=2\n```\n") == "y=2\n"
     assert extract_code("```python\nx=1") is None
     assert extract_code("<think>```python\nx=1\n```") is None
     assert extract_code("no code") is None

@@ -15,6 +15,7 @@ from rltrain.data.random_calculation import generate
 from rltrain.errors import ConfigError
 from rltrain.rewards.random_calculation import (
     RandomCalculationRewardConfig,
+    boxed_number,
     continuous_reward,
     parse_literal,
     random_calculation,
@@ -167,3 +168,27 @@ def test_config_rules():
         RandomCalculationRewardConfig(kind="near")
     with pytest.raises(ConfigError, match=r"reward.relative_tolerance"):
         RandomCalculationRewardConfig(relative_tolerance=-1)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\boxed{1,234}", 1234), (r"\boxed{1{,}234}", 1234), (r"\boxed{-1,234,567.5}", Fraction(-2469135, 2)),
+        (r"\boxed{1\,234}", 1234), (r"\boxed{1,\!234}", 1234), (r"\boxed{1,23}", None), (r"\boxed{12,3456}", None),
+        (r"\boxed{1 234}", None), (r"<think>\boxed{3.5}", None),
+        (r"<think>\boxed{3}</think>\boxed{3.5}", Fraction(7, 2)), (r"<think>\boxed{3}</think>", None),
+        (r"\boxed{1}</think>\boxed{2}</think>", None), (r"\boxed{2}</think>\boxed{3}", 3),
+    ],
+)  # fmt: skip
+def test_thousands_and_boxes_in_thinking(text, value):
+    assert boxed_number(text) == value
+
+
+def test_a_prompt_that_opens_thinking_is_known():
+    problem = Problem(id="p", prompt="q <think>\n", answer="3.5")
+    completions = tuple(
+        Completion(token_ids=(1,), logprobs=(0.0,), finish="stop", text=text)
+        for text in (r"\boxed{3.5}", r"</think>\boxed{3.5}")
+    )
+    group = Group(prompt=Prompt(problem=problem, token_ids=(1,)), completions=completions)
+    assert random_calculation([group], RandomCalculationRewardConfig(), Context()).scores == [[0.0, 1.0]]
