@@ -207,7 +207,7 @@ def _results(source: str, tests: Sequence[Test], config: CodeConfig) -> list[Res
 
 def _verdict(results: Sequence[Result], total: int, kind: str) -> CodeVerdict:
     passed = sum(status == "passed" for status, _ in results)
-    status, reason = next((one for one in results if one[0] != "passed"), ("passed", ""))
+    status, reason = next((result for result in results if result[0] != "passed"), ("passed", ""))
     score = None if status == "infra" else float(passed == total) if kind == "binary" else passed / total
     return CodeVerdict(score=score, status=status, passed=passed, total=total, reason=reason)
 
@@ -290,7 +290,7 @@ def _run_assertions(source: str, tests: Sequence[Any], config: CodeConfig) -> li
     for test in tests:
         split.append(values[: len(test.calls)])
         values = values[len(test.calls) :]
-    complete = [len(mine) == len(test.calls) for test, mine in zip(tests, split, strict=True)]
+    complete = [len(returned) == len(test.calls) for test, returned in zip(tests, split, strict=True)]
     if any(test.judged and there for test, there in zip(tests, complete, strict=True)):
         judged = _judged(tests, split, complete, config)
         if judged is None:
@@ -298,11 +298,11 @@ def _run_assertions(source: str, tests: Sequence[Any], config: CodeConfig) -> li
     else:
         judged = {}
     results: list[Result] = []
-    for index, (test, mine) in enumerate(zip(tests, split, strict=True)):
+    for index, (test, returned) in enumerate(zip(tests, split, strict=True)):
         if not complete[index]:
             results.append(_fault(run))
         else:
-            right = judged[index] if index in judged else holds(test, mine)
+            right = judged[index] if index in judged else holds(test, returned)
             results.append(("passed", "") if right else ("wrong", test.text[:200]))
     return results
 
@@ -311,16 +311,16 @@ def _judged(
     tests: Sequence[Assertion], values: Sequence[list[Any]], complete: Sequence[bool], config: CodeConfig
 ) -> dict[int, bool] | None:
     """The assertions that need the tests' own code, in a sandbox without the program; None if it failed."""
-    calls, asked = [], []
+    calls, judged_tests = [], []
     for index, test in enumerate(tests):
         if test.judged and complete[index]:
             calls += judgement(test, values[index], index)
-            asked.append(index)
+            judged_tests.append(index)
         else:
             calls += [{"text": text, "statement": True} for text in test.helpers]
     run = _run(JUDGE_SOURCE, config, calls=calls)
     verdicts = _values(run.output)
-    return dict(zip(asked, map(bool, verdicts), strict=True)) if len(verdicts) == len(asked) else None
+    return dict(zip(judged_tests, map(bool, verdicts), strict=True)) if len(verdicts) == len(judged_tests) else None
 
 
 def _values(output: bytes) -> list[Any]:

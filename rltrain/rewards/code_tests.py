@@ -158,15 +158,15 @@ def _assertion(statement: ast.Assert, scope: _Scope, setup: Sequence[ast.stmt]) 
     expression = split.visit(statement.test)
     if not split.calls:
         raise Unsupported(f"nothing of the program is tested by: {text}")
-    for one in setup:
-        if scope.needs_program(one):
-            _refuse_to_show(one, ast.unparse(one))
+    for part in setup:
+        if scope.needs_program(part):
+            _refuse_to_show(part, ast.unparse(part))
     return Assertion(
         text=text,
-        setup=tuple(ast.unparse(one) for one in setup if scope.runs_beside_program(one)),
+        setup=tuple(ast.unparse(part) for part in setup if scope.runs_beside_program(part)),
         calls=tuple(split.calls),
         expression=expression,
-        helpers=tuple(ast.unparse(one) for one in setup if not scope.needs_program(one)),
+        helpers=tuple(ast.unparse(part) for part in setup if not scope.needs_program(part)),
         judged=split.judged,
     )
 
@@ -174,7 +174,7 @@ def _assertion(statement: ast.Assert, scope: _Scope, setup: Sequence[ast.stmt]) 
 def _refuse_to_show(node: ast.AST, text: str) -> None:
     """A comparison, or a function of the tests, beside the program would show it what is expected."""
     shown = (ast.Compare, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-    if any(isinstance(one, shown) for one in ast.walk(node)):
+    if any(isinstance(part, shown) for part in ast.walk(node)):
         raise Unsupported(f"it would run beside the program: {text[:80]}")
 
 
@@ -202,22 +202,22 @@ class _Scope:
     """Which names of a test source are the tests' own, and which are the program's."""
 
     def __init__(self, statements: Sequence[ast.stmt]) -> None:
-        self.own: dict[str, ast.stmt] = {}
+        self.defined: dict[str, ast.stmt] = {}
         for statement in statements:
             if not isinstance(statement, (ast.Assert, ast.Expr)) and not self.needs_program(statement):
-                self.own |= dict.fromkeys(_bound(statement), statement)
-        inputs = [node for one in statements for node in ast.walk(one) if self._is_program_call(node)]
-        inputs += [one for one in statements if not isinstance(one, ast.Assert) and self.needs_program(one)]
-        self.inputs = {name for node in inputs for name in _named(node)} & set(self.own)
+                self.defined |= dict.fromkeys(_bound(statement), statement)
+        inputs = [node for part in statements for node in ast.walk(part) if self._is_program_call(node)]
+        inputs += [part for part in statements if not isinstance(part, ast.Assert) and self.needs_program(part)]
+        self.inputs = {name for node in inputs for name in _named(node)} & set(self.defined)
         for name in sorted(self.inputs):  # an input made of another one
-            self.inputs |= {other for other in _named(self.own[name]) if other in self.own}
+            self.inputs |= {other for other in _named(self.defined[name]) if other in self.defined}
 
     def _is_program_call(self, node: ast.AST) -> bool:
         return isinstance(node, ast.Call) and self.needs_program(node.func)
 
     def needs_program(self, node: ast.AST) -> bool:
         """Does it name something that neither the tests nor Python define?"""
-        return any(name not in _BUILTINS and name not in self.own for name in _named(node) - _bound(node))
+        return any(name not in _BUILTINS and name not in self.defined for name in _named(node) - _bound(node))
 
     def runs_beside_program(self, statement: ast.stmt) -> bool:
         if self.needs_program(statement) or isinstance(statement, (ast.Import, ast.ImportFrom)):
@@ -229,25 +229,25 @@ class _Scope:
     def helper_in(self, node: ast.AST) -> str:
         """The tests' function or class that an input of the program calls, if any: it would have to run beside it."""
         kinds = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
-        return next((name for name in sorted(_named(node)) if isinstance(self.own.get(name), kinds)), "")
+        return next((name for name in sorted(_named(node)) if isinstance(self.defined.get(name), kinds)), "")
 
 
 def _named(node: ast.AST) -> set[str]:
-    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def _bound(node: ast.AST) -> set[str]:
     """Names that the code itself binds: targets, arguments, imports, definitions."""
     names: set[str] = set()
-    for one in ast.walk(node):
-        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store):
-            names.add(one.id)
-        elif isinstance(one, ast.arg):
-            names.add(one.arg)
-        elif isinstance(one, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
-            names.add(one.name)
-        elif isinstance(one, ast.alias):
-            names.add((one.asname or one.name).split(".")[0])
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            names.add(part.id)
+        elif isinstance(part, ast.arg):
+            names.add(part.arg)
+        elif isinstance(part, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            names.add(part.name)
+        elif isinstance(part, ast.alias):
+            names.add((part.asname or part.name).split(".")[0])
     return names
 
 
@@ -279,7 +279,7 @@ class _Split(ast.NodeTransformer):
 
     def _from_program(self, node: ast.AST) -> ast.AST:
         text = ast.unparse(node)
-        if not isinstance(node, ast.Call) or any(isinstance(one, ast.Compare) for one in ast.walk(node.func)):
+        if not isinstance(node, ast.Call) or any(isinstance(part, ast.Compare) for part in ast.walk(node.func)):
             _refuse_to_show(node, text)
         helper = self.scope.helper_in(node)
         if helper:
@@ -307,8 +307,8 @@ def judgement(assertion: Assertion, values: Sequence[Any], index: int) -> list[d
     """What the judge's sandbox runs for the assertion: its helpers, the values as literals, and the question."""
     bindings = [f"_{number} = {literal(value)}" for number, value in enumerate(values)]
     name = f"_verdict_{index}"
-    asked = ast.unparse(assertion.expression)
-    question = f"try:\n    {name} = bool({asked})\nexcept Exception:\n    {name} = False"
+    condition = ast.unparse(assertion.expression)
+    question = f"try:\n    {name} = bool({condition})\nexcept Exception:\n    {name} = False"
     statements = [*assertion.helpers, *bindings, question]
     return [{"text": text, "statement": True} for text in statements] + [{"text": name, "statement": False}]
 

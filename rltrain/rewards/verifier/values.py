@@ -163,10 +163,10 @@ def _with_units(gold: Quantity, answer: Quantity) -> Outcome:
 
 def _letter_units(gold: Quantity, answer: Quantity, outcome: Outcome) -> Outcome:
     """``10 m`` is ten metres where the other side says so in full, else ten times m."""
-    for one, other in ((gold, answer), (answer, gold)):
-        read = letter_unit(one.raw or one.text)
+    for side, other in ((gold, answer), (answer, gold)):
+        read = letter_unit(side.raw or side.text)
         if read and other.unit and other.unit == read.unit and not other.bare:
-            texts = (read.text, other.text) if one is gold else (other.text, read.text)
+            texts = (read.text, other.text) if side is gold else (other.text, read.text)
             return value(*texts)
     return outcome
 
