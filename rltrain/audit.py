@@ -258,7 +258,7 @@ def load_splits(config: RunConfig, limit: int) -> dict[str, list[Problem]]:
         try:
             loaded[split] = source(config.data, split)
         except ConfigError as error:
-            if split != "train" and getattr(config.data, f"{split}_split", None):
+            if split != "train" and vars(config.data).get(f"{split}_split"):
                 raise  # a split that the configuration names must be there
             errors.append(error)
     if not loaded:
