@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
@@ -464,7 +465,8 @@ class RunConfig:
             f"rollout.device_offset={offset}: must be >= 0, and has no effect without rollout.ahead=true; set 0",
         )
         if self.loss.importance_correction == "auto":
-            self.loss = replace(self.loss, importance_correction=self.rollout.needed_correction())
+            self.loss = copy.copy(self.loss)  # keeps a key that + added, which is refused later
+            self.loss.importance_correction = self.rollout.needed_correction()
         require(bool(self.rewards), "rewards: none is set; choose one, for example reward@rewards.answer=boxed")
         require(
             not self.loss.corrects_importance or (self.sampling.top_k == 0 and self.sampling.top_p == 1),

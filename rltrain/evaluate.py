@@ -24,6 +24,7 @@ from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import load_scorer
 from rltrain.registry import part_of
+from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.scoring import score
 from rltrain.rollout import Rollout, engine_of
 from rltrain.rollout.ahead import check_rollout
@@ -132,6 +133,8 @@ def main(config: RunConfig) -> None:
     services: dict[str, Any] = {}
     if Need.SCORER in config.needs():
         services["scorer"] = load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0))
+    if Need.PROBES in config.needs():
+        services["rollout"] = rollout
     context = Context(
         seed=config.seed,
         tokenizer=policy.tokenizer,
@@ -140,7 +143,9 @@ def main(config: RunConfig) -> None:
     )
     prompts = held_out_prompts(config, policy)
     with dist.stage("evaluation", config.deadline("evaluation")):
-        metrics, _ = evaluate(rollout, prompts, evaluation_rewards(config), config.evaluation, config.sampling, context)
+        rewards = evaluation_rewards(config)
+        metrics, _ = evaluate(rollout, prompts, rewards, config.evaluation, config.sampling, context)
+        refuse_broken(rewards)
     if dist.is_main():
         path = Path(config.run_dir) / "evaluation.json"
         path.parent.mkdir(parents=True, exist_ok=True)

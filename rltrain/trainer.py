@@ -191,6 +191,8 @@ def held_out_metrics(run: Run, scope: Scope, step: int) -> dict[str, float]:
         values, groups = evaluate(
             run.rollout, run.held_out, rewards, run.config.evaluation, run.config.sampling, context
         )
+        if step == run.first_step:
+            refuse_broken(rewards)
     rows_here = run_folder.sample_rows(step, groups, None, run.policy.tokenizer)
     rows = [row for rows in dist.gather_objects(rows_here, name="held-out samples") for row in rows]
     if dist.is_main():

@@ -14,7 +14,7 @@ from rltrain.batching.collate import Denominators, collate, padding_share
 from rltrain.batching.minibatches import split
 from rltrain.build import Run
 from rltrain.engine.deepspeed import NonFiniteError, learning_rate
-from rltrain.policy.logprobs import logprobs, micro_batch_loss, to_device
+from rltrain.policy.logprobs import inference, logprobs, micro_batch_loss, to_device, unwrapped
 from rltrain.runs import step_dump
 from rltrain.runs.scope import Scope
 from rltrain.runs.step_dump import StepRecord
@@ -77,12 +77,17 @@ def with_fixed_logprobs(run: Run, batches: Sequence[TokenBatch]) -> list[TokenBa
     for batch in batches:
         added = {}
         if run.old_logprobs != "sampler":
-            trainer = run.old_logprobs == "trainer"
-            added["old_logprobs_N"] = logprobs(run.engine, batch, entropy=False).logprobs_N if trainer else None
+            added["old_logprobs_N"] = _without_dropout(run, batch) if run.old_logprobs == "trainer" else None
         if run.reference is not None:
             added["reference_logprobs_N"] = logprobs(run.reference, batch, entropy=False).logprobs_N
         fixed.append(dataclasses.replace(batch, **added))
     return fixed
+
+
+def _without_dropout(run: Run, batch: TokenBatch) -> Tensor:
+    """The trainer's log-probs of the distribution that was sampled from, in which LoRA drops nothing."""
+    with inference(unwrapped(run.engine)):
+        return logprobs(run.engine, batch, entropy=False).logprobs_N
 
 
 def update_policy(run: Run, scope: Scope, minibatches: Sequence[Minibatch]) -> None:

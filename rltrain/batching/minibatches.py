@@ -13,7 +13,8 @@ def split(groups: int, minibatches: int, *, seed: int, step: int) -> list[list[i
 
     The groups of all ranks, in rank order, are put into an order that is a pure function of (seed, step) and cut into
     ``minibatches`` runs whose sizes differ by one at most. Which groups make a minibatch does not depend on how many
-    ranks there are, as long as each has an equal share of the prompts. One minibatch keeps the order as it is.
+    ranks there are, as long as the prompts of a step lie on them in order: dynamic sampling replaces some, and the
+    order then depends on the number of ranks. One minibatch keeps the order as it is.
     """
     if minibatches == 1:
         return [list(range(groups))]

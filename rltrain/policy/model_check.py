@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rltrain.batching.collate import LossRow, Unit
 from rltrain.engine.deepspeed import gathered
-from rltrain.errors import ConfigError
+from rltrain.errors import ConfigError, RunError
 from rltrain.policy.logprobs import inference
 from rltrain.runtime import dist
 
@@ -81,6 +81,8 @@ def own_logprobs(model: Any, units: Sequence[Unit]) -> Tensor:
     name = type(model).__name__
     try:
         logprobs = [[_row_logprobs(model, row) for row in unit] for unit in units]
+    except (RunError, torch.OutOfMemoryError):  # a lost rank, a full card: not the model's
+        raise
     except FAILURES as error:
         raise ConfigError(
             f"model: {name} fails on {PROMPT_TOKENS[0] + COMPLETION_TOKENS[0]} token ids ({_line(error)}); choose a "
@@ -102,7 +104,7 @@ def own_logprobs(model: Any, units: Sequence[Unit]) -> Tensor:
 
 def _row_logprobs(model: Any, row: LossRow) -> tuple[Tensor, Tensor]:
     """Of the prompt's tokens but the first, and of the completion's."""
-    ids_T = torch.tensor(row.prompt_ids + row.completion_ids, device=dist.device())
+    ids_T = torch.tensor(row.prompt_ids + row.completion_ids, device=model.device)
     logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
     wide_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     logprobs_T = wide_TV.log_softmax(-1).gather(-1, ids_T[1:, None]).squeeze(-1)
@@ -124,9 +126,12 @@ def difference(compute: Callable[[], Tensor], own_N: Tensor, limit: float) -> Di
     error = ""
     try:
         nats = (compute().to(own_N) - own_N).abs().mean().nan_to_num(torch.inf)
+    except (RunError, torch.OutOfMemoryError):
+        raise
     except FAILURES as failure:
         nats, error = torch.tensor(torch.inf), f" ({_line(failure)})"
     nats = float(dist.all_max(nats.float().cpu(), name="check of the model"))
+    limit = float(dist.all_max(torch.tensor(limit, dtype=torch.float64), name="limit of the check"))
     return Difference(nats=nats, limit=limit, error=error)
 
 

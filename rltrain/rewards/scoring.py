@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rltrain.config import RewardConfig
 from rltrain.errors import ConfigError
-from rltrain.registry import part_of
+from rltrain.registry import needs_of, part_of
 from rltrain.rewards import failures
 from rltrain.rewards.custom import UserRewardConfig
 from rltrain.runtime import dist, watchdog
@@ -99,6 +99,8 @@ def _scored(name: str, config: RewardConfig, groups: Sequence[Group], context: C
         raise
     except Exception as error:
         raised = error.error if isinstance(error, RaisedInThread) else error
+        if needs_of(config) and dist.world_size() > 1:  # the other ranks wait in its service
+            raise failures.RewardError(f"reward {name}: raised {raised!r} where all ranks score together") from raised
         failures.show_once(name, raised)
         failure = f"{type(raised).__name__}: {raised}"
     failures.note(name, "" if timed_out else failure)
@@ -156,11 +158,13 @@ def _notes_fault(notes: Sequence[Notes], sizes: Sequence[int]) -> str:
 def _call(name: str, config: RewardConfig, groups: Sequence[Group], context: Context) -> Scores:
     """Call a reward of this package directly, a user's function in a thread with ``deadline_s``.
 
+    A user's function that needs a service is called directly, too: all ranks use services together.
+
     A thread cannot be stopped. After the deadline its result is dropped, and its reward abstains until it ends, so that
     a reward has at most one such thread.
     """
     function = part_of(config).function
-    if not isinstance(config, UserRewardConfig):
+    if not isinstance(config, UserRewardConfig) or needs_of(config):  # services are collective: in the main thread
         return function(groups, config, context)
     if name in _busy and not _busy[name].done():
         raise TimeoutError("still busy with an earlier batch")

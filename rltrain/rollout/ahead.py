@@ -54,8 +54,9 @@ class Batch:
 
     def answers(self, step: int, prompts: Sequence[Prompt]) -> bool:
         """Whether these are the completions of these prompts."""
-        asked = [prompt.problem.id for prompt in prompts]
-        return step == self.step and asked == [group.prompt.problem.id for group in self.groups]
+        wanted = [(prompt.problem.id, prompt.occurrence) for prompt in prompts]
+        sampled = [(group.prompt.problem.id, group.prompt.occurrence) for group in self.groups]
+        return step == self.step and wanted == sampled
 
 
 class Ahead:
@@ -150,7 +151,8 @@ class Ahead:
 
     def check(self) -> None:
         """Check the engine's decoders, if they are of this process."""
-        check_rollout(self._engine)
+        with _on(self._own.model.device):
+            check_rollout(self._engine)
 
     def close(self) -> None:
         """End the thread: a copy of the policy stops at its next token; servers answer first."""

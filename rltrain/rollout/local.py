@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rltrain.config import RolloutConfig, SamplingConfig
+from rltrain.engine.deepspeed import is_sharded
 from rltrain.errors import require
 from rltrain.policy.logprobs import inference
 from rltrain.registry import register
@@ -246,6 +247,11 @@ class LocalRollout:
         self._config, self._sampling, self._policy, self._seed = config, sampling, policy, seed
         self._model = policy.model
         if config.dtype == "bfloat16" and policy.model.dtype != torch.bfloat16:
+            require(
+                not any(is_sharded(parameter) for parameter in policy.model.parameters()),
+                "rollout.dtype=bfloat16 with deepspeed.zero_stage=3: the weights to copy are sharded; set "
+                "rollout.dtype=policy or rollout.ahead=true",
+            )
             self._model = copy.deepcopy(policy.model).requires_grad_(False).to(torch.bfloat16)
         self._kinds = decoder_kinds(self._base, pad_id=policy.pad_token_id)
         require(

@@ -95,7 +95,7 @@ def test_the_registered_form_gives_the_same_numbers(folder):
         "import torch\n"
         "from discounted import discounted\n"
         "from registered import DiscountedConfig, discounted as registered\n"
-        "from rltrain.config import part_of\n"
+        "from rltrain.registry import part_of\n"
         "from rltrain.types import Context\n"
         "from test_discounted import group\n"
         "groups = [group([1.0, 0.0, 0.5], [3, 1, 4]), group([1.0, 1.0], [2, 2])]\n"

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 def train(run_dir, ranks: int, *overrides: str) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "rltrain.train", *OVERRIDES, f"run_dir={run_dir}", *overrides]
+    chosen = {override.partition("=")[0] for override in overrides}
+    defaults = [override for override in OVERRIDES if override.partition("=")[0] not in chosen]
+    command = [sys.executable, *launcher, "-m", "rltrain.train", *defaults, f"run_dir={run_dir}", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
@@ -74,6 +75,8 @@ def test_the_other_ranks_wait_longer_than_a_collective_may_take(tmp_path):
 @pytest.mark.parametrize("visible", [1, 8])
 def test_a_cold_start_takes_one_gpu_of_those_in_sight(tmp_path, monkeypatch, visible):
     """With more than one in ``n_gpu`` transformers' Trainer goes through DataParallel and multiplies the batch."""
+    dist.teardown()  # an earlier test's group, and what accelerate remembers of it
+    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

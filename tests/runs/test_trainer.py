@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from tiny_run import OVERRIDES, config, metrics
 from whole_runs import assert_same_weights, final_weights, metrics_if_any, wait_for
 
-from rltrain import trainer
+from rltrain import trainer, update
 from rltrain.batching.minibatches import split
 from rltrain.batching.zero_variance import ZeroVarianceError
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
+from rltrain.rewards.failures import RewardError
 from rltrain.runs import checkpoint, run_folder
 from rltrain.runtime.interrupts import EXIT_INTERRUPTED
 from rltrain.types import Need
@@ -221,6 +222,27 @@ def test_minibatches_clip_and_resume_exactly(tmp_path):
     assert_same_weights(final_weights(tmp_path / "run"), final_weights(tmp_path / "unbroken"))
     lines = metrics(tmp_path / "unbroken")[1:]
     assert max(line["clip_ratio/region_mean"] for line in lines) > 0
+
+
+def test_old_logprobs_drop_nothing(tmp_path):
+    """They are of the distribution that was sampled from, which LoRA's dropout has no part in."""
+    lora = ["model.lora.rank=4", "model.lora.dropout=0.5", "sampling.top_k=5", "batch.update_epochs=2"]
+    run = trainer.build(config(tmp_path / "run", *lora, "model.lora.target_modules=[q_proj]"))
+    with torch.no_grad():
+        for name, parameter in run.policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    run.engine.module.train()
+    groups = trainer.collect(run, run.scope(0))
+    batches, _ = update.micro_batches(run, groups, trainer.estimate(run, run.scope(0), groups).values)
+    first, second = ([batch.old_logprobs_N for batch in update.with_fixed_logprobs(run, batches)] for _ in range(2))
+    assert all(torch.equal(one_N, two_N) for one_N, two_N in zip(first, second, strict=True))
+
+
+def test_an_evaluation_reward_that_is_broken_ends_the_run(tmp_path):
+    broken = ["+reward@eval_rewards.answer=custom", "eval_rewards.answer.import_path=user_rewards:raises"]
+    with pytest.raises(RewardError, match="reward answer: failed on every completion"):
+        trainer.fit(config(tmp_path / "run", *broken))
 
 
 def test_lora_trains_adapters_alone(tmp_path):

@@ -38,7 +38,8 @@ def test_a_plus_adds_no_key_at_any_depth(key):
 def test_free_dictionaries_stay_free():
     config = cli.compose(["+deepspeed.extra.zero_optimization.anything=3"])
     assert config.deepspeed.extra == {"zero_optimization": {"anything": 3}}
-    part = ["advantage=custom", "advantage.import_path=json:dumps", "+advantage.options={tokens: {deep: 8}}"]
+    path = "advantage.import_path=user_estimators:one_value_per_completion"
+    part = ["advantage=custom", path, "+advantage.options={tokens: {deep: 8}}"]
     assert cli.compose(part).advantage.options == {"tokens": {"deep": 8}}  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ from rltrain.rewards.math import MathConfig
 from rltrain.rewards.scoring import score
 from rltrain.rewards.trl_function import TrlFunctionConfig, trl_arguments
 from rltrain.runtime import dist
-from rltrain.types import Completion, Context, Group, Problem, Prompt, Scores
+from rltrain.types import Completion, Context, Group, Need, Problem, Prompt, Scores
 
 release = threading.Event()
 
@@ -360,3 +360,30 @@ def test_a_reward_that_fails_on_some_ranks_does_not_end_the_run(tmp_path):
     for rank in range(2):
         outcomes = (tmp_path / str(rank)).read_text().splitlines()
         assert outcomes == ["goes on", "goes on", f"{ended} the reward out"]
+
+
+def fails_with_a_service(groups, options, context):
+    raise RuntimeError("inside the scorer")
+
+
+fails_with_a_service.needs = {Need.SCORER}
+
+
+def threads_name(groups, options, context):
+    return [[float(threading.current_thread() is threading.main_thread())] * len(g.completions) for g in groups]
+
+
+def test_a_function_with_a_service_runs_in_the_main_thread(monkeypatch):
+    """All ranks use a service together; a thread that a deadline leaves behind would use it alone."""
+    alone, _ = score([group(["a"])], {"mine": user("threads_name")}, Context())
+    monkeypatch.setattr(threads_name, "needs", {Need.SCORER}, raising=False)
+    together, _ = score([group(["a"])], {"mine": user("threads_name")}, Context())
+    assert (alone[0].rewards_G.tolist(), together[0].rewards_G.tolist()) == ([0.0], [1.0])
+
+
+def test_a_function_that_raises_beside_a_service_ends_every_rank(monkeypatch):
+    scored, _ = score([group(["a"])], {"mine": user("fails_with_a_service")}, Context())
+    assert scored[0].rewards_G.isnan().all()
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    with pytest.raises(RewardError, match="reward mine: raised RuntimeError.* where all ranks score together"):
+        score([group(["a"])], {"mine": user("fails_with_a_service")}, Context())

@@ -101,6 +101,7 @@ def test_training_stops_where_torch_cannot_use_the_gpu(tmp_path, no_cuda, monkey
 
 def test_a_single_process_on_a_gpu_takes_no_port(gpus, monkeypatch):
     """MASTER_PORT is in use, as it is beside another run. gloo stands in for NCCL, which the CPU build lacks."""
+    dist.teardown()  # an earlier test's group
     gpus(1)
     backends = []
     join = torch_dist.init_process_group
