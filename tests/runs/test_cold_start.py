@@ -77,6 +77,8 @@ def test_a_cold_start_takes_one_gpu_of_those_in_sight(tmp_path, monkeypatch, vis
     """With more than one in ``n_gpu`` transformers' Trainer goes through DataParallel and multiplies the batch."""
     dist.teardown()  # an earlier test's group, and what accelerate remembers of it
     AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
