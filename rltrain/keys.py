@@ -136,11 +136,24 @@ def meant_by(key: str) -> str:
     exact = keys.get(pattern(key))
     if exact is not None and exact.choices:
         return f"it belongs to {_listed(exact.choices)}, which is not chosen"
+    owner = _open_owner(key, keys)
+    if owner is not None:
+        choices = keys[pattern(owner)].choices
+        needed = f" (of {_listed(choices)})" if choices else ""
+        return f"{owner} takes any name, added with a plus: +{key}=VALUE{needed}"
     path = nearest(key, keys)
     if path is None:
         return "--help lists the keys"
     needed = f" (of {_listed(keys[path].choices)})" if path in keys and keys[path].choices else ""
     return f"did you mean {_named(path, key)}?{needed}"
+
+
+def _open_owner(key: str, keys: dict[str, Key]) -> str | None:
+    """The nearest parent of ``key`` that is a mapping from any name."""
+    words = key.split(".")
+    parents = [".".join(words[:count]) for count in range(len(words) - 1, 0, -1)]
+    known = [(parent, keys[pattern(parent)]) for parent in parents if pattern(parent) in keys]
+    return next((parent for parent, owner in known if typing.get_origin(owner.type) is dict), None)
 
 
 def _listed(choices: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 Row = Mapping[str, Any]
 LETTER_KEYS = ("key", "label", "letter")
 TEXT_KEYS = ("value", "text", "option")
+LAST_ROLES = ("assistant", "user", "tool", "function", "ipython", "system", "developer")
 
 
 class BadRow(ValueError):
@@ -153,13 +154,16 @@ def messages_at(row: Row, path: str, *, continued: bool) -> list[dict[str, Any]]
     """The chat messages in a column: ``role``, ``content`` as text, and what else a message holds, for the template.
 
     Text parts are joined as chat templates join them, without a separator. A conversation that ends with the assistant
-    is refused unless it is ``continued``.
+    is refused unless it is ``continued``, and so is a last role of another name, which may be the assistant's.
     """
     values = value_at(row, path)
     if not isinstance(values, (list, tuple)) or not all(isinstance(one, Mapping) and "role" in one for one in values):
         raise BadRow(f"{path} is no list of messages with role and content")
     messages = [_message(message, f"message {number} of {path}") for number, message in enumerate(values)]
-    if messages[-1]["role"] == "assistant":
+    last = messages[-1]["role"]
+    if last not in LAST_ROLES:
+        raise BadRow(f"{path} ends with the unknown role {last!r} (rename it to one of {', '.join(LAST_ROLES)})")
+    if last == "assistant":
         if messages[-1].get("tool_calls"):
             raise BadRow(f"{path} ends with tool calls: there is nothing to answer")
         if not continued:

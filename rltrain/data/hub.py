@@ -22,6 +22,7 @@ from rltrain.types import Problem
 log = logging.getLogger(__name__)
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+BOX = re.compile(r"\{([^{}]+)\}")
 CHOICES = "choices"
 SPLITS = ("train", "validation", "test")
 IDS_IN_WARNING = 5
@@ -64,6 +65,11 @@ class HubConfig(DataConfig):
         require(
             (self.prompt is None) != (self.messages is None),
             "data.prompt, data.messages: exactly one makes the prompt; set a template or a column of messages",
+        )
+        require(
+            self.prompt is None or PLACEHOLDER.search(self.prompt) is not None,
+            f"data.prompt={self.prompt}: reads no column, so that all prompts would be alike; write a column in "
+            "braces, {question}",
         )
         require(
             self.answer_pattern is None or not self.answer_boxed,
@@ -176,6 +182,12 @@ def _check_columns(config: HubConfig, names: Sequence[str]) -> None:
             path in names or column in names,
             f"{key}={path}: {config.path} has no column {column!r}; its columns are {', '.join(names)}",
         )
+    for box in BOX.finditer(config.prompt or ""):
+        require(
+            box[1] not in names or PLACEHOLDER.fullmatch(box[0]) is not None,
+            f"data.prompt: {box[0]} is not read, the name has other characters than letters, digits, _ and dots, or "
+            "begins with a digit or dot; rename the column",
+        )
 
 
 def _mapped_columns(config: HubConfig, rows: Sequence[Row | BadLine]) -> Sequence[Row | BadLine]:
@@ -229,8 +241,8 @@ def _identified(rows: Sequence[Row | BadLine], config: HubConfig, name: str) -> 
     for number, row in enumerate(_iterated(rows, config)):
         try:
             yield _row_id(row, number, config, name), row
-        except BadRow:
-            yield f"{name}-{number} (no {config.id})", {}
+        except BadRow as error:  # it belongs to no split, and counts for every one
+            yield f"{name}-{number} (no {config.id})", BadLine(line=number, reason=str(error))
 
 
 def _iterated(rows: Sequence[Row | BadLine], config: HubConfig) -> Iterator[Row | BadLine]:

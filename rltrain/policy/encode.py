@@ -50,6 +50,10 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], config: ModelCon
     if isinstance(prompt, str) and not config.chat:
         return text_ids(tokenizer, prompt)
     text = chat_text(tokenizer, turns(prompt, config), config)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadPrompt("its text holds half a character (a lone surrogate)") from error
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -58,6 +62,8 @@ def turns(prompt: str | Sequence[Message], config: ModelConfig) -> list[dict[str
     rest = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     head = list(itertools.takewhile(lambda turn: turn["role"] in SYSTEM_ROLES, rest))
     rest = rest[len(head) :]
+    if config.examples and not rest:
+        raise BadPrompt("it holds system messages only, so that the last of model.examples would be continued")
     if config.system is not None and not head:
         head = [{"role": "system", "content": config.system}]
     for question, answer in config.examples:
@@ -95,7 +101,8 @@ def _with_fixed_clock(template: str, day: str | None) -> str:
     if day is None:
         return _macro(f"raise_exception({UNDATED!r})") + template
     tokens = jinja2.Environment().lex(template)
-    formats = {ast.literal_eval(text) for _, kind, text in tokens if kind == "string" and "%" in text}
+    strings = [text.replace("\n", "\\n") for _, kind, text in tokens if kind == "string" and "%" in text]
+    formats = {ast.literal_eval(text) for text in strings}
     dates = {style: date.fromisoformat(day).strftime(style) for style in sorted(formats)}
     unknown = "raise_exception('it makes up its date format, which model.template_date cannot follow')"
     return _macro(f"{dates!r}[format] if format in {dates!r} else {unknown}") + template

@@ -57,12 +57,17 @@ def _load(source: str, setting: str, attention: str, dtype: Any, options: dict[s
         f"{setting}: {len(missing)} weights are in no file and would be random, the first is {missing[:1]}; "
         "give the folder of a whole causal language model",
     )
+    require_finite(model, setting)
+    return model
+
+
+def require_finite(model: Any, setting: str) -> None:
+    """A ``ConfigError`` where a weight is NaN or infinite."""
     bad = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
     require(
         not bad,
         f"{setting}: {len(bad)} weights hold NaN or infinity, the first is {bad[:1]}; give weights from before",
     )
-    return model
 
 
 def _about_attention(error: Exception) -> bool:

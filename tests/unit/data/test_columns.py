@@ -157,12 +157,24 @@ def test_messages_keep_what_the_template_reads():
             "m ends with the assistant, whose text would stand in the prompt",
         ),
         ([USER, {"role": "assistant", "content": "", "tool_calls": [{}]}], "m ends with tool calls"),
+        (
+            [USER, {"role": "Assistant", "content": "5"}],
+            "m ends with the unknown role 'Assistant' (rename it to one of",
+        ),
+        ([USER, {"role": "model", "content": "5"}], "m ends with the unknown role 'model'"),
+        ([{"role": "", "content": "5"}], "m ends with the unknown role ''"),
     ],
 )
 def test_messages_that_are_no_prompt(messages, reason):
     with pytest.raises(BadRow) as error:
         messages_at({"m": messages}, "m", continued=False)
     assert str(error.value).startswith(reason)
+
+
+@pytest.mark.parametrize("role", ["user", "tool", "function", "ipython", "system", "developer"])
+def test_last_roles_that_are_answered(role):
+    messages = [USER, {"role": role, "content": "5"}]
+    assert messages_at({"m": messages}, "m", continued=False) == messages
 
 
 def table(tmp_path, rows, **changes):

@@ -166,7 +166,7 @@ def test_bad_rows_are_reported_by_id_and_left_out(tmp_path, caplog):
         ("blank", "empty q"),
         ("missing", "empty a"),
         ("good", "repeated id"),
-        ("train-6 (no id)", "empty q"),
+        ("train-6 (no id)", "empty id"),
         ("line 8", "not JSON"),
         ("line 10", "no JSON object"),
     }
@@ -213,6 +213,23 @@ def test_a_missing_column_is_named_with_its_key_and_the_columns(tmp_path, file):
         hub(HubConfig(path=str(path), prompt="{question}", meta={"level": "difficulty"}), "train")
 
 
+@pytest.mark.parametrize(
+    ("box", "read"), [("{Problem text}", False), ("{1}", False), ("{Größe}", True), ("\\boxed{}", True), ("{-}", True)]
+)
+def test_a_box_of_a_column_is_read_or_refused(tmp_path, box, read):
+    row = {"q": "1+1", "answer": "2", "Problem text": "x", "1": "y", "Größe": "z", "": "index"}
+    config = HubConfig(path=str(write([row], tmp_path / "rows.jsonl")), prompt="{q} " + box, holdout=1e-9)
+    if read:
+        assert hub(config, "train")[0].prompt == "1+1 " + box.replace("{Größe}", "z")
+        return
+    with pytest.raises(ConfigError) as error:
+        hub(config, "train")
+    assert str(error.value) == (
+        f"data.prompt: {box} is not read, the name has other characters than letters, digits, _ and dots, or begins "
+        "with a digit or dot; rename the column"
+    )
+
+
 def test_unusable_sources_are_one_line(tmp_path):
     def failure(split: str = "train", **changes) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -247,6 +264,10 @@ def test_unusable_sources_are_one_line(tmp_path):
         ({"prompt": "{q}", "answer_pattern": "((", "answer": "a"}, "data.answer_pattern"),
         ({"prompt": "{q}", "answer_pattern": "(.)", "answer_boxed": True}, "data.answer_boxed"),
         ({"prompt": "{q}\n{choices}"}, "data.choices"),
+        ({"prompt": "question"}, "^data.prompt=question: reads no column, so that all prompts would be alike; write "),
+        ({"prompt": "{ question }"}, "^data.prompt={ question }: reads no column"),
+        ({"prompt": "{question"}, "^data.prompt={question: reads no column"),
+        ({"prompt": "\\boxed{}"}, "reads no column"),
         ({"prompt": "{q}", "holdout": 0.5}, "data.holdout=0.5"),
         ({"prompt": "{q}", "limit": 0}, "data.limit=0"),
     ],

@@ -101,6 +101,35 @@ def test_a_date_format_in_a_variable_and_inside_a_macro():
         chat_text(made_up, USER, ModelConfig(template_date="2024-07-26"))
 
 
+def test_a_date_format_over_two_lines():
+    tokenizer = character_tokenizer(template="{{ strftime_now('%Y\n%d') }}{{ '100%\n' }}")
+    assert chat_text(tokenizer, USER, ModelConfig(template_date="2024-07-26")) == "2024\n26100%\n"
+
+
+HALF = "its text holds half a character (a lone surrogate)"
+NAMED = "{% for message in messages %}{{ message.name }}{{ message.content }}{% endfor %}{{ place }}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "config", "reason"),
+    [
+        ([USER[0] | {"name": "\ud800"}], ModelConfig(), HALF),
+        ("Hi", ModelConfig(chat=True, system="\ud800"), HALF),
+        ("Hi", ModelConfig(chat=True, chat_template_kwargs={"place": "\udc00"}), HALF),
+        (
+            [{"role": "system", "content": "Be brief."}],
+            ModelConfig(chat=True, examples=[["1+1?", "2"]]),
+            "it holds system messages only, so that the last of model.examples would be continued",
+        ),
+    ],
+)
+def test_prompts_that_are_left_out(prompt, config, reason):
+    source = policy(character_tokenizer(template=NAMED))
+    problem = Problem(id="a", prompt=prompt, answer="")
+    assert encode_all(source, [problem], config, max_prompt_tokens=99) == ([], [problem])
+    assert why_left_out(source, problem, config, max_prompt_tokens=99) == f"a: {reason}"
+
+
 def test_a_refused_system_role_names_the_remedy():
     source = policy(character_tokenizer(before="<s>", template=NO_SYSTEM))
     asked = Problem(id="train-7", prompt="Hi", answer="")

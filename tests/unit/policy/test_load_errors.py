@@ -1,5 +1,6 @@
 """Models that cannot be trained as they are: one line with the key, or a slower path that is right."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from rltrain.config import LoraConfig
 from rltrain.errors import ConfigError
-from rltrain.policy.load import PretrainedConfig, load_policy
+from rltrain.policy.load import PretrainedConfig, load_policy, save_policy
 from rltrain.policy.tiny import character_tokenizer
 
 SMALL = {"vocab_size": 101, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -128,10 +129,80 @@ def test_a_module_that_lora_cannot_adapt(llama):
     assert "model.lora.target_modules=['norm']: " in refused(llama, lora=LoraConfig(rank=2, target_modules=["norm"]))
 
 
-def test_adapters_that_are_cut_off(llama, tmp_path):
-    lora = LoraConfig(rank=2)
-    load_policy(PretrainedConfig(path=llama, lora=lora)).model.save_pretrained(tmp_path / "adapters")
-    file = tmp_path / "adapters" / "adapter_model.safetensors"
+@pytest.mark.parametrize("path", ["~no_such_user/x", "./no_such_folder"])
+def test_a_folder_that_is_not_there(path):
+    assert refused(path).startswith(f"model.path={path}: no such folder; ")
+
+
+@pytest.mark.parametrize("package", ["no_such_package", "no_such_package.sub", ".", ""])
+def test_a_package_that_is_not_there(package):
+    assert refused("x", package=package).startswith(f"model.package={package}: not installed; ")
+
+
+LORA = LoraConfig(rank=2)
+
+
+@pytest.fixture
+def adapters(llama, tmp_path):
+    save_policy(load_policy(PretrainedConfig(path=llama, lora=LORA)), tmp_path / "adapters")
+    return tmp_path / "adapters"
+
+
+def test_adapters_that_are_cut_off(adapters):
+    file = adapters / "adapter_model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
-    message = refused(str(tmp_path / "adapters"), lora=lora)
-    assert message.startswith(f"model.path={tmp_path / 'adapters'}: adapters cannot be loaded (")
+    assert refused(str(adapters), lora=LORA).startswith(f"model.path={adapters}: adapters cannot be loaded (")
+
+
+@pytest.mark.parametrize("lora", [LORA, LoraConfig()])
+def test_adapters_that_are_not_all_there(adapters, lora):
+    file = adapters / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in sorted(weights)[:8]}, file, {"format": "pt"})
+    message = refused(str(adapters), lora=lora)
+    assert message.startswith(f"model.path={adapters}: adapters cannot be loaded (Found missing adapter keys ")
+    assert message.endswith("; give the folder of whole adapters of this base model")
+
+
+@pytest.mark.parametrize("lora", [LORA, LoraConfig()])
+def test_adapters_that_are_no_numbers(adapters, lora):
+    file = adapters / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    save_file(weights | {name: weights[name] * torch.nan}, file, {"format": "pt"})
+    assert refused(str(adapters), lora=lora).startswith(f"model.path={adapters}: 1 weights hold NaN or infinity, ")
+
+
+def test_adapters_of_another_alpha_and_other_modules(adapters, caplog):
+    def told(lora):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="rltrain"):
+            load_policy(PretrainedConfig(path=str(adapters), lora=lora))
+        return caplog.messages
+
+    assert told(LORA) == []
+    assert told(LoraConfig()) == []
+    assert told(LoraConfig(rank=2, alpha=99, target_modules=["up_proj"])) == [
+        f"model.lora.alpha=99: {adapters} holds adapters of lora_alpha=32.0, which is used",
+        f"model.lora.target_modules=['up_proj']: {adapters} holds adapters of "
+        "['k_proj', 'o_proj', 'q_proj', 'v_proj'], which are used",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        ("base_model.json", "{", "JSONDecodeError: "),
+        ("base_model.json", "{}", "KeyError: 'kind'"),
+        ("base_model.json", "[1]", "TypeError: "),
+        ("base_model.json", json.dumps({"kind": "pretrained", "foo": 1}), "TypeError: "),
+        ("adapter_config.json", "{", "JSONDecodeError: "),
+        ("adapter_config.json", "{}", "KeyError: 'base_model_name_or_path'"),
+    ],
+)
+def test_adapters_whose_base_cannot_be_read(adapters, name, text, cause):
+    (adapters / "base_model.json").unlink()
+    (adapters / name).write_text(text)
+    message = refused(str(adapters), lora=LORA)
+    start = f"model.path={adapters}: its adapter_config.json or base_model.json cannot be read ({cause}"
+    assert message.startswith(start) and message.endswith("); copy the adapters again")
