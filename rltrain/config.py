@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass, field
 from datetime import date
@@ -115,10 +116,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.dtype in ("float32", "bfloat16"),
-            f"model.dtype={self.dtype}: not supported; set float32 or bfloat16",
-        )
+        require(self.dtype in ("float32", "bfloat16"), f"model.dtype={self.dtype}: unknown; set float32 or bfloat16")
         require(
             all(len(pair) == 2 for pair in self.examples),
             "model.examples: an entry is not a pair; give [question, answer] for each",
@@ -199,7 +197,7 @@ class LossConfig:
             f"loss.kl_estimator=k1 with loss.kl_coef={self.kl_coef}: in a loss its gradient is the score function, "
             "whose mean is zero, so it does not pull towards the reference; set loss.kl_estimator=k3 (or k2)",
         )
-        require(self.kl_coef >= 0, f"loss.kl_coef={self.kl_coef}: must be >= 0; 0 needs no reference model")
+        require(0 <= self.kl_coef < math.inf, f"loss.kl_coef={self.kl_coef}: must be >= 0 and finite; 0 turns it off")
         require(self.entropy_coef >= 0, f"loss.entropy_coef={self.entropy_coef}: must be >= 0; 0 adds no entropy bonus")
         require(self.importance_cap >= 1, f"loss.importance_cap={self.importance_cap}: must be >= 1; 2.0 is usual")
 
@@ -452,6 +450,7 @@ class RunConfig:
         require(bool(self.run_dir.strip()), "run_dir: is empty; set a folder, for example run_dir=runs/first")
         self.run_dir = os.path.expanduser(self.run_dir)  # noqa: PTH111 - Path's raises for an unknown user
         require(self.steps >= 0, f"steps={self.steps}: must be >= 0")
+        require(-(2**63) <= self.seed < 2**63, f"seed={self.seed}: must lie in -2**63..2**63-1; 0 is usual")
         require(self.deadline_s > 0, f"deadline_s={self.deadline_s}: must be > 0; 1800 is usual")
         longest = self.sampling.max_prompt_tokens + self.sampling.max_new_tokens
         require(
@@ -473,11 +472,14 @@ class RunConfig:
             "loss.importance_correction with a truncated sampler: its support differs from the trainer's; "
             "set sampling.top_k=0 sampling.top_p=1" + (", or rollout.ahead=false" if ahead else ""),
         )
-        for name, reward in self.rewards.items():
+        rewards = {f"rewards.{name}": reward for name, reward in self.rewards.items()}
+        rewards |= {f"eval_rewards.{name}": reward for name, reward in self.eval_rewards.items()}
+        for key, reward in rewards.items():
+            require(math.isfinite(reward.weight), f"{key}.weight={reward.weight}: must be finite; 1.0 is usual")
             waits_s = reward.longest_wait_s()
             require(
                 waits_s <= self.deadline_s / 2,
-                f"rewards.{name}: may take {waits_s:g} s by its own deadline, and other ranks wait for at most "
+                f"{key}: may take {waits_s:g} s by its own deadline, and other ranks wait for at most "
                 f"deadline_s={self.deadline_s:g}; set it to half of that or less",
             )
         require(

@@ -26,7 +26,7 @@ from rltrain.policy.scorer import load_scorer
 from rltrain.registry import part_of
 from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.scoring import score
-from rltrain.rollout import Rollout, engine_of
+from rltrain.rollout import Rollout, build_engine
 from rltrain.rollout.ahead import check_rollout
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
@@ -128,7 +128,7 @@ def main(config: RunConfig) -> None:
     dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
     policy = load_policy(config.model)
     policy.model.to(dist.device())
-    rollout = engine_of(config.rollout)(config.rollout, config.sampling, policy, seed=config.seed)
+    rollout = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
     check_rollout(rollout)
     services: dict[str, Any] = {}
     if Need.SCORER in config.needs():

@@ -73,6 +73,8 @@ def declared_needs(function: Callable[..., Any], names: Iterable[str], *, settin
     for name in names:
         require_one_of(known, f"{setting}.needs", name)
     attribute = getattr(function, "needs", ())
+    is_collection = isinstance(attribute, set | frozenset | list | tuple)
+    require(is_collection, f"{setting}: its attribute needs is {attribute!r}; give a set such as {{Need.SCORER}}")
     wrong = [need for need in attribute if not isinstance(need, Need)]
     require(not wrong, f"{setting}: its attribute needs holds {wrong}; give a set such as {{Need.SCORER}}")
     return frozenset(attribute) | {known[name] for name in names}
@@ -97,12 +99,15 @@ def load_callable(import_path: str, *, key: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # A package that the module itself imports is its own affair; only the path that was asked for is explained.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigError(
-            f"{setting}: no module named {error.name}; install it or add its folder to PYTHONPATH"
-        ) from None
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"{setting}: no module named {error.name}; install it or add its folder to PYTHONPATH"
+            ) from None
+        missing = error.name or error
+        raise ConfigError(f"{setting}: {module_name} imports {missing}, which is not installed; install it") from error
+    except Exception as error:  # the module is the user's and may raise anything
+        raised = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ConfigError(f"{setting}: importing {module_name} raised {raised}; mend it") from error
     require(hasattr(module, attribute), f"{setting}: {module_name} has no {attribute}; name one of its functions")
     function = getattr(module, attribute)
     require(callable(function), f"{setting}: {attribute} is {type(function).__name__}, not callable; name a function")

@@ -26,7 +26,7 @@ from rltrain.config import LossConfig
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, micro_batch_loss
-from rltrain.registry import Part, parts
+from rltrain.registry import Part, needs_of, parts
 from rltrain.runs import step_dump
 from rltrain.runs.step_dump import StepDump, StepRecord
 from rltrain.types import Context
@@ -131,7 +131,7 @@ def check_advantages(made: StepDump, rounding: float) -> Check:
     """Run the estimator again on the groups of each rank."""
     facts = made.facts
     part, config = part_config("advantage", facts["config"]["advantage"])
-    if part.needs or len(made.records) > 1 or facts["config"]["batch"].get("minibatches", 1) > 1:
+    if needs_of(config) or len(made.records) > 1 or facts["config"]["batch"].get("minibatches", 1) > 1:
         return Check(name="advantages", difference=None, where="not recomputed: needs more than these groups")
     sampling = facts["config"]["sampling"]
     context = Context(step=facts["step"] - 1, seed=facts["config"]["seed"], max_new_tokens=sampling["max_new_tokens"])

@@ -139,7 +139,16 @@ def _check_notes(groups: Sequence[Group], notes: Any, name: str) -> None:
     if not isinstance(notes, Sequence) or len(notes) not in (0, len(groups)):
         raise EstimatorError(f"{name}: notes has not one dict per group; give {len(groups)} of them, or none at all")
     for index, (group, named) in enumerate(zip(groups, notes, strict=False)):
+        if not isinstance(named, Mapping):
+            raise EstimatorError(
+                f"{name}: notes[{index}] is {_what(named)}, expected a dict with one list per completion"
+            )
         for key, rows in named.items():
+            if not isinstance(rows, Sequence | Tensor) or isinstance(rows, str):
+                raise EstimatorError(
+                    f"{name}: notes[{index}][{key!r}] is {_what(rows)}, expected {len(group.completions)} entries in a "
+                    "list, one per completion"
+                )
             if len(rows) != len(group.completions):
                 raise EstimatorError(
                     f"{name}: notes[{index}][{key!r}] has {len(rows)} entries, expected {len(group.completions)}, one "

@@ -14,7 +14,7 @@ from typing import Any
 from rltrain import cli
 from rltrain.advantages.estimator import estimator_of
 from rltrain.errors import ConfigError, RunError
-from rltrain.registry import part_of, parts
+from rltrain.registry import needs_of, part_of, parts
 from rltrain.report.folder import RecordedRun
 from rltrain.report.samples import SampleRow, as_group, notes
 from rltrain.types import Context, Need, Notes
@@ -79,12 +79,12 @@ class SampledStep:
         for override in candidates(name):
             try:
                 config = cli.compose([override]).advantage
-                part = part_of(config)
+                part, needs = part_of(config), needs_of(config)
                 # Probes of a checkpoint would differ from those that the run made with the same estimator.
                 is_same = trained_with == {"kind": part.name} | vars(config)
-                if trained_with.get("kind") == part.name and (part.needs or is_same):
+                if trained_with.get("kind") == part.name and (needs or is_same):
                     return self.recorded(name)
-                context, source = self._context(part.needs)
+                context, source = self._context(needs)
                 estimated = estimator_of(config)(self._groups, context)
             except (ConfigError, RunError) as error:
                 reasons.append(str(error))

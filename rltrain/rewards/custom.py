@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,11 @@ from rltrain.registry import check_arguments, declared_needs, load_callable, reg
 from rltrain.types import Context, Group, Need, Scores
 
 KEY = "reward.import_path"
+
+
+def is_list_of_scores(values: Any) -> bool:
+    """Whether ``values`` can hold scores in order. The keys of a dict and the characters of a text are no scores."""
+    return isinstance(values, Collection) and not isinstance(values, str | bytes | bytearray | Mapping | AbstractSet)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +23,7 @@ from rltrain.config import RewardConfig
 from rltrain.errors import ConfigError
 from rltrain.registry import needs_of, part_of
 from rltrain.rewards import failures
-from rltrain.rewards.custom import UserRewardConfig
+from rltrain.rewards.custom import UserRewardConfig, is_list_of_scores
 from rltrain.runtime import dist, watchdog
 from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std, is_right
 
@@ -122,16 +122,16 @@ def _number(value: Any) -> tuple[float, bool]:
         return math.nan, False
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, ArithmeticError):
         return math.nan, True
     return (number, False) if math.isfinite(number) else (math.nan, True)
 
 
 def _length_fault(scores: Any, sizes: Sequence[int]) -> str:
-    if isinstance(scores, str | Mapping) or not isinstance(scores, Collection):
+    if not is_list_of_scores(scores):
         return f"returned {_what(scores)}; give one list of scores per group"
     for index, row in enumerate(scores):
-        if not isinstance(row, Collection):
+        if not is_list_of_scores(row):
             return f"returned {_what(scores)} whose entry {index} is {_what(row)}; give one list of scores per group"
     returned = [len(row) for row in scores]
     return "" if returned == list(sizes) else f"returned {returned} scores per group, expected {list(sizes)}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rltrain.registry import register
-from rltrain.rewards.custom import UserRewardConfig
+from rltrain.rewards.custom import UserRewardConfig, is_list_of_scores
 from rltrain.types import Context, Group, Scores
 
 
@@ -43,7 +43,7 @@ def trl_function(groups: Sequence[Group], config: TrlFunctionConfig, context: Co
     """Call the function once for the batch and give its list back by group."""
     values = config.load()(**trl_arguments(groups, context))
     expected = sum(len(group.completions) for group in groups)
-    if not isinstance(values, Collection):
+    if not is_list_of_scores(values):
         raise TypeError(
             f"{config.import_path} returned a {type(values).__name__}, expected a list of {expected} rewards"
         )

@@ -50,7 +50,17 @@ class RolloutEngine(Protocol):
 def engine_of(config: RolloutConfig) -> RolloutEngine:
     """The engine class that a config belongs to."""
     part = part_of(config)
-    contract = ("uses_policy", "same_distribution", "generate", "sync", "probe")
-    missing = [name for name in contract if not hasattr(part.function, name)]
-    require(not missing, f"rollout={part.name}: its class has no {', '.join(missing)}; see rltrain.rollout.Rollout")
+    _require_attributes(part.function, ("uses_policy", "generate", "sync", "probe"), name=part.name)
     return cast(RolloutEngine, part.function)
+
+
+def build_engine(config: RolloutConfig, sampling: SamplingConfig, policy: Any, *, seed: int) -> Rollout:
+    """The engine, ready to sample. ``same_distribution`` may depend on the settings, so the instance is checked."""
+    engine = engine_of(config)(config, sampling, policy, seed=seed)
+    _require_attributes(engine, ("same_distribution",), name=part_of(config).name)
+    return engine
+
+
+def _require_attributes(engine: Any, names: Sequence[str], *, name: str) -> None:
+    missing = [attribute for attribute in names if not hasattr(engine, attribute)]
+    require(not missing, f"rollout={name}: its class has no {', '.join(missing)}; see rltrain.rollout.Rollout")

@@ -25,7 +25,7 @@ from torch import Tensor
 from rltrain.config import RunConfig, SamplingConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import Policy, load_policy
-from rltrain.rollout import Rollout, RolloutLost, engine_of, probes
+from rltrain.rollout import Rollout, RolloutLost, build_engine, engine_of, probes
 from rltrain.rollout.local import LocalRollout
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.runs import completions
@@ -218,15 +218,14 @@ def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, i
     ``parameters`` gives the trained weights by the names of ``LogprobModel``; ``initial`` is where the policy's first
     weights are.
     """
-    engine = engine_of(config.rollout)
     if not config.rollout.ahead:
-        return engine(config.rollout, config.sampling, policy, seed=config.seed)
+        return build_engine(config.rollout, config.sampling, policy, seed=config.seed)
     # The library's tokenizers are not made for two threads.
     own = dataclasses.replace(policy, tokenizer=copy.deepcopy(policy.tokenizer))
-    if engine.uses_policy:
+    if engine_of(config.rollout).uses_policy:
         own = dataclasses.replace(own, model=load_copy(config, initial))
         renew(own, policy, parameters)
-    inner = engine(config.rollout, config.sampling, own, seed=config.seed)
+    inner = build_engine(config.rollout, config.sampling, own, seed=config.seed)
     deadline_s = config.deadline("rollout")
     return Ahead(inner, policy, own, parameters, updates=config.batch.updates, deadline_s=deadline_s)
 

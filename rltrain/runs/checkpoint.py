@@ -297,7 +297,7 @@ def load(saved: Saved, *, engine: Engine) -> dict[str, Any]:
 
 
 def load_tensors(saved: Saved) -> dict[str, Tensor]:
-    """The tensors of the stateful parts, on the CPU. None if the run had none."""
+    """The tensors of the stateful parts, on the CPU; an empty dict if the run had none."""
     path = saved.path / TENSORS
     return load_file(path) if path.exists() else {}
 

@@ -23,6 +23,7 @@ from rltrain.runtime import dist
 log = logging.getLogger(__name__)
 
 FILE = "lock.json"
+MOST_PIDS = 2**22  # Linux has no larger pid
 REFRESH_S = 10.0
 STALE_S = 60.0
 
@@ -79,18 +80,19 @@ def is_alive(holder: Holder) -> bool:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass  # it is another user's
+    except PermissionError:  # another user's, whose start may be hidden
+        return True
     return _process_start(holder.pid) == holder.process_start
 
 
 def read(path: Path) -> Holder | None:
-    """The holder that a lock names; None where there is none, or it is being written."""
+    """The holder that a lock names; None where there is none, or it is being written or damaged."""
     try:
         values = json.loads(path.read_text())
-        return Holder(**{entry.name: values[entry.name] for entry in fields(Holder)})
+        holder = Holder(**{entry.name: values[entry.name] for entry in fields(Holder)})
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return holder if isinstance(holder.pid, int) and 0 < holder.pid <= MOST_PIDS else None
 
 
 def free_because(holder: Holder | None, own: Holder, *, age_s: float) -> str | None:
@@ -125,6 +127,16 @@ class Lock:
         holder = read(self._path)
         return holder if holder is not None and holder.token != self._own.token else None
 
+    def is_gone(self) -> bool:
+        """Whether there is no lock any more."""
+        try:
+            self._path.stat()
+        except FileNotFoundError:
+            return True
+        except OSError as error:  # a file server that is away for a moment
+            log.debug("%s: not looked at (%s)", self._path, error)
+        return False
+
     def release(self) -> None:
         """End the thread, and remove the file unless it is another's by now."""
         self._released.set()
@@ -143,20 +155,33 @@ def acquire(folder: Path) -> Lock:
     writing = folder / f".{FILE}_{own.token}"
     writing.write_text(json.dumps(asdict(own), indent=1))
     try:
-        try:
-            with path.open("x") as file:
-                file.write(writing.read_text())
-        except FileExistsError:
-            _take_over(folder, path, writing, own)
+        while not (_create(path, writing) or _take_over(folder, path, writing, own)):
+            log.debug("%s: released at this moment; taken now", path)
     finally:
         writing.unlink(missing_ok=True)
     return Lock(path, own)
 
 
-def _take_over(folder: Path, path: Path, writing: Path, own: Holder) -> None:
-    """Put ``writing`` in the place of a lock that is free. Ages are by the file server's clock, not by ours."""
-    holder = read(path)
-    age_s = writing.stat().st_mtime - path.stat().st_mtime if path.exists() else 0.0
+def _create(path: Path, writing: Path) -> bool:
+    """Write a lock where there is none; False where there is one."""
+    try:
+        with path.open("x") as file:
+            file.write(writing.read_text())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _take_over(folder: Path, path: Path, writing: Path, own: Holder) -> bool:
+    """Put ``writing`` in the place of a lock that is free; False where the lock was released meanwhile.
+
+    Ages are by the file server's clock, not by ours.
+    """
+    holder, now_s = read(path), writing.stat().st_mtime
+    try:
+        age_s = now_s - path.stat().st_mtime
+    except FileNotFoundError:
+        return False
     reason = free_because(holder, own, age_s=age_s)
     name = holder.name if holder else "a process that has not written its name"
     if reason is None:
@@ -169,6 +194,7 @@ def _take_over(folder: Path, path: Path, writing: Path, own: Holder) -> None:
     winner = read(path)
     if winner is not None and winner.token != own.token:
         raise ConfigError(f"run_dir={folder}: in use by {winner.name}, which was faster; set another run_dir")
+    return True
 
 
 @contextmanager
@@ -192,11 +218,16 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def refuse_if_lost(folder: Path) -> None:
-    """End a run whose lock was taken over while it stood still: before it writes beside another."""
+    """End a run whose lock was taken over while it stood still, or is gone: before it writes beside another."""
     lock = _held.get(folder.resolve())
     other = None if lock is None else lock.other_holder()
     if other is not None:
         raise RunError(
             f"run_dir={folder}: taken over by {other.name} while this run stood still for over {STALE_S:.0f} s; "
             "this one ends, nothing of it is lost but the steps since its last checkpoint"
+        )
+    if lock is not None and lock.is_gone():
+        raise RunError(
+            f"run_dir={folder}: its {FILE} is gone: another run took the folder and ended, or it was deleted; this one "
+            "ends, the same command goes on from the last checkpoint"
         )

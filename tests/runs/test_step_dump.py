@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_a_step_dump_holds_what_the_step_used(run_dir):
     assert made.facts["config"]["seed"] == 0
     assert record.grad_norm > 0
     assert made.weights == {}
+
+
+def test_an_estimator_with_declared_needs_is_not_recomputed(run_dir):
+    made = step_dump.read(path_of(run_dir, 1))
+    advantage = {"kind": "custom", "import_path": "user_estimators:at_high_entropy"}
+    facts = {**made.facts, "config": {**made.facts["config"], "advantage": advantage}}
+    check = replay.check_advantages(replace(made, facts=facts), 0.0)
+    assert check.difference is None
+    assert check.where == "not recomputed: needs more than these groups"
 
 
 def tampered(source, target, change) -> Path:

@@ -83,7 +83,7 @@ def test_needs_follow_from_the_parts():
 @pytest.mark.parametrize(("overrides", "message"), [
     (["batch.group_size=1"], "group_size=1: a group baseline needs at least 2 samples; set batch.group_size>=2"),
     (["batch.token_budget=100"], "batch.token_budget=100: below one sequence"),
-    (["model.dtype=float16"], "model.dtype=float16: not supported; set float32 or bfloat16"),
+    (["model.dtype=float16"], "model.dtype=float16: unknown; set float32 or bfloat16"),
     (["sampling.temperature=0"], "set sampling.temperature>0"),
     (["loss.importance_correction=truncate", "sampling.top_p=0.9"], "set sampling.top_k=0 sampling.top_p=1"),
     (["deepspeed.offload_optimizer=true"], "set deepspeed.zero_stage>=1"),
@@ -109,6 +109,20 @@ def test_needs_follow_from_the_parts():
         "loss.kl_estimator=k1 with loss.kl_coef=0.1: in a loss its gradient is the score function, whose mean is zero, "
         "so it does not pull towards the reference; set loss.kl_estimator=k3 (or k2)",
     ),
+    (
+        [
+            "+reward@eval_rewards.answer=custom",
+            "eval_rewards.answer.import_path=user_rewards:hangs",
+            "eval_rewards.answer.deadline_s=1000",
+        ],
+        "eval_rewards.answer: may take 1000 s by its own deadline",
+    ),
+    (["rewards.answer.weight=nan"], "rewards.answer.weight=nan: must be finite; 1.0 is usual"),
+    (["rewards.answer.weight=-inf"], "rewards.answer.weight=-inf: must be finite; 1.0 is usual"),
+    (["loss.kl_coef=inf"], "loss.kl_coef=inf: must be >= 0 and finite; 0 turns it off"),
+    (["loss.kl_coef=nan"], "loss.kl_coef=nan: must be >= 0 and finite; 0 turns it off"),
+    ([f"seed={2**63}"], f"seed={2**63}: must lie in -2**63..2**63-1; 0 is usual"),
+    ([f"seed={-(2**63) - 1}"], f"seed={-(2**63) - 1}: must lie in -2**63..2**63-1; 0 is usual"),
     (["run_dir=''"], "run_dir: is empty; set a folder"),
     (["optimizer.schedule=step"], "set one of constant, linear, cosine"),
 ])  # fmt: skip

@@ -3,11 +3,12 @@ import sys
 import pytest
 from advantage_groups import make_group
 
+from rltrain import cli
 from rltrain.advantages.check import EstimatorError
 from rltrain.advantages.custom import CustomAdvantageConfig
 from rltrain.advantages.estimator import estimator_of
 from rltrain.errors import ConfigError
-from rltrain.registry import part_of
+from rltrain.registry import declared_needs, part_of
 from rltrain.types import Context
 
 MODULE = """
@@ -35,7 +36,6 @@ def outside(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "credit.py").write_text(MODULE)
-    (package / "broken.py").write_text("import a_package_nobody_has\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "outside_package"
     for name in [name for name in sys.modules if name.startswith("outside_package")]:
@@ -70,10 +70,39 @@ def test_a_wrong_path_is_refused_in_one_line_when_the_config_is_made(outside, pa
     assert "\n" not in str(caught.value)
 
 
-def test_what_the_users_module_lacks_is_shown_as_it_is(outside):
-    with pytest.raises(ModuleNotFoundError, match="a_package_nobody_has") as caught:
-        CustomAdvantageConfig(import_path=f"{outside}.broken:f")
-    assert not isinstance(caught.value, ConfigError)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import a_package_nobody_has", "broken imports a_package_nobody_has, which is not installed; install it"),
+        ("raise ValueError('a reason\\nand more')", "importing broken raised ValueError: a reason; mend it"),
+        ("raise TypeError('a reason')", "importing broken raised TypeError: a reason; mend it"),
+        ("raise RuntimeError", "importing broken raised RuntimeError; mend it"),
+        ("{}['a key']", "importing broken raised KeyError: 'a key'; mend it"),
+        ("raise ImportError('a reason')", "importing broken raised ImportError: a reason; mend it"),
+        ("def f(:", "importing broken raised SyntaxError: invalid syntax (broken.py, line 1); mend it"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_line_on_the_command_line(
+    tmp_path, monkeypatch, capsys, source, message
+):
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "advantage=custom", "advantage.import_path=broken:f"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda config: None)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"config error: advantage.import_path=broken:f: {message}\n"
+
+
+@pytest.mark.parametrize("needs", [7, "scorer", None])
+def test_needs_that_are_no_set_are_named(needs):
+    def estimator(groups, options, context):
+        raise NotImplementedError
+
+    estimator.needs = needs
+    with pytest.raises(ConfigError) as caught:
+        declared_needs(estimator, [], setting="advantage")
+    assert str(caught.value) == f"advantage: its attribute needs is {needs!r}; give a set such as {{Need.SCORER}}"
 
 
 def test_values_that_do_not_fit_the_tokens_are_refused(outside):

@@ -170,6 +170,18 @@ MISTAKES = {
         lambda batch: Advantages(values=right(batch), notes=[{}, {"cuts": [[1.0]]}]),
         "notes[1]['cuts'] has 1 entries, expected 2, one list per completion",
     ),
+    "notes of text": (
+        lambda batch: Advantages(values=right(batch), notes=[{}, "x"]),  # type: ignore[list-item]
+        "notes[1] is a str, expected a dict with one list per completion",
+    ),
+    "notes of nothing": (
+        lambda batch: Advantages(values=right(batch), notes=[None, {}]),  # type: ignore[list-item]
+        "notes[0] is None, expected a dict with one list per completion",
+    ),
+    "a note that is a number": (
+        lambda batch: Advantages(values=right(batch), notes=[{"cuts": 3}, {}]),  # type: ignore[dict-item]
+        "notes[0]['cuts'] is a int, expected 2 entries in a list, one per completion",
+    ),
 }
 
 

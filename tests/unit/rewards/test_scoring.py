@@ -58,7 +58,7 @@ def one_number(groups, options, context):
 
 
 def nonsense(groups, options, context):
-    return [[math.nan, math.inf, None, "x", 2.0] for _ in groups]
+    return [[math.nan, math.inf, None, "x", 2.0, 10**400] for _ in groups]
 
 
 def trl_first_digit(prompts, completions, completion_ids, *, answer, level, **columns):
@@ -92,6 +92,14 @@ def trl_nothing(prompts, completions, **columns):
 
 def trl_yields(prompts, completions, **columns):
     yield 1.0
+
+
+def trl_text(prompts, completions, **columns):
+    return "10"
+
+
+def trl_keys(prompts, completions, **columns):
+    return {1.0: "right", 0.0: "wrong"}
 
 
 def group(texts, answer="5", **meta):
@@ -155,6 +163,12 @@ FORM = "; give one list of scores per group"
         (([1.0, 0.0] for _ in range(1)), f"returned a generator{FORM}"),
         ([1.0], f"returned a list whose entry 0 is a float{FORM}"),
         ([None], f"returned a list whose entry 0 is None{FORM}"),
+        ({0.0, 1.0}, f"returned a set{FORM}"),
+        (b"10", f"returned a bytes{FORM}"),
+        (["10"], f"returned a list whose entry 0 is a str{FORM}"),
+        ([b"10"], f"returned a list whose entry 0 is a bytes{FORM}"),
+        ([{0: 1.0, 1: 0.5}], f"returned a list whose entry 0 is a dict{FORM}"),
+        ([{0.0, 1.0}], f"returned a list whose entry 0 is a set{FORM}"),
         ([(1.0 for _ in range(2))], f"returned a list whose entry 0 is a generator{FORM}"),
         ([[1.0], [0.0]], "returned [1, 1] scores per group, expected [2]"),
         ([[1.0, 0.0, 0.0]], "returned [3] scores per group, expected [2]"),
@@ -210,7 +224,7 @@ def test_a_run_ends_where_the_last_call_of_a_reward_failed_from_end_to_end():
         )
         score(groups, {"mine": user("lengths")}, Context())
         refuse_broken(rewards)  # it has worked since
-    score([group(["a"] * 5)], {"mine": user("nonsense")}, Context())
+    score([group(["a"] * 6)], {"mine": user("nonsense")}, Context())
     refuse_broken(["mine"])  # single completions failed
     release.clear()
     score(groups, {"stuck": user("hangs", deadline_s=0.2)}, Context())
@@ -232,6 +246,8 @@ def test_a_function_of_other_arguments_is_refused_when_the_config_is_made():
     [
         ("trl_nothing", "returned a NoneType, expected a list of 2 rewards"),
         ("trl_yields", "returned a generator, expec"),
+        ("trl_text", "returned a str, expected a list of 2 rewards"),
+        ("trl_keys", "returned a dict, expected a list of 2 rewards"),
     ],
 )
 def test_a_trl_function_that_returns_no_list_is_named(name, message, caplog):
@@ -257,10 +273,10 @@ def test_notes_of_rewards_stay_with_their_group():
 
 
 def test_values_that_are_no_finite_numbers_abstain_one_by_one():
-    scored, metrics = score([group(["a"] * 5)], {"mine": user("nonsense")}, Context())
-    assert [math.isnan(one) for one in scored[0].rewards_G.tolist()] == [True, True, True, True, False]
-    assert metrics["rewards/mine/errors"].total == 3
-    assert metrics["rewards/mine/abstained"].total == 4
+    scored, metrics = score([group(["a"] * 6)], {"mine": user("nonsense")}, Context())
+    assert [math.isnan(one) for one in scored[0].rewards_G.tolist()] == [True, True, True, True, False, True]
+    assert metrics["rewards/mine/errors"].total == 4
+    assert metrics["rewards/mine/abstained"].total == 5
 
 
 def test_a_hanging_function_abstains_and_never_runs_twice():

@@ -119,6 +119,38 @@ def test_two_runs_of_one_slurm_job_on_one_machine_are_two_runs(tmp_path, monkeyp
         lock.acquire(tmp_path)
 
 
+@pytest.mark.parametrize("pid", ["x", None, 1.5, -1, 0, 2**70])
+def test_a_damaged_lock_counts_by_its_age(tmp_path, caplog, pid):
+    write(tmp_path, pid=pid)
+    with pytest.raises(ConfigError, match="in use by a process that has not written its name"):
+        lock.acquire(tmp_path)
+    write(tmp_path, pid=pid, age_s=70)
+    assert "a process that has not written its name is taken over: not refreshed for 70" in taken_over(tmp_path, caplog)
+
+
+def test_a_process_whose_start_is_hidden_counts_as_alive(monkeypatch):
+    """As another user's does under hidepid."""
+
+    def refuse(pid, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert lock.is_alive(dataclasses.replace(lock.here(), process_start="1"))
+
+
+def test_a_lock_that_is_released_while_it_is_read_is_free(tmp_path, monkeypatch):
+    first, read = lock.acquire(tmp_path), lock.read
+
+    def release_then_read(path):
+        monkeypatch.setattr(lock, "read", read)
+        first.release()
+        return read(path)
+
+    monkeypatch.setattr(lock, "read", release_then_read)
+    lock.acquire(tmp_path).release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_torn_lock_counts_by_its_age(tmp_path, caplog):
     (tmp_path / lock.FILE).write_text("{")
     with pytest.raises(ConfigError, match="in use by a process that has not written its name"):
@@ -137,6 +169,19 @@ def test_a_run_that_lost_its_lock_ends_and_leaves_the_other_s(tmp_path):
     holder = lock.read(tmp_path / lock.FILE)
     assert holder is not None
     assert holder.token == "another"
+
+
+def test_a_run_whose_lock_is_gone_ends(tmp_path):
+    with lock.held(tmp_path):
+        lock.refuse_if_lost(tmp_path)
+        (tmp_path / lock.FILE).unlink()
+        with pytest.raises(RunError) as caught:
+            lock.refuse_if_lost(tmp_path)
+    assert str(caught.value) == (
+        f"run_dir={tmp_path}: its lock.json is gone: another run took the folder and ended, or it was deleted; "
+        "this one ends, the same command goes on from the last checkpoint"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_is_refreshed(tmp_path, monkeypatch):
