@@ -9,8 +9,9 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from rltrain import catalogue, cli
+from rltrain import cli
 from rltrain.errors import ConfigError
+from rltrain.options import catalogue
 
 COMMANDS = {
     "train": "train a policy with RL",

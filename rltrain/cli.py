@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rltrain import keys, overrides
 from rltrain.config import RunConfig
 from rltrain.errors import ConfigError, RunError
+from rltrain.options import keys, overrides
+from rltrain.options.catalogue import config_folder as config_folder
 from rltrain.registry import discover, parts
 from rltrain.runtime import watchdog
 
@@ -25,12 +26,6 @@ log = logging.getLogger(__name__)
 UNSAID = ("full_key", "object_type", "reference_type", "Set the env", "Config search path", "provider=")
 # What a disk or a folder can refuse in the middle of a run.
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
-
-
-def config_folder() -> Path:
-    """The YAML folder: inside an installed wheel, beside the package in a checkout."""
-    packaged = Path(__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
 def store_nodes() -> None:

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rltrain import catalogue, cli
+from rltrain import cli
 from rltrain.config import RunConfig
 from rltrain.errors import ConfigError
+from rltrain.options import catalogue
 
 
 def main(config: RunConfig) -> None:

@@ -6,8 +6,9 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from rltrain import cli, keys, overrides
+from rltrain import cli
 from rltrain.errors import ConfigError
+from rltrain.options import keys, overrides
 
 
 def said(*words: str) -> str:

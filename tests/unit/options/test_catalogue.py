@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from rltrain import __main__ as commands
-from rltrain import catalogue, cli
+from rltrain import cli
 from rltrain.errors import ConfigError
+from rltrain.options import catalogue
 from rltrain.registry import discover, parts
 from rltrain.train import refuse_no_arguments
 
@@ -76,5 +77,5 @@ def test_nothing_chosen_shows_the_experiments(capsys):
 
 
 def test_listing_imports_no_torch():
-    code = "import sys; from rltrain import catalogue; catalogue.table(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from rltrain.options import catalogue; catalogue.table(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

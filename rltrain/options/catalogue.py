@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rltrain.cli import config_folder
-
 # Title of a list, how its entries are chosen, and where they come from: a folder of YAML, a group of parts, or both.
 LISTS = (
     ("experiments", "+experiment=NAME", "experiment", None),
@@ -23,6 +21,13 @@ LISTS = (
 )
 PACKAGES = {"model": "policy", "advantage": "advantages", "reward": "rewards", "data": "data", "rollout": "rollout"}
 WIDTH = 120
+PACKAGE = Path(__file__).parents[1]
+
+
+def config_folder() -> Path:
+    """The YAML folder: inside an installed wheel, beside the package in a checkout."""
+    packaged = PACKAGE / "configs"
+    return packaged if packaged.is_dir() else PACKAGE.parent / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ def registered(group: str) -> Iterator[Choice]:
 
     A file's docstring describes its only part; of several each is described by its own.
     """
-    for path in sorted((Path(__file__).parent / PACKAGES[group]).glob("*.py")):
+    for path in sorted((PACKAGE / PACKAGES[group]).glob("*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
         definitions = [node for node in module.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         named = [(name, node) for node in definitions if (name := _registered_name(node, group))]

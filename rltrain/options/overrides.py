@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rltrain import keys
 from rltrain.errors import ConfigError
+from rltrain.options import keys
 from rltrain.registry import parts
 
 log = logging.getLogger(__name__)
