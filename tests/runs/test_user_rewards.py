@@ -26,7 +26,7 @@ def test_a_reward_that_fails_on_all_of_the_first_step_ends_the_run_before_an_upd
         run_with(function, tmp_path / "run", "evaluation.every_steps=0")
     message = f"reward broken: failed on every completion of the first step ({cause}); mend the function, or leave"
     assert str(caught.value).startswith(message)
-    assert metrics(tmp_path / "run") == []
+    assert metrics(tmp_path / "run") == [{"step": 0}]
 
 
 @pytest.mark.parametrize("function", ["raises_later", "one_short_later", "leaves_later"])
