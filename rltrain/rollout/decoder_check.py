@@ -60,9 +60,10 @@ def check_decoders(model: Any, kinds: Sequence[DecoderKind]) -> list[DecoderKind
 
 
 def _fits(model: Any, left: Sequence[DecoderKind], units: Sequence[Unit], own_N: Tensor) -> bool:
-    decoder = left[0].make(max(COMPLETION_TOKENS))
-    times = 1 + decoder.refills
-    apart = difference(lambda: decoder_logprobs(decoder, units), own_N.repeat(times), limit(model, own_N))
+    def logprobs() -> Tensor:  # [1 or 2, N]: rows that join come as a second line
+        return decoder_logprobs(left[0].make(max(COMPLETION_TOKENS)), units).view(-1, len(own_N))
+
+    apart = difference(logprobs, own_N, limit(model, own_N))
     name = type(model).__name__
     if not apart.fits and len(left) == 1:
         raise ConfigError(

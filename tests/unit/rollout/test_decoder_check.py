@@ -46,6 +46,16 @@ def test_every_decoder_is_right_and_the_fastest_is_taken(name, caplog):
     assert not [record for record in caplog.records if record.name.startswith("rltrain")]
 
 
+def test_a_decoder_that_cannot_be_made_gives_way_to_the_next(caplog):
+    def fails(_):
+        raise AttributeError("no such layer")
+
+    network = networks("llama")
+    first, *others = decoder_kinds(network, pad_id=0)
+    assert check_decoders(network, [first._replace(make=fails), *others]) == others
+    assert "AttributeError: no such layer" in caplog.text
+
+
 def test_a_cache_that_is_wrong_gives_way_to_none(caplog):
     """Logits of a single fed token are scaled: cached steps are wrong, whole forwards are right."""
     network = networks("llama")
