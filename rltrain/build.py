@@ -25,6 +25,7 @@ from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import Scorer, load_reference, load_scorer
 from rltrain.rollout import Rollout, ahead
 from rltrain.rollout.ahead import Ahead, check_rollout
+from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs import checkpoint, run_folder
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.scope import Scope
@@ -86,6 +87,14 @@ class Run:
             return "sampler"
         return "trainer" if self.config.batch.updates > 1 else "current"
 
+    @cached_property
+    def entropies(self) -> SampledEntropies:
+        """The service behind ``Need.ENTROPY``."""
+        config = self.config
+        return SampledEntropies(
+            self.engine, config.sampling, token_budget=config.batch.token_budget, layouts=self.layouts
+        )
+
     def context(self, step: int) -> Context:
         """What parts may use at a step; services only where they were declared."""
         services: dict[str, Any] = {}
@@ -93,6 +102,8 @@ class Run:
             services["rollout"] = self.rollout
         if self.scorer is not None:
             services["scorer"] = self.scorer
+        if Need.ENTROPY in self.config.needs():
+            services["entropy"] = self.entropies
         return Context(
             step=step,
             seed=self.config.seed,
@@ -113,7 +124,7 @@ class Run:
 
     def _whole_weights(self) -> AbstractContextManager[None]:
         """Whole weights, unless the rollout engine has its own and no part of the run asks the policy itself."""
-        asks_policy = self.scorer is not None or Need.PROBES in self.config.needs()
+        asks_policy = self.scorer is not None or bool({Need.PROBES, Need.ENTROPY} & self.config.needs())
         return self.engine.whole_weights() if asks_policy or self.rollout.uses_policy else nullcontext()
 
     def save(self, step: int) -> checkpoint.Saved:

@@ -28,6 +28,7 @@ from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.scoring import score
 from rltrain.rollout import Rollout, build_engine
 from rltrain.rollout.ahead import check_rollout
+from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
 from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, is_right
@@ -135,6 +136,9 @@ def main(config: RunConfig) -> None:
         services["scorer"] = load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0))
     if Need.PROBES in config.needs():
         services["rollout"] = rollout
+    if Need.ENTROPY in config.needs():
+        model = LogprobModel(policy.model, temperature=1.0)
+        services["entropy"] = SampledEntropies(model, config.sampling, token_budget=config.batch.token_budget)
     context = Context(
         seed=config.seed,
         tokenizer=policy.tokenizer,

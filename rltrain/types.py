@@ -36,6 +36,7 @@ class Need(enum.Enum):
     REFERENCE_LOGPROBS = "log-probs of the completions under the initial policy"
     PROBES = "the rollout engine, to continue from inside a completion"
     SCORER = "per-token log-probs of given spans under the policy, a frozen model or an EMA"
+    ENTROPY = "entropy and collision probability of the sampling distribution at each completion token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +267,25 @@ class SpanScorer(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenEntropy:
+    """Of the sampling distribution pi at each token of a completion, float32 or float64 on the CPU.
+
+    ``entropy_T`` is H = -Σ_v pi_v log pi_v in nats, ``collision_T`` is Σ_v pi_v², the chance that two draws are equal.
+    """
+
+    entropy_T: Tensor
+    collision_T: Tensor
+
+
+class EntropySource(Protocol):
+    """The service behind ``Need.ENTROPY``, at ``context.entropy``."""
+
+    def __call__(self, groups: Sequence[Group]) -> list[list[TokenEntropy]]:
+        """``[p][g]`` is of completion g of group p. All ranks call this together."""
+        ...
+
+
 class Undeclared:
     """In the place of a service whose ``Need`` was not declared: every use of it is an error that says how to."""
 
@@ -275,20 +295,27 @@ class Undeclared:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copying and pickling ask for these
             raise AttributeError(name)
+        self._refuse(f"context.{self._field}.{name}")
+
+    def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
+        self._refuse(f"context.{self._field}")
+
+    def _refuse(self, used: str) -> NoReturn:
         need = self._need.name
         remedy = f"register the part with needs={{Need.{need}}}, or give a function of yours needs = {{Need.{need}}}"
-        raise RunError(f"context.{self._field}.{name}: nothing declared this service; {remedy}")
+        raise RunError(f"{used}: nothing declared this service; {remedy}")
 
 
 NO_PROBER = cast(Prober, Undeclared("rollout", Need.PROBES))
 NO_SCORER = cast(SpanScorer, Undeclared("scorer", Need.SCORER))
+NO_ENTROPY = cast(EntropySource, Undeclared("entropy", Need.ENTROPY))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What an estimator or a reward may use besides the groups.
 
-    ``rollout`` and ``scorer`` are services: their use is a RunError unless their ``Need`` was declared.
+    ``rollout``, ``scorer`` and ``entropy`` are services: their use is a RunError unless their ``Need`` was declared.
     ``tokenizer`` is None where there is no model, as in the bench.
     """
 
@@ -298,6 +325,7 @@ class Context:
     tokenizer: PreTrainedTokenizerBase | None = None
     rollout: Prober = NO_PROBER
     scorer: SpanScorer = NO_SCORER
+    entropy: EntropySource = NO_ENTROPY
 
 
 @dataclass(frozen=True, kw_only=True)

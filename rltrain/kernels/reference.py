@@ -20,13 +20,19 @@ def token_logprobs(
 
     The epilogue is in fp32 (fp64 for fp64 inputs). A bias of -inf masks an entry.
     """
+    logits_NV = head_logits(hidden_ND, weight_VD, bias_V=bias_V, softcap=softcap)
+    return logits_logprobs(logits_NV, targets_N, temperature=temperature, entropy=entropy)
+
+
+def head_logits(
+    hidden_ND: Tensor, weight_VD: Tensor, *, bias_V: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """``cap(h Wᵀ) + b``, in fp32 or more."""
     logits_NV = hidden_ND @ weight_VD.T
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    if bias_V is not None:
-        logits_NV = logits_NV + bias_V
-    return logits_logprobs(logits_NV, targets_N, temperature=temperature, entropy=entropy)
+    return logits_NV if bias_V is None else logits_NV + bias_V
 
 
 def logits_logprobs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from rltrain.config import LossConfig
 from rltrain.kernels import TokenLoss, fused_token_loss, prefers_fused, token_logprobs
-from rltrain.kernels.reference import logits_logprobs
+from rltrain.kernels.reference import head_logits, logits_logprobs
 from rltrain.loss import is_separable, loss_output, policy_loss, token_losses
 from rltrain.policy import packed_attention
 from rltrain.policy.capabilities import cannot_pack
 from rltrain.policy.head import head_options, is_plain, own_logits
 from rltrain.policy.packed_attention import gather
 from rltrain.types import LossOutput, TokenBatch
+
+MOST_LOGITS = 2**22
+"""Logits (16 MB in fp32) that are held at once where a function reads them whole."""
 
 
 def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
@@ -81,12 +84,20 @@ class LogprobModel(nn.Module):
         entropy: bool = True,
         temperature: float | None = None,
         token_loss: TokenLoss | None = None,
+        of_logits: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The fields of :class:`HeadOutput`, as a tuple because DeepSpeed's hooks look into no record."""
+        """The fields of :class:`HeadOutput`, as a tuple because DeepSpeed's hooks look into no record.
+
+        With ``of_logits`` the first is what it gives of the logits [n, V], which are made for some rows at a time.
+        """
+        if of_logits is not None:
+            return self._of_logits(batch, of_logits), None, None
         temperature = temperature or self.temperature
         if self.own_head:
-            logits_NV = own_logits(self.model, *decoder_inputs(self.model, batch))
-            return (*logits_logprobs(logits_NV, batch.targets_N, temperature=temperature, entropy=entropy), None)
+            return (
+                *logits_logprobs(self._own_logits(batch), batch.targets_N, temperature=temperature, entropy=entropy),
+                None,
+            )
         hidden_ND = loss_states(self.model, batch)
         arguments = (hidden_ND, self.model.get_output_embeddings().weight, batch.targets_N)
         options = head_options(self.model, temperature, entropy=entropy)
@@ -95,10 +106,33 @@ class LogprobModel(nn.Module):
             return fused.logprobs_N, fused.entropy_N, fused.loss
         return (*token_logprobs(*arguments, **options), None)
 
+    def _of_logits(self, batch: TokenBatch, function: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = max(1, MOST_LOGITS // self.vocabulary)
+        if self.own_head:
+            return torch.cat([function(logits_nV) for logits_nV in self._own_logits(batch).split(rows)])
+        options = head_options(self.model, 1.0, entropy=False)
+        weight_VD, scale = self.model.get_output_embeddings().weight, options["temperature"]
+        return torch.cat(
+            [
+                function(
+                    head_logits(hidden_nD, weight_VD, bias_V=options["bias_V"], softcap=options["softcap"]) / scale
+                )
+                for hidden_nD in loss_states(self.model, batch).split(rows)
+            ]
+        )
+
+    def _own_logits(self, batch: TokenBatch) -> Tensor:
+        return own_logits(self.model, *decoder_inputs(self.model, batch))
+
 
 def unwrapped(model: Any) -> LogprobModel:
     """The :class:`LogprobModel` in an engine of DeepSpeed, or itself."""
     return model if isinstance(model, LogprobModel) else model.module
+
+
+def of_logits(model: Any, batch: TokenBatch, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``function`` gives of the logits [n, V] at temperature 1, for all loss tokens of a micro-batch."""
+    return model(batch, of_logits=function)[0]
 
 
 def logprobs(model: Any, batch: TokenBatch, *, entropy: bool = True, temperature: float | None = None) -> HeadOutput:

@@ -6,7 +6,7 @@ Always at temperature 1 and without gradient: a likelihood is a property of the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,15 +66,27 @@ def span_batches(
     return batches + [([], empty_batch()) for _ in range(most - len(batches))]
 
 
+def span_logprobs(model: Any, batch: TokenBatch) -> Tensor:
+    """The log-probs of the loss tokens at temperature 1."""
+    return logprobs(model, batch, entropy=False, temperature=1.0).logprobs_N
+
+
+def span_entropies(model: Any, batch: TokenBatch) -> Tensor:
+    """The entropies of the policy at the loss tokens, at temperature 1, in nats."""
+    entropy_N = logprobs(model, batch, temperature=1.0).entropy_N
+    assert entropy_N is not None
+    return entropy_N
+
+
 def span_values(
     model: Any,
     requests: Sequence[SpanRequest],
     *,
     token_budget: int,
     layouts: Sequence[Layout] = ("padded",),
-    entropy: bool = False,
+    values: Callable[[Any, TokenBatch], Tensor] = span_logprobs,
 ) -> list[list[Tensor]]:
-    """Per request and span, the fp32 log-probs of its tokens, on the CPU; with ``entropy`` the entropies there instead.
+    """Per request and span, the fp32 log-probs of its tokens, on the CPU, or other ``values`` of the loss tokens.
 
     ``model`` is called as :class:`LogprobModel` is. Of the ``layouts`` the one of the least work is taken. The budget
     is raised to the longest sequence. All ranks call this together and make the same number of passes, so that
@@ -84,8 +96,7 @@ def span_values(
     results: list[list[Tensor]] = [[] for _ in requests]
     for order, batch in span_batches(requests, layouts, token_budget=token_budget, hidden_size=hidden_size):
         batch = to_device(batch, dist.device())
-        head = logprobs(model, batch, entropy=entropy, temperature=1.0)
-        values_N = head.logprobs_N if head.entropy_N is None else head.entropy_N
+        values_N = values(model, batch)
         sizes = [stop - start for i in order for start, stop in requests[i].spans]
         pieces = iter(values_N.cpu().split(sizes) if order else ())
         for i in order:
@@ -128,15 +139,17 @@ class Scorer:
 
     def entropies(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
         """Entropies of the policy's distribution over each token of the spans, in nats."""
-        return self._score(self._policy, requests, entropy=True)
+        return self._score(self._policy, requests, span_entropies)
 
     def phi(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
         """Log-probs under phi."""
         return self._score(self._phi, requests)
 
-    def _score(self, model: Any, requests: Sequence[SpanRequest], *, entropy: bool = False) -> list[list[Tensor]]:
+    def _score(
+        self, model: Any, requests: Sequence[SpanRequest], values: Callable[[Any, TokenBatch], Tensor] = span_logprobs
+    ) -> list[list[Tensor]]:
         with inference(unwrapped(model)):
-            return span_values(model, requests, token_budget=self._token_budget, layouts=self._layouts, entropy=entropy)
+            return span_values(model, requests, token_budget=self._token_budget, layouts=self._layouts, values=values)
 
     def check(self) -> None:
         """Compare the log-probs of both with an independent forward of their models; ConfigError if they differ."""

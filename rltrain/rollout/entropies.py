@@ -1,0 +1,66 @@
+"""The service ``context.entropy``: H and collision probability of the sampling distribution at sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rltrain.batching.bins import Layout
+from rltrain.config import SamplingConfig
+from rltrain.policy.logprobs import inference, of_logits, unwrapped
+from rltrain.policy.scorer import span_values
+from rltrain.rollout.sampling import distribution
+from rltrain.types import Completion, Group, SpanRequest, TokenBatch, TokenEntropy
+
+
+def entropy_and_collision(probabilities_BV: Tensor) -> Tensor:
+    """``[B, 2]``: H = -Σ p log p in nats, and Σ p²."""
+    entropy_B = torch.special.entr(probabilities_BV).sum(-1)
+    return torch.stack([entropy_B, probabilities_BV.square().sum(-1)], dim=-1)
+
+
+class SampledEntropies:
+    """A pass of ``model``, a ``LogprobModel`` or its engine, over the completions, for ``context.entropy``.
+
+    The distribution is that of ``sampling``: temperature, top-k, top-p. It is the policy as it is now, which with
+    ``rollout.ahead`` is a step newer than the policy that sampled.
+    """
+
+    def __init__(
+        self, model: Any, sampling: SamplingConfig, *, token_budget: int, layouts: Sequence[Layout] = ("padded",)
+    ) -> None:
+        self._model, self._sampling = model, sampling
+        self._token_budget, self._layouts = token_budget, layouts
+
+    def __call__(self, groups: Sequence[Group]) -> list[list[TokenEntropy]]:
+        """``[p][g]`` is of completion g of group p. All ranks call this together."""
+        requests = [_request(group, completion) for group in groups for completion in group.completions]
+        with inference(unwrapped(self._model)):
+            scored = span_values(
+                self._model, requests, token_budget=self._token_budget, layouts=self._layouts, values=self._values
+            )
+        pairs = iter(scored)
+        return [[_token_entropy(next(pairs)[0]) for _ in group.completions] for group in groups]
+
+    def _values(self, model: Any, batch: TokenBatch) -> Tensor:
+        sampling = self._sampling
+        settings = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        return of_logits(model, batch, partial(_of_logits, settings))
+
+
+def _of_logits(settings: dict[str, Any], logits_NV: Tensor) -> Tensor:
+    return entropy_and_collision(distribution(logits_NV, **settings))
+
+
+def _request(group: Group, completion: Completion) -> SpanRequest:
+    prompt = len(group.prompt.token_ids)
+    ids = group.prompt.token_ids + completion.token_ids
+    return SpanRequest(token_ids=ids, spans=((prompt, len(ids)),), prompt_tokens=prompt)
+
+
+def _token_entropy(values_T2: Tensor) -> TokenEntropy:
+    return TokenEntropy(entropy_T=values_T2[:, 0].clone(), collision_T=values_T2[:, 1].clone())
