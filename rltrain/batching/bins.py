@@ -3,13 +3,16 @@
 Integers only. A segment ``(length, prefix)`` is ``length`` tokens that attend to one another and to the ``prefix``
 tokens of another segment before them. Work is counted per layer in pairs of a query and a key, 4D FLOP each:
 
-    6D·tokens + pairs + 10·gathered vectors + CALL_FLOP/4D · calls of attention
+    6D·tokens + pairs + gather_pairs·gathered vectors + call_flop/4D · calls of attention
+
+The last two factors are those of a kind of device (:class:`Costs`).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
@@ -17,15 +20,33 @@ Layout = Literal["padded", "packed", "shared"]
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")
 Segment = tuple[int, int]
 
-CALL_FLOP = 4_000_000
-"""The overhead of a call of attention: about 0.1 ms of a core that does 40 GFLOP/s."""
-GATHER_PAIRS = 10
-"""Copying a token's vector into a row and its gradient back: 40·D FLOP at a core's memory bandwidth."""
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What attention costs beside its pairs, on a kind of device.
+
+    ``call_flop`` is the overhead of a call. ``gather_pairs`` is copying a token's vector into a row and its gradient
+    back. ``merges`` says that a row behind a prefix is two calls without a mask, so that the masked half is skipped.
+    """
+
+    call_flop: float
+    gather_pairs: float
+    merges: bool
+
+    def call_pairs(self, hidden_size: int) -> float:
+        """``call_flop`` as pairs."""
+        return self.call_flop / (4 * hidden_size)
 
 
-def call_pairs(hidden_size: int) -> float:
-    """``CALL_FLOP`` as pairs."""
-    return CALL_FLOP / (4 * hidden_size)
+CPU = Costs(call_flop=4e6, gather_pairs=10, merges=False)
+"""A core of 40 GFLOP/s: a call takes about 0.1 ms, and a vector 40·D FLOP at the core's memory bandwidth."""
+CUDA = Costs(call_flop=4e9, gather_pairs=200, merges=True)
+"""A GPU of 200 TFLOP/s and 2 TB/s in bf16: a call leaves it idle for about 20 us, and a vector moves 8·D bytes."""
+
+
+def costs_of(device_type: str) -> Costs:
+    """The costs on ``torch.device.type``; all but the CPU count as CUDA."""
+    return CPU if device_type == "cpu" else CUDA
 
 
 def padded_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -80,7 +101,7 @@ def karmarkar_karp(work: Sequence[float], parts: int) -> list[list[int]]:
     return [sorted(indices) for _, indices in heap[0][2]] if heap else [[] for _ in range(parts)]
 
 
-def attention_calls(segments: Sequence[Segment], hidden_size: int) -> list[list[int]]:
+def attention_calls(segments: Sequence[Segment], hidden_size: int, costs: Costs = CPU) -> list[list[int]]:
     """Indices of segments that share a call of attention: of equal prefix length, so that they share a mask.
 
     Longest first. A new call starts where padding would cost more pairs than a call.
@@ -96,28 +117,33 @@ def attention_calls(segments: Sequence[Segment], hidden_size: int) -> list[list[
             length = segments[index][0]
             longest = segments[calls[-1][0]][0] if calls[-1] else length
             wasted += longest * (longest + prefix) - length * (length + prefix)
-            if wasted > call_pairs(hidden_size):
+            if wasted > costs.call_pairs(hidden_size):
                 calls.append([])
                 wasted = 0
             calls[-1].append(index)
     return calls
 
 
-def packed_work(segments: Sequence[Segment], hidden_size: int) -> float:
-    """Work of a packed micro-batch. Attention without a prefix skips the half that is masked."""
+def packed_work(segments: Sequence[Segment], hidden_size: int, costs: Costs = CPU) -> float:
+    """Work of a packed micro-batch. Attention skips the half that is masked where no mask tensor is needed.
+
+    A row that is merged of two calls has two outputs, each as many vectors as the row.
+    """
     work = 6.0 * hidden_size * sum(length for length, _ in segments)
-    for call in attention_calls(segments, hidden_size):
+    for call in attention_calls(segments, hidden_size, costs):
         length, prefix = segments[call[0]]
-        pairs = length * (length + prefix) if prefix else length * length / 2
-        vectors = 2 * length + 2 * (length + prefix)
-        work += len(call) * (pairs + GATHER_PAIRS * vectors) + call_pairs(hidden_size)
+        merged = costs.merges and prefix > 0
+        pairs = length * prefix + length * length / (2 if merged or not prefix else 1)
+        vectors = 2 * length + 2 * (length + prefix) + (2 * length if merged else 0)
+        calls = 2 if merged else 1
+        work += len(call) * (pairs + costs.gather_pairs * vectors) + calls * costs.call_pairs(hidden_size)
     return work
 
 
-def padded_work(lengths: Sequence[int], hidden_size: int) -> float:
+def padded_work(lengths: Sequence[int], hidden_size: int, costs: Costs = CPU) -> float:
     """Work of a micro-batch of rows that are padded to the longest. Nothing is gathered."""
     rows, longest = len(lengths), max(lengths)
-    return rows * (6 * hidden_size * longest + longest * longest / 2) + call_pairs(hidden_size)
+    return rows * (6 * hidden_size * longest + longest * longest / 2) + costs.call_pairs(hidden_size)
 
 
 def equal_shares(work: Sequence[float], owner: Sequence[int], parts: int) -> list[int]:

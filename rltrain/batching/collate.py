@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from rltrain.batching.bins import (
+    Costs,
     Layout,
     Segment,
+    costs_of,
     equal_shares,
     first_fit_decreasing,
     fitting,
@@ -166,7 +168,8 @@ def arrange(
     lengths = [(len(ids), tuple(len(rows[i].fed_ids) for i in members)) for ids, members in by_prompt.items()]
     ranks = dist.gather_objects(lengths, name="lengths of the rows")
     on_all_ranks = [group for rank in ranks for group in rank]
-    layout = min(layouts, key=lambda layout: work_of(on_all_ranks, layout, token_budget, hidden_size))
+    costs = costs_of(dist.device().type)
+    layout = min(layouts, key=lambda layout: work_of(on_all_ranks, layout, token_budget, hidden_size, costs))
     return layout, [
         [members[i] for i in indices]
         for members, group in zip(by_prompt.values(), lengths, strict=True)
@@ -200,7 +203,7 @@ def bins_of(units: Sequence[Sequence[Segment]], layout: Layout, budget: int) -> 
     return padded_bins(tokens, budget) if layout == "padded" else first_fit_decreasing(tokens, budget)
 
 
-def work_of(groups: Sequence[GroupLengths], layout: Layout, budget: int, hidden_size: int) -> float:
+def work_of(groups: Sequence[GroupLengths], layout: Layout, budget: int, hidden_size: int, costs: Costs) -> float:
     """Work of the micro-batches that these prompts and completions would become (:mod:`rltrain.batching.bins`)."""
     units = [
         segments_of((prompt, tuple(fed[i] for i in indices)))
@@ -209,13 +212,14 @@ def work_of(groups: Sequence[GroupLengths], layout: Layout, budget: int, hidden_
     ]
     bins = [[segment for i in indices for segment in units[i]] for indices in bins_of(units, layout, budget)]
     if layout == "padded":
-        return sum(padded_work([length for length, _ in segments], hidden_size) for segments in bins)
-    return sum(packed_work(segments, hidden_size) for segments in bins)
+        return sum(padded_work([length for length, _ in segments], hidden_size, costs) for segments in bins)
+    return sum(packed_work(segments, hidden_size, costs) for segments in bins)
 
 
 def _in_equal_shares(units: Sequence[Unit], hidden_size: int) -> Sequence[Unit]:
     """This rank's units after an exchange that gives all ranks about the same work."""
-    work = [packed_work(unit_segments(unit), hidden_size) for unit in units]
+    costs = costs_of(dist.device().type)
+    work = [packed_work(unit_segments(unit), hidden_size, costs) for unit in units]
     work_of_ranks = dist.gather_objects(work, name="work of the ranks")
     if len(work_of_ranks) == 1:
         return units

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rltrain.batching.bins import LAYOUTS, Layout
@@ -24,10 +25,23 @@ def usable_layouts(packing: str, models: Sequence[Any]) -> tuple[Layout, ...]:
     ``models`` are :class:`~rltrain.policy.logprobs.LogprobModel` or engines that hold one. All ranks call this
     together. Where a head is more than its weights, the model's own is used; ConfigError if even that is not enough.
     """
+    if slow := slow_attention(dist.device().type, unwrapped(models[0]).model.dtype):
+        log.warning(slow)
     configured: list[Layout] = [layout for layout in LAYOUTS if packing in ("auto", layout)]
     working = [_working(packing, configured, model) for model in models]
     usable: list[Layout] = [layout for layout in configured if all(layout in each for each in working)]
     return tuple(usable) or ("padded",)
+
+
+def slow_attention(device_type: str, dtype: torch.dtype) -> str | None:
+    """What to say of a dtype that no flash kernel takes, None where there is nothing to say."""
+    if device_type != "cuda" or dtype.itemsize < 4:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"model.dtype={name}: no flash attention on CUDA takes it, and tensor cores hardly help; set "
+        "model.dtype=bfloat16"
+    )
 
 
 def _working(packing: str, configured: Sequence[Layout], model: Any) -> list[Layout]:

@@ -5,7 +5,8 @@ and keys into rows, with rows of similar length in one call (:func:`rltrain.batc
 
     out_s = softmax(q_s · [K_prefix(s) ; K_s] · scale, token i over keys j <= |prefix| + i) · [V_prefix(s) ; V_s]
 
-A row's padding lies to the right of its tokens, where the causal mask hides it.
+A row's padding lies to the right of its tokens, where the causal mask hides it. On CUDA the two pieces are two calls
+of the flash kernel (:mod:`rltrain.policy.merged_attention`); elsewhere a mask does for both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rltrain.batching.bins import attention_calls
+from rltrain.batching.bins import attention_calls, costs_of
+from rltrain.policy.merged_attention import merged_attention, takes_flash
 from rltrain.types import TokenBatch
 
 _NAME = "rltrain_segments"
@@ -57,8 +59,10 @@ class AttentionCall:
 class SegmentAttention:
     """The attention calls of a packed micro-batch, which are the same in every layer."""
 
-    def __init__(self, batch: TokenBatch, hidden_size: int) -> None:
+    def __init__(self, batch: TokenBatch, hidden_size: int, *, merge: bool | None = None) -> None:
+        """``merge`` says whether prefix and row are merged by log-sum-exp; None: where the flash kernel takes them."""
         assert batch.prefix_S is not None
+        self._merge = merge
         boundaries, prefix_of = batch.boundaries_S1.tolist(), batch.prefix_S.tolist()
         sizes = [stop - start for start, stop in itertools.pairwise(boundaries)]
         segments = [(size, sizes[prefix] if prefix >= 0 else 0) for size, prefix in zip(sizes, prefix_of, strict=True)]
@@ -66,7 +70,7 @@ class SegmentAttention:
         self.calls: list[AttentionCall] = []
         slot_L = torch.empty(len(batch.input_ids_L), dtype=torch.long)
         first_slot = 0
-        for indices in attention_calls(segments, hidden_size):
+        for indices in attention_calls(segments, hidden_size, costs_of(device.type)):
             column_Q = torch.arange(segments[indices[0]][0])
             start_B1 = torch.tensor([[boundaries[i]] for i in indices])
             length_B1 = torch.tensor([[sizes[i]] for i in indices])
@@ -102,20 +106,18 @@ class SegmentAttention:
         for index, (call, query, key, value) in enumerate(zip(self.calls, queries, keys, values, strict=True)):
             if softcap is not None:
                 out = _capped_attention(query, key, value, self._mask(index, window), scale, softcap, dropout)
+            elif self._merges(call, query, key, window, dropout):
+                out = merged_attention(query, key, value, prefix=call.prefix, scale=scale)
             else:
-                plain = call.is_plain(window)
-                out = functional.scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    attn_mask=None if plain else self._mask(index, window),
-                    is_causal=plain,
-                    dropout_p=dropout,
-                    scale=scale,
-                    enable_gqa=len(key_HLD) != len(query_HLD),
-                )
+                mask = None if call.is_plain(window) else self._mask(index, window)
+                out = _fused_attention(query, key, value, mask, scale, dropout)
             rows.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
         return gather(torch.cat(rows), self._slot_L).unflatten(-1, (len(query_HLD), -1))
+
+    def _merges(self, call: AttentionCall, query: Tensor, key: Tensor, window: int | None, dropout: float) -> bool:
+        """Whether a row's prefix is attended apart: only where no window cuts it, and no weight is dropped."""
+        whole = bool(call.prefix) and dropout == 0 and (window is None or call.key_BK.shape[1] <= window)
+        return whole and (takes_flash(query, key) if self._merge is None else self._merge)
 
     def _gathered(self, index_S: Tensor, places: Sequence[Tensor], *values_HLD: Tensor) -> list[list[Tensor]]:
         """For each of the values, its rows [B, H, Q, D] in every call."""
@@ -132,6 +134,29 @@ class SegmentAttention:
         if (index, window) not in self._masks:
             self._masks[index, window] = self.calls[index].mask(window)
         return self._masks[index, window]
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask_QK: Tensor | None, scale: float | None, dropout: float
+) -> Tensor:
+    """Attention of torch, causal where there is no mask.
+
+    On CUDA grouped heads would leave the slow math kernel alone where flash does not apply, so they are repeated.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and (mask_QK is not None or not takes_flash(query, key)):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask_QK,
+        is_causal=mask_QK is None,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=grouped,
+    )
 
 
 def _capped_attention(

@@ -18,8 +18,9 @@ from tiny_run import config
 
 from rltrain import trainer, update
 from rltrain.batching.bins import (
+    CPU,
+    CUDA,
     attention_calls,
-    call_pairs,
     equal_shares,
     first_fit_decreasing,
     karmarkar_karp,
@@ -284,10 +285,13 @@ def test_calls_hold_segments_of_one_prefix_and_similar_length():
 
 def test_work_by_hand():
     """D = 10: 60 a token, s²/2 or Tq·Tk pairs, 10 for each of 4 vectors a row, and a call."""
-    call = call_pairs(10)
+    call = CPU.call_pairs(10)
     assert padded_work([4, 2], 10) == 2 * (60 * 4 + 8) + call
     assert packed_work([(4, 0), (2, 0)], 10) == 60 * 6 + 2 * (8 + 10 * 16) + call
     assert packed_work([(4, 0), (2, 4)], 10) == 60 * 6 + (8 + 160) + (2 * 6 + 10 * 16) + 2 * call
+    # Merged: 2·4 pairs with the prefix, half of 2², 4 more vectors of 2 outputs, and two calls.
+    call = CUDA.call_pairs(10)
+    assert packed_work([(4, 0), (2, 4)], 10, CUDA) == 60 * 6 + (8 + 200 * 16) + (8 + 2 + 200 * 20) + 3 * call
 
 
 @pytest.mark.parametrize(("prompt", "own", "count", "expected"), [
