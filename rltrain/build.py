@@ -31,7 +31,7 @@ from rltrain.runs.metrics import Accumulator
 from rltrain.runs.scope import Scope
 from rltrain.runtime import dist
 from rltrain.runtime.interrupts import EXIT_INTERRUPTED, Interrupted
-from rltrain.types import Context, Need, Prompt
+from rltrain.types import Context, Need, Prompt, RolloutServices
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Run:
         """What parts may use at a step; services only where they were declared."""
         services: dict[str, Any] = {}
         if Need.PROBES in self.config.needs():
-            services["rollout"] = self.rollout
+            services["rollout"] = RolloutServices(prober=self.rollout)
         if self.scorer is not None:
             services["scorer"] = self.scorer
         if Need.ENTROPY in self.config.needs():

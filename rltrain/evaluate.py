@@ -31,7 +31,7 @@ from rltrain.rollout.ahead import check_rollout
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
-from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, is_right
+from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, RolloutServices, is_right
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def main(config: RunConfig) -> None:
     if Need.SCORER in config.needs():
         services["scorer"] = load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0))
     if Need.PROBES in config.needs():
-        services["rollout"] = rollout
+        services["rollout"] = RolloutServices(prober=rollout)
     if Need.ENTROPY in config.needs():
         model = LogprobModel(policy.model, temperature=1.0)
         services["entropy"] = SampledEntropies(model, config.sampling, token_budget=config.batch.token_budget)

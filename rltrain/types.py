@@ -12,8 +12,8 @@ from __future__ import annotations
 import abc
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, cast, overload
 
 from rltrain.errors import RunError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from rltrain.rollout.continuation_types import ContinuationRequest
     from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 
 Finish = Literal["stop", "length"]
@@ -37,6 +38,8 @@ class Need(enum.Enum):
     PROBES = "the rollout engine, to continue from inside a completion"
     SCORER = "per-token log-probs of given spans under the policy, a frozen model or an EMA"
     ENTROPY = "entropy and collision probability of the sampling distribution at each completion token"
+    CONTINUATIONS = "completions continued from inside, and the run's rewards of them"
+    STATE = "tensors kept from step to step and with the checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +289,33 @@ class EntropySource(Protocol):
         ...
 
 
+class Continuer(Protocol):
+    """The service behind ``Need.CONTINUATIONS``, at ``context.rollout``."""
+
+    def continue_(self, requests: Sequence[ContinuationRequest]) -> list[list[Completion]]:
+        """``draws`` completions per request, in order: the ids after the prefix, their log-probs, how they ended.
+
+        ``text`` is that of the new ids. All ranks call this together, also those that have no request.
+        """
+        ...
+
+
+class Grader(Protocol):
+    """The service behind ``Need.CONTINUATIONS``, at ``context.grade``."""
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with ``rewards_G`` and ``reward_parts`` by the run's own rewards; NaN where they abstain.
+
+        A group may hold any number of completions. Metrics, failures and states of the rewards are those of the
+        step itself, and stay as they were. All ranks call this together, also those that have no group.
+        """
+        ...
+
+
+# ``context.state`` of a part with ``Need.STATE``: tensors by name. All ranks keep equal ones.
+State = MutableMapping[str, "Tensor"]
+
+
 class Undeclared:
     """In the place of a service whose ``Need`` was not declared: every use of it is an error that says how to."""
 
@@ -300,6 +330,8 @@ class Undeclared:
     def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
         self._refuse(f"context.{self._field}")
 
+    __getitem__ = __setitem__ = __delitem__ = __contains__ = __iter__ = __len__ = __call__
+
     def _refuse(self, used: str) -> NoReturn:
         need = self._need.name
         remedy = f"register the part with needs={{Need.{need}}}, or give a function of yours needs = {{Need.{need}}}"
@@ -307,25 +339,56 @@ class Undeclared:
 
 
 NO_PROBER = cast(Prober, Undeclared("rollout", Need.PROBES))
+NO_CONTINUER = cast(Continuer, Undeclared("rollout", Need.CONTINUATIONS))
+NO_GRADER = cast(Grader, Undeclared("grade", Need.CONTINUATIONS))
 NO_SCORER = cast(SpanScorer, Undeclared("scorer", Need.SCORER))
 NO_ENTROPY = cast(EntropySource, Undeclared("entropy", Need.ENTROPY))
+NO_STATE = cast("State", Undeclared("state", Need.STATE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutServices:
+    """``context.rollout``: each service is there if its own ``Need`` was declared."""
+
+    prober: Prober = NO_PROBER
+    continuer: Continuer = NO_CONTINUER
+
+    def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
+        """See :class:`Prober`."""
+        return self.prober.probe(requests, settings)
+
+    def continue_(self, requests: Sequence[ContinuationRequest]) -> list[list[Completion]]:
+        """See :class:`Continuer`."""
+        return self.continuer.continue_(requests)
+
+
+def _fresh_state(part: str) -> State:
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What an estimator or a reward may use besides the groups.
 
-    ``rollout``, ``scorer`` and ``entropy`` are services: their use is a RunError unless their ``Need`` was declared.
-    ``tokenizer`` is None where there is no model, as in the bench.
+    ``rollout``, ``grade``, ``scorer``, ``entropy`` and ``state`` are services: their use is a RunError unless their
+    ``Need`` was declared. ``tokenizer`` is None where there is no model, as in the bench. ``state_of`` gives the state
+    of a part by its key. Outside a run each call of a part has a fresh one.
     """
 
     step: int = 0
     seed: int = 0
     max_new_tokens: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
-    rollout: Prober = NO_PROBER
+    rollout: RolloutServices = field(default_factory=RolloutServices)
     scorer: SpanScorer = NO_SCORER
     entropy: EntropySource = NO_ENTROPY
+    grade: Grader = NO_GRADER
+    state: State = NO_STATE
+    state_of: Callable[[str], State] = _fresh_state
+
+    def of_part(self, key: str, needs: frozenset[Need]) -> Context:
+        """The context that the part ``key`` is called with: ``state`` is its own where it declares ``Need.STATE``."""
+        return replace(self, state=self.state_of(key) if Need.STATE in needs else NO_STATE)
 
 
 @dataclass(frozen=True, kw_only=True)

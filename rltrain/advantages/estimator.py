@@ -21,9 +21,13 @@ EstimatorLike = AdvantageConfig | str | Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator:
-    """``estimator(groups, context)`` gives what the function returns, checked; ``name`` begins each error message."""
+    """``estimator(groups, context)`` gives what the function returns, checked; ``name`` begins each error message.
+
+    Its state in ``context`` has the key ``advantage/part``.
+    """
 
     name: str
+    part: str
     needs: frozenset[Need]
     function: Callable[[Sequence[Group], Context], Any]
 
@@ -31,7 +35,7 @@ class Estimator:
         """``EstimatorError`` for a result that :func:`check_advantages` refuses, and for rewards changed in place."""
         before = copied_rewards(groups)
         try:
-            advantages = self.function(groups, context)
+            advantages = self.function(groups, context.of_part(f"advantage/{self.part}", self.needs))
         except FrozenInstanceError as error:  # what group.rewards_G -= 1 raises, after it has changed the tensor
             raise EstimatorError(
                 f"{self.name}: {error}, which is fixed; work on a copy such as group.rewards_G.clone()"
@@ -73,6 +77,7 @@ def _of_config(config: AdvantageConfig) -> Estimator:
     from_outside = isinstance(config, UserEstimatorConfig)
     return Estimator(
         name=f"advantage.import_path={config.import_path}" if from_outside else f"advantage={part.name}",
+        part=part.name,
         needs=needs_of(config),
         function=lambda groups, context: part.function(groups, config, context),
     )
@@ -83,4 +88,6 @@ def _of_function(function: Callable[..., Any], options: dict[str, Any]) -> Estim
     name = f"advantage={function.__module__}:{function.__qualname__}" if named else f"advantage={function!r}"
     check_arguments(function, ("groups", "options", "context"), setting=name)
     needs = declared_needs(function, (), setting=name)
-    return Estimator(name=name, needs=needs, function=lambda groups, context: function(groups, options, context))
+    return Estimator(
+        name=name, part="function", needs=needs, function=lambda groups, context: function(groups, options, context)
+    )

@@ -19,7 +19,7 @@ from rltrain.advantages.estimator import Estimator, EstimatorLike, estimator_of
 from rltrain.errors import require
 from rltrain.policy.load import Policy, stop_token_ids
 from rltrain.rollout.probes import PolicyProber
-from rltrain.types import NO_PROBER, Completion, Context, Group, Mean, Need, Problem, Prompt, UnknownLogprobs
+from rltrain.types import Completion, Context, Group, Mean, Need, Problem, Prompt, RolloutServices, UnknownLogprobs
 
 try:
     import trl
@@ -187,12 +187,13 @@ class GRPOTrainer(trl.GRPOTrainer):
             stop_token_ids=stop_token_ids(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
+        probes = Need.PROBES in self.estimator.needs
         return Context(
             step=self.state.global_step,
             seed=self.args.seed,
             max_new_tokens=self.max_completion_length or 0,
             tokenizer=tokenizer,
-            rollout=PolicyProber(policy=policy) if Need.PROBES in self.estimator.needs else NO_PROBER,
+            rollout=RolloutServices(prober=PolicyProber(policy=policy)) if probes else RolloutServices(),
         )
 
     def _log(self, rows: Sequence[Tensor], metrics: Any, mode: str) -> None:

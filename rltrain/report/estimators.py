@@ -17,7 +17,7 @@ from rltrain.errors import ConfigError, RunError
 from rltrain.registry import needs_of, part_of, parts
 from rltrain.report.folder import RecordedRun
 from rltrain.report.samples import SampleRow, as_group, notes
-from rltrain.types import Context, Need, Notes
+from rltrain.types import Context, Need, Notes, RolloutServices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +105,17 @@ class SampledStep:
         """The context of an estimator, and in words the source of its numbers."""
         if not all(ids for group in self._groups for ids in group.completion_ids):
             raise ConfigError("the samples hold completions without token ids")
-        seed = self._run.config.get("seed", 0)
+        seed, needs = self._run.config.get("seed", 0), needs - {Need.STATE}  # each call has a state of its own
         if not needs:
             return Context(step=self._drawn_after, seed=seed), "recomputed from token ids and rewards"
-        if needs != {Need.PROBES}:
-            raise ConfigError(f"it needs {', '.join(need.value for need in needs)}, which a run folder does not hold")
+        if unmet := needs - {Need.PROBES}:
+            raise ConfigError(f"it needs {', '.join(need.value for need in unmet)}, which a run folder does not hold")
         if not all(group.prompt.token_ids for group in self._groups):
             raise ConfigError("it probes the policy after the prompt, and these samples hold no prompt ids (older run)")
         saved_step, prober, tokenizer = self._checkpoint
+        services = RolloutServices(prober=prober)
         source = f"probes of the checkpoint of step {saved_step} on samples drawn after step {self._drawn_after}"
-        return Context(step=self._drawn_after, seed=seed, tokenizer=tokenizer, rollout=prober), source
+        return Context(step=self._drawn_after, seed=seed, tokenizer=tokenizer, rollout=services), source
 
     @cached_property
     def _checkpoint(self) -> tuple[int, Any, Any]:

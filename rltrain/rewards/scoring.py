@@ -163,7 +163,7 @@ def _call(name: str, config: RewardConfig, groups: Sequence[Group], context: Con
     A thread cannot be stopped. After the deadline its result is dropped, and its reward abstains until it ends, so that
     a reward has at most one such thread.
     """
-    function = part_of(config).function
+    function, context = part_of(config).function, context.of_part(f"rewards/{name}", needs_of(config))
     if not isinstance(config, UserRewardConfig) or needs_of(config):  # services are collective: in the main thread
         return function(groups, config, context)
     if name in _busy and not _busy[name].done():

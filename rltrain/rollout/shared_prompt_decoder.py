@@ -16,8 +16,9 @@ of a query, a matrix a prompt and a matrix a row, are the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,6 +98,19 @@ class _Layer:
             self.prompt_keys = self.prompt_keys.index_select(1, prompts_P)
             self.prompt_values = self.prompt_values.index_select(1, prompts_P)
         self._look()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """Left-padded prompts after their forward: of each layer keys and values [kv head, P, T, head dim], mask, logits.
+
+    ``layers`` is read once, from first to last. Zeros in ``mask_PT`` [P, T] are padding; ``logits_PV`` follow the last
+    token of each prompt.
+    """
+
+    layers: Iterable[tuple[Tensor, Tensor]]
+    mask_PT: Tensor
+    logits_PV: Tensor
 
 
 class _Layout:
@@ -265,43 +279,54 @@ class SharedDecoder:
 
     def admit(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
         """Logits [P·G, V] of the first tokens; the rows of a prompt are neighbours and follow those in flight."""
+        return self.admit_prefilled(self._prefill(prompts), [group_size] * len(prompts))
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
         from transformers import DynamicCache
 
         ids_PT, mask_PT = left_padded(prompts, self._pad_id, self._device)
-        positions_PT = padded_positions(mask_PT)
         cache: Any = DynamicCache()
         logits_PV = self._model(
             input_ids=ids_PT,
             attention_mask=mask_PT,
-            position_ids=positions_PT,
+            position_ids=padded_positions(mask_PT),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        next_positions_B = (positions_PT[:, -1] + 1).repeat_interleave(group_size)
-        last_B = next_positions_B + self._max_new_tokens - 1
         # Taken out one by one, so that no two copies of all layers exist.
         taken = (cache.layers.pop(0) for _ in range(len(cache.layers)))
         by_head = ((new.keys.transpose(0, 1).contiguous(), new.values.transpose(0, 1).contiguous()) for new in taken)
+        return Prefilled(layers=by_head, mask_PT=mask_PT, logits_PV=logits_PV)
+
+    def admit_prefilled(self, prefilled: Prefilled, rows: Sequence[int]) -> Tensor:
+        """Logits [B, V] of the first tokens of ``rows[p]`` rows for each prefilled prompt p, at least 1.
+
+        The rows of a prompt are neighbours and follow those in flight.
+        """
+        rows_P = torch.tensor(rows, device=self._device)
+        mask_PT = prefilled.mask_PT
+        next_positions_B = mask_PT.sum(-1).repeat_interleave(rows_P)
+        last_B = next_positions_B + self._max_new_tokens - 1
         if self._fed:
-            for layer, (keys, values) in zip(self.layers, by_head, strict=True):
+            for layer, (keys, values) in zip(self.layers, prefilled.layers, strict=True):
                 layer.admit_prompts(keys, values)
             self._prompt_mask_PT = _cat_left_padded(self._prompt_mask_PT, mask_PT, dim=1)
             self._positions_B = torch.cat([self._positions_B, next_positions_B])
             self._last_B = torch.cat([self._last_B, last_B])
         else:
-            self.layers = [_Layer(keys, values) for keys, values in by_head]
+            self.layers = [_Layer(keys, values) for keys, values in prefilled.layers]
             self._prompt_mask_PT, self._positions_B, self._last_B = mask_PT, next_positions_B, last_B
             self._columns, self._holes_BC = 0, None
         first = self._prompt_of[-1] + 1 if self._prompt_of else 0
-        self._prompt_of += [first + p for p in range(len(prompts)) for _ in range(group_size)]
-        self._fed += [0] * (len(prompts) * group_size)
+        self._prompt_of += [first + p for p, count in enumerate(rows) for _ in range(count)]
+        self._fed += [0] * sum(rows)
         for layer in self.layers:
-            layer.add_rows(len(prompts) * group_size)
+            layer.add_rows(sum(rows))
         if self._holes_BC is not None:
-            self._holes_BC = pad(self._holes_BC, (0, 0, 0, len(prompts) * group_size))
+            self._holes_BC = pad(self._holes_BC, (0, 0, 0, sum(rows)))
         self._lay_out()
-        return logits_PV.repeat_interleave(group_size, dim=0)
+        return prefilled.logits_PV.repeat_interleave(rows_P, dim=0)
 
     def _lay_out(self) -> None:
         self.layout = _Layout([prompt for prompt in self._prompt_of for _ in range(self._width)], self._device)

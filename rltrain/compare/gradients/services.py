@@ -10,12 +10,12 @@ import torch
 
 from rltrain.compare.gradients.families import VOCABULARY, Family, TabularPolicy
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
-from rltrain.types import Context, Need
+from rltrain.types import Context, Need, RolloutServices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROVIDED = frozenset({Need.PROBES})
+PROVIDED = frozenset({Need.PROBES, Need.STATE})
 
 
 def context_of(policy: TabularPolicy) -> Context:
@@ -23,7 +23,7 @@ def context_of(policy: TabularPolicy) -> Context:
     family = policy.family
     return Context(
         tokenizer=cast("PreTrainedTokenizerBase", StepTokenizer(family=family)),
-        rollout=ExactProber(policy=policy),
+        rollout=RolloutServices(prober=ExactProber(policy=policy)),
         max_new_tokens=family.length,
     )
 
