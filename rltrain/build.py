@@ -26,7 +26,7 @@ from rltrain.policy.scorer import Scorer, load_reference, load_scorer
 from rltrain.rollout import Rollout, ahead
 from rltrain.rollout.ahead import Ahead, check_rollout
 from rltrain.rollout.entropies import SampledEntropies
-from rltrain.runs import checkpoint, run_folder
+from rltrain.runs import checkpoint, run_folder, trackers
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.scope import Scope
 from rltrain.runtime import dist
@@ -170,6 +170,7 @@ class Run:
 def build(config: RunConfig) -> Run:
     """Check what needs the number of ranks, load the models, and restore the newest intact checkpoint."""
     _refuse_unequal_shares(config)
+    trackers.check(config.tracking)
     saved = checkpoint.resume_point(Path(config.run_dir), config)
     initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
     with sharded_loading(config.deepspeed, dtype=config.model.dtype):

@@ -20,7 +20,6 @@ from rltrain.types import Need
 MISSING: Any = "???"
 SCHEDULES = ("constant", "linear", "cosine")
 
-
 # What ``apply_chat_template`` gets from us.
 TEMPLATE_KEYS = ("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message")
 TEMPLATE_KEYS += ("tokenize", "return_dict")
@@ -339,17 +338,18 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class TrackingConfig:
-    """wandb beside the files: ``auto`` is online when an API key is set, else offline."""
+    """Trackers beside the files. ``wandb=auto`` is online when an API key is set, else offline."""
 
     wandb: str = "auto"
+    tensorboard: bool = False
+    trackio: bool = False
     project: str = "rltrain"
     group: str | None = None
     entity: str | None = None
     samples_every_steps: int = 10
 
     def __post_init__(self) -> None:
-        modes = ("auto", "online", "offline", "disabled")
-        require(self.wandb in modes, f"tracking.wandb={self.wandb}: set one of {', '.join(modes)}")
+        require_one_of(("auto", "online", "offline", "disabled"), "tracking.wandb", self.wandb)
 
 
 @dataclass(kw_only=True)
