@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from rltrain.config import ModelConfig
 from rltrain.errors import ConfigError
+from rltrain.plan.known_models import known_architecture
 from rltrain.policy import capabilities
 from rltrain.policy.load import PretrainedConfig, located
 from rltrain.policy.lora import add_lora
@@ -63,6 +64,8 @@ def architecture(config: ModelConfig) -> Any:
         raise ConfigError(
             f"model: {type(config).__name__} has no transformers config to plan with; choose another model"
         )
+    if known := known_architecture(config.path):
+        return known
     source = located(config)
     gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
     try:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rltrain.config import RunConfig, SamplingConfig
-from rltrain.errors import ConfigError, RunError
+from rltrain.errors import RunError, require
 from rltrain.policy.load import Policy, load_policy
 from rltrain.rollout import Rollout, RolloutLost, build_engine, engine_of, probes
 from rltrain.rollout.local import LocalRollout
@@ -247,16 +247,21 @@ def load_copy(config: RunConfig, initial: str | None) -> Any:
 
 
 def copy_device(offset: int) -> torch.device:
-    """The device ``offset`` after this rank's own."""
-    if not offset:
-        return dist.device()
-    index, count = dist.local_rank() + offset, torch.cuda.device_count()
-    if index >= count:
-        raise ConfigError(
-            f"rollout.device_offset={offset}: rank {dist.rank()} would sample on GPU {index}, and this machine has "
-            f"{count}; start fewer ranks or set a smaller offset"
+    """The device ``offset`` after this rank's, modulo those that it sees: Slurm may show each task its GPUs alone."""
+    own = dist.device()
+    if not offset or own.index is None:
+        require(
+            not offset,
+            f"rollout.device_offset={offset}: there is no GPU to sample on; set 0, and the copy is beside the policy",
         )
-    return torch.device("cuda", index)
+        return own
+    chosen = torch.device("cuda", (own.index + offset) % torch.cuda.device_count())
+    if chosen == own:
+        log.warning(
+            "rollout.device_offset=%d: rank %d sees %d GPU, so it samples on %s, where it trains",
+            offset, dist.rank(), torch.cuda.device_count(), own,
+        )  # fmt: skip
+    return chosen
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ class VllmRolloutConfig(RolloutConfig):
     has ``max_requests`` calls under way at once. A colocated engine keeps a cache of ``cache_gib``, 0 for
     what is free on a GPU less a reserve where the engine sleeps and 2 GiB elsewhere. It gives its memory
     back while the rank trains (``sleep``, on GPUs), and gets ``engine`` as further arguments of ``vllm.LLM``.
+    ``zero_stage`` is the trainer's: above 0 the ranks share its moments out, and the reserve is for a share.
     Its log-probs differ from the trainer's, by rounding at least: ``loss.importance_correction=auto`` is ``truncate``.
     """
 
@@ -41,6 +42,7 @@ class VllmRolloutConfig(RolloutConfig):
     max_requests: int = 256
     cache_gib: float = 0.0
     sleep: bool = True
+    zero_stage: int = "${deepspeed.zero_stage}"  # type: ignore[assignment]
     engine: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,5 +145,11 @@ def _engine(config: VllmRolloutConfig, policy: Any, *, longest: int) -> Sampling
     from rltrain.rollout.vllm_colocated import ColocatedEngine
 
     return ColocatedEngine(
-        policy, folder, longest=longest, cache_gib=config.cache_gib, sleep=config.sleep, arguments=config.engine
+        policy,
+        folder,
+        longest=longest,
+        cache_gib=config.cache_gib,
+        sleep=config.sleep,
+        zero_stage=config.zero_stage,
+        arguments=config.engine,
     )

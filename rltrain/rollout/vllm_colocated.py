@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rltrain.engine import zero_shards
 from rltrain.errors import ConfigError, require
 from rltrain.rollout import vllm_worker
 from rltrain.rollout.vllm_requests import Request, Sampled
@@ -29,7 +30,15 @@ class ColocatedEngine:
     """The engine of ``rollout.mode=colocated``; ``arguments`` go to ``vllm.LLM`` as they are, over our own."""
 
     def __init__(
-        self, policy: Any, folder: Path, *, longest: int, cache_gib: float, sleep: bool, arguments: dict[str, Any]
+        self,
+        policy: Any,
+        folder: Path,
+        *,
+        longest: int,
+        cache_gib: float,
+        sleep: bool,
+        arguments: dict[str, Any],
+        zero_stage: int = 0,
     ) -> None:
         os.environ.update(QUIET | os.environ | ENVIRONMENT)
         vllm = _vllm()
@@ -47,7 +56,7 @@ class ColocatedEngine:
             "worker_extension_cls": vllm_worker.NAME,
             "enforce_eager": not torch.cuda.is_available(),
             "seed": 0,
-        } | _memory(policy, cache_gib, sleeps=self._sleeps)
+        } | _memory(policy, cache_gib, sleeps=self._sleeps, zero_stage=zero_stage)
         if dist.world_size() > 1:
             own["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads
@@ -91,18 +100,24 @@ class ColocatedEngine:
         return [_sampled(output.outputs[0]) for output in outputs]
 
 
-def _memory(policy: Any, cache_gib: float, *, sleeps: bool) -> dict[str, Any]:
+def _memory(policy: Any, cache_gib: float, *, sleeps: bool, zero_stage: int) -> dict[str, Any]:
     """What vLLM is told about memory on the device that it shares with the trainer."""
     if not torch.cuda.is_available():
         return {"kv_cache_memory_bytes": int((cache_gib or CACHE_GIB) * GIB)}
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+    trained = trained_share(policy.model, zero_stage)
     return memory_arguments(free, total, trained=trained, cache_gib=cache_gib, sleeps=sleeps)
 
 
+def trained_share(model: Any, zero_stage: int) -> int:
+    """Of how many trained parameters this rank holds moments and gradients: above stage 0 of its shard."""
+    trained = sum(zero_shards.full_shape(one).numel() for one in model.parameters() if one.requires_grad)
+    return -(-trained // dist.world_size()) if zero_stage else trained
+
+
 def memory_arguments(free: int, total: int, *, trained: int, cache_gib: float, sleeps: bool) -> dict[str, Any]:
-    """``vllm.LLM``'s arguments on a GPU with ``free`` of ``total`` bytes and ``trained`` parameters of the trainer.
+    """``vllm.LLM``'s arguments on a GPU with ``free`` of ``total`` bytes and ``trained`` parameters of its rank.
 
     vLLM refuses to start unless ``gpu_memory_utilization`` of the card is free. Of that share it fills with cache what
     weights and activations leave. Kept back: 12 bytes a trained parameter, for fp32 gradients and moments that come

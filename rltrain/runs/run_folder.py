@@ -22,7 +22,7 @@ from rltrain.types import Advantages, Group, Notes
 FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "compress")
 # Where rollout servers are, how long they may take, and what memory an engine has.
 FREE_KEYS += tuple(
-    f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests", "cache_gib")
+    f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests", "cache_gib", "zero_stage")
 )
 # Why a run cannot go on, or into a folder that is in use, when a key of this group has changed.
 WHY = {

@@ -9,8 +9,9 @@ import torch
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
 from rltrain.policy.tiny import TinyConfig
-from rltrain.rollout.vllm_colocated import GIB, ColocatedEngine, memory_arguments
+from rltrain.rollout.vllm_colocated import GIB, ColocatedEngine, memory_arguments, trained_share
 from rltrain.rollout.vllm_requests import Request
+from rltrain.runtime import dist
 
 REQUESTS = [Request(prompt_ids=(1, 2), seed=7)]
 # One layer: 4 projections and 2 norms of attention, 3 matrices of the MLP, 2 norms; and embedding and last norm.
@@ -105,3 +106,12 @@ def test_the_share_is_of_what_is_free(options, expected):
 def test_a_gpu_that_the_trainer_fills_is_refused():
     with pytest.raises(ConfigError, match=r"rollout.mode=colocated: 20.0 of 80.0 GiB are free"):
         memory_arguments(20 * GIB, 80 * GIB, trained=GIB, cache_gib=0.0, sleeps=True)
+
+
+def test_a_rank_keeps_room_for_its_shard_of_the_moments(monkeypatch):
+    """1,000 parameters on 8 ranks: all of them at stage 0, 125 above. ZeRO 3 leaves an empty tensor and its shape."""
+    model = torch.nn.Linear(99, 10)
+    model.weight.ds_shape = torch.Size([10, 99])
+    model.weight.data = torch.empty(0)
+    monkeypatch.setattr(dist, "world_size", lambda: 8)
+    assert [trained_share(model, stage) for stage in (0, 1, 3)] == [1000, 125, 125]

@@ -73,7 +73,7 @@ def test_changes_say_why_they_matter():
 
 def test_a_folder_of_another_config_is_refused_without_a_checkpoint_too(tmp_path):
     run_folder.write_provenance(tmp_path, cli.compose(["steps=3"]))
-    assert checkpoint.resume_point(tmp_path, cli.compose(["steps=9", "name=other", "deepspeed=one_gpu"])) is None
+    assert checkpoint.resume_point(tmp_path, cli.compose(["steps=9", "name=other", "deepspeed.zero_stage=1"])) is None
     with pytest.raises(ConfigError) as error:
         checkpoint.resume_point(tmp_path, cli.compose(["model.hidden_size=64"]))
     assert str(error.value) == (

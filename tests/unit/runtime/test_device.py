@@ -11,6 +11,7 @@ import torch
 import torch.distributed as torch_dist
 
 from rltrain.errors import ConfigError
+from rltrain.rollout.ahead import copy_device
 from rltrain.runtime import dist
 
 LISTED = "GPU 0: NVIDIA H200 (UUID: GPU-1)"
@@ -47,6 +48,32 @@ def test_a_rank_takes_a_gpu_that_it_sees(gpus, monkeypatch, rank, visible, index
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     assert dist.device() == torch.device("cuda", index)
     assert dist.device_in_words() == f"cuda:{index} H200 number {index}"
+
+
+@pytest.mark.parametrize(
+    ("rank", "visible", "offset", "index"),
+    [(0, 2, 1, 1), (0, 8, 4, 4), (1, 2, 1, 0), (5, 2, 1, 0)],  # Slurm shows tasks 1 and 5 two GPUs each
+)
+def test_a_copy_that_samples_lies_on_a_gpu_that_the_rank_sees(gpus, monkeypatch, caplog, rank, visible, offset, index):
+    gpus(visible)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert copy_device(offset) == torch.device("cuda", index)
+    assert not caplog.records
+
+
+def test_a_single_gpu_in_sight_is_shared_with_its_copy_and_named(gpus, monkeypatch, caplog):
+    gpus(1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert copy_device(1) == torch.device("cuda", 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "rollout.device_offset=1: rank 0 sees 1 GPU, so it samples on cuda:0, where it trains"
+    ]
+
+
+def test_without_a_gpu_a_copy_lies_beside_the_policy(no_cuda):
+    assert copy_device(0) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="rollout.device_offset=1: there is no GPU to sample on; set 0"):
+        copy_device(1)
 
 
 def test_the_cpu_is_named_with_its_threads(no_cuda):
