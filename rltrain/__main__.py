@@ -1,6 +1,7 @@
-"""``rltrain COMMAND …`` is ``python -m rltrain.COMMAND …``; ``rltrain list`` says what can be chosen by name.
+"""``rltrain COMMAND …`` is ``python -m rltrain.COMMAND …``; ``rltrain list`` and ``rltrain help`` explain the choices.
 
 rltrain list [experiments | algorithms | estimators | data | rewards | models | rollout engines]
+rltrain help [COMMAND | SECTION | KEY | CHOICE | keys]
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from rltrain import cli
 from rltrain.errors import ConfigError
 from rltrain.options import catalogue
+from rltrain.options import help as help_pages
 
 COMMANDS = {
     "train": "train a policy with RL",
@@ -30,7 +32,12 @@ COMMANDS = {
 def usage() -> str:
     """The commands, a line each."""
     lines = [f"  {name:18s} {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(["rltrain COMMAND …", "", "  list               what can be chosen by name", *lines])
+    words = [
+        "  list               what can be chosen by name",
+        "  help               a command, key or choice in words",
+    ]
+    first = ["", "begin with: rltrain train +experiment=quickstart"]
+    return "\n".join(["rltrain COMMAND …", "", *words, *lines, *first])
 
 
 def show(titles: Sequence[str]) -> str:
@@ -42,19 +49,37 @@ def show(titles: Sequence[str]) -> str:
     return catalogue.table(only=title or None)
 
 
+def explain(topics: Sequence[str]) -> str:
+    """Help on each topic; the commands where none is given."""
+    return "\n\n".join(_explain(topic) for topic in topics) or usage()
+
+
+def _explain(topic: str) -> str:
+    if topic in help_pages.READS:
+        return help_pages.command(topic, help_pages.module_doc(f"rltrain.{topic}"))
+    if topic in COMMANDS:
+        doc = help_pages.module_doc(f"rltrain.{topic}")
+        return f"{doc}\n\nits options: rltrain {topic} --help"
+    return help_pages.about(topic)
+
+
 def main() -> None:
     """Run the command that the first argument names; exits with 2 where there is none of that name."""
     command, *rest = [*sys.argv[1:], ""][: len(sys.argv)]
-    if command in ("", "-h", "--help", "help"):
+    rest = [argument for argument in rest if argument]
+    if command in ("", "-h", "--help"):
         print(usage())
-        return
-    if command == "list":
-        print(show([argument for argument in rest if argument]))
-        return
-    if command not in COMMANDS:
-        raise ConfigError(f"rltrain {command}: no such command; choose one of list, {', '.join(COMMANDS)}")
-    sys.argv = [f"rltrain {command}", *[argument for argument in rest if argument]]
-    runpy.run_module(f"rltrain.{command}", run_name="__main__", alter_sys=True)
+    elif command == "help":
+        print(explain(rest))
+    elif command == "list":
+        print(show(rest))
+    elif command not in COMMANDS:
+        raise ConfigError(f"rltrain {command}: no such command; choose one of list, help, {', '.join(COMMANDS)}")
+    elif command in help_pages.READS and help_pages.wants_help(rest):
+        print(explain([command]))
+    else:
+        sys.argv = [f"rltrain {command}", *rest]
+        runpy.run_module(f"rltrain.{command}", run_name="__main__", alter_sys=True)
 
 
 def console() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rltrain.config import RunConfig
 from rltrain.errors import ConfigError, RunError
+from rltrain.options import help as help_pages
 from rltrain.options import keys, overrides
 from rltrain.options.catalogue import config_folder as config_folder
 from rltrain.registry import discover, parts
@@ -94,7 +95,7 @@ def _about_choices(message: str) -> str:
     close = difflib.get_close_matches(choice[2], (choice[3] or "").split(), n=1) if choice else []
     if choice and close:
         return f"; did you mean {choice[1]}={close[0]}?"
-    return "; --help lists the choices" if "Could not find" in message else ""
+    return "; rltrain list shows the choices" if "Could not find" in message else ""
 
 
 def _first_lines(error: BaseException) -> str:
@@ -141,6 +142,10 @@ def run(task: Callable[[RunConfig], None]) -> None:
 
     Exits with 2 on a config error.
     """
+    if help_pages.wants_help(sys.argv[1:]):
+        print(help_pages.command(*_command()))
+        return
+
     import hydra
     from omegaconf import DictConfig
 
@@ -176,9 +181,6 @@ def run(task: Callable[[RunConfig], None]) -> None:
     finally:
         # After a clause that is done an error's frames are gone, which hold the run and with it the process group.
         _leave()
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        with errors_in_one_line():
-            _say_device()
     if code is not None:
         raise SystemExit(code)
 
@@ -222,11 +224,12 @@ def _leave() -> None:
             print(f"error: the process group did not end: {error}", file=sys.stderr)
 
 
-def _say_device() -> None:
-    from rltrain.runtime import dist
-
-    dist.refuse_unused_gpu()
-    print(f"device: {dist.device_in_words()}")
+def _command() -> tuple[str, str]:
+    """The name and the docstring of the command that runs: those of the main module, train's for a script."""
+    main = sys.modules["__main__"]
+    name = main.__spec__.name if main.__spec__ else ""
+    name = name.removeprefix("rltrain.").removesuffix(".__main__")
+    return (name, main.__doc__ or "") if name in help_pages.READS else ("train", help_pages.module_doc("rltrain.train"))
 
 
 def make_folder(folder: Path) -> None:

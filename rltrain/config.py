@@ -14,6 +14,8 @@ from rltrain.errors import RunError as RunError
 from rltrain.errors import require, require_one_of
 from rltrain.registry import needs_of
 from rltrain.registry import register as register  # where estimators of users have it from
+from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
+from rltrain.runtime.records import DebugConfig, TrackingConfig
 from rltrain.runtime.watchdog import WatchdogConfig
 from rltrain.types import Need
 
@@ -46,7 +48,7 @@ class AdvantageConfig:
 class RewardConfig:
     """Base of every reward's config; the function is ``f(groups, config, context) -> Scores``."""
 
-    weight: float = 1.0
+    weight: float = 1.0  # factor of this reward in the sum
 
     def user_needs(self) -> frozenset[Need]:
         """What a user's function needs beside what its part is registered with."""
@@ -70,8 +72,8 @@ class RolloutConfig:
     has a copy of it, ``device_offset`` GPUs after the rank's.
     """
 
-    ahead: bool = False
-    device_offset: int = 0
+    ahead: bool = False  # sample the next batch while this one is trained on
+    device_offset: int = 0  # GPUs between the rank's and its sampling copy of the policy
 
     def needed_correction(self) -> str:
         """What ``loss.importance_correction=auto`` becomes: ``truncate`` where the sampler's weights are older."""
@@ -90,9 +92,10 @@ class RolloutConfig:
 class LoraConfig:
     """Low-rank adapters through peft; the base weights stay frozen. ``rank=0`` trains the whole model."""
 
-    rank: int = 0
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: int = 0  # of the adapters; 0 trains the whole model
+    alpha: float = 32.0  # adapters are scaled by alpha/rank
+    dropout: float = 0.0  # on the input of the adapters
+    # Names of the linear layers that get adapters.
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
@@ -105,13 +108,13 @@ class ModelConfig:
     ``chat_template_kwargs``, and ``template_date`` where it asks for the time.
     """
 
-    dtype: str = "float32"
-    chat: bool = False
-    system: str | None = None
-    examples: list[list[str]] = field(default_factory=list)
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    template_date: str | None = None
-    gradient_checkpointing: bool = False
+    dtype: str = "float32"  # of the weights: float32 or bfloat16
+    chat: bool = False  # put each problem into the tokenizer's chat template
+    system: str | None = None  # the system message; needs chat
+    examples: list[list[str]] = field(default_factory=list)  # [question, answer] pairs as earlier turns; needs chat
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the chat template
+    template_date: str | None = None  # the date that the chat template is given, as 2024-07-26
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -136,12 +139,12 @@ class ModelConfig:
 class SamplingConfig:
     """The distribution that completions are drawn from. ``top_k=0`` and ``top_p=1`` leave it whole."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    max_prompt_tokens: int = 1024
-    stop: list[str] = field(default_factory=list)
+    temperature: float = 1.0  # logits are divided by it; the loss uses it, too
+    top_k: int = 0  # sample among the k likeliest tokens; 0: all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this probability; 1: all
+    max_new_tokens: int = 256  # longest completion, in tokens
+    max_prompt_tokens: int = 1024  # problems with longer prompts are left out
+    stop: list[str] = field(default_factory=list)  # strings that end a completion
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, f"sampling.temperature={self.temperature}: must be >= 0 (0 is greedy)")
@@ -159,17 +162,17 @@ class LossConfig:
     ``importance_correction=auto`` becomes what the rollout engine needs; without one it is ``none``.
     """
 
-    ratio: str = "token"
-    surrogate: str = "clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    aggregation: str = "sequence"
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    importance_correction: str = "auto"
-    importance_cap: float = 2.0
+    ratio: str = "token"  # of probabilities new/old, by token or by sequence (GSPO)
+    surrogate: str = "clip"  # clip (PPO), cispo, or reinforce
+    clip_low: float = 0.2  # the ratio counts from 1 - clip_low on
+    clip_high: float = 0.2  # the ratio counts up to 1 + clip_high
+    dual_clip: float | None = None  # cap of the ratio where the advantage is negative; null: none
+    aggregation: str = "sequence"  # mean per sequence, over tokens, by a constant, or sum per sequence
+    kl_coef: float = 0.0  # weight of the KL to the reference; 0: no reference is loaded
+    kl_estimator: str = "k3"  # k2 or k3 (k1 only without weight)
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    importance_correction: str = "auto"  # for a sampler that is not the policy: auto, none, truncate or mask
+    importance_cap: float = 2.0  # largest pi_train/pi_sampler of a token
 
     def __post_init__(self) -> None:
         choices = {
@@ -210,13 +213,13 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW with decoupled weight decay on matrices; linear warm-up, then the schedule."""
 
-    learning_rate: float = 1e-6
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    max_grad_norm: float = 1.0
+    learning_rate: float = 1e-6  # the peak, after the warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of AdamW's two moments
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.0  # decoupled, on matrices
+    warmup_steps: int = 0  # linear rise from 0
+    schedule: str = "constant"  # after the warm-up: constant, linear or cosine, to 0 at the last step
+    max_grad_norm: float = 1.0  # longer gradients are scaled to it
 
     def __post_init__(self) -> None:
         require_one_of(SCHEDULES, "optimizer.schedule", self.schedule)
@@ -230,9 +233,9 @@ class OptimizerConfig:
 class DeepSpeedConfig:
     """ZeRO stage and what goes with it; ``extra`` is merged into DeepSpeed's own dictionary as it is."""
 
-    zero_stage: int = 0
-    offload_optimizer: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    zero_stage: int = 0  # 0 to 3: shard nothing, optimiser, gradients, parameters
+    offload_optimizer: bool = False  # keep the optimiser in CPU memory
+    extra: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's own dictionary as it is
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"deepspeed.zero_stage={self.zero_stage}: set 0, 1, 2 or 3")
@@ -246,14 +249,14 @@ class DeepSpeedConfig:
 class BatchConfig:
     """What makes one optimiser step; ``token_budget`` caps a micro-batch, ``packing`` lays it out: docs/batching.md."""
 
-    prompts_per_step: int = 16
-    group_size: int = 8
-    minibatches: int = 1
-    update_epochs: int = 1
-    token_budget: int = 16384
-    packing: str = "auto"
-    dynamic_sampling: bool = False
-    max_sampling_attempts: int = 10
+    prompts_per_step: int = 16  # problems of a step, over all ranks
+    group_size: int = 8  # completions of each problem (G)
+    minibatches: int = 1  # optimiser updates that the step's groups are split over
+    update_epochs: int = 1  # passes over the step's groups
+    token_budget: int = 16384  # most tokens of a micro-batch; lower it when memory runs out
+    packing: str = "auto"  # of a micro-batch: auto, padded, packed, or shared prompts (docs/batching.md)
+    dynamic_sampling: bool = False  # replace zero-variance groups until the step is full (DAPO)
+    max_sampling_attempts: int = 10  # draws of dynamic sampling before the run ends
 
     def __post_init__(self) -> None:
         for key in ("prompts_per_step", "minibatches", "update_epochs", "token_budget", "max_sampling_attempts"):
@@ -283,9 +286,9 @@ class ScorerConfig:
     fp32: ``phi <- decay·phi + (1 - decay)·theta`` after each optimiser step.
     """
 
-    kind: str = "frozen"
-    path: str | None = None
-    decay: float = 0.999
+    kind: str = "frozen"  # policy, frozen, or ema
+    path: str | None = None  # of a frozen model that shares the policy's vocabulary; null: the initial policy
+    decay: float = 0.999  # of the EMA
 
     def __post_init__(self) -> None:
         require_one_of(("policy", "frozen", "ema"), "scorer.kind", self.kind)
@@ -300,12 +303,12 @@ class ScorerConfig:
 class EvaluationConfig:
     """Held-out evaluation: ``samples`` completions of each of ``problems`` problems; every 0 steps means never."""
 
-    every_steps: int = 50
-    problems: int = 200
-    samples: int = 1
-    split: str = "test"
-    temperature: float = 0.0
-    top_p: float = 1.0
+    every_steps: int = 50  # steps between evaluations, beside the first and the last; 0: never
+    problems: int = 200  # how many of the split, from its start
+    samples: int = 1  # completions of each problem
+    split: str = "test"  # train, validation or test
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # as in sampling
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps}: must be >= 0; 0 means never")
@@ -319,53 +322,19 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
-    """A checkpoint every so many steps (0: only at the end); the last ``keep_last`` and the best one are kept."""
-
-    every_steps: int = 50
-    keep_last: int = 2
-    keep_best: bool = True
-    resume: str = "auto"
-
-    def __post_init__(self) -> None:
-        require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must be >= 0; 0: at the end alone")
-        require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: set at least 1")
-        require(
-            self.resume in ("auto", "never"),
-            f"checkpoint.resume={self.resume}: set auto (continue the run in run_dir) or never (refuse a used run_dir)",
-        )
-
-
-@dataclass(kw_only=True)
-class TrackingConfig:
-    """Trackers beside the files. ``wandb=auto`` is online when an API key is set, else offline."""
-
-    wandb: str = "auto"
-    tensorboard: bool = False
-    trackio: bool = False
-    project: str = "rltrain"
-    group: str | None = None
-    entity: str | None = None
-    samples_every_steps: int = 10
-
-    def __post_init__(self) -> None:
-        require_one_of(("auto", "online", "offline", "disabled"), "tracking.wandb", self.wandb)
-
-
-@dataclass(kw_only=True)
 class ColdStartConfig:
     """Supervised fine-tuning before RL, with TRL's SFTTrainer, on ``problem.meta[solution_field]``; 0 steps: none."""
 
-    steps: int = 0
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    warmup_steps: int = 30
-    schedule: str = "constant"
-    weight_decay: float = 0.0
-    problems: int = 50_000
-    max_length: int = 1024
-    solution_field: str = "solution"
+    steps: int = 0  # optimiser steps; 0: no cold start
+    batch_size: int = 64  # examples of a step
+    learning_rate: float = 1e-3  # AdamW's, after the warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # decay of AdamW's two moments
+    warmup_steps: int = 30  # linear rise from 0
+    schedule: str = "constant"  # constant, linear or cosine
+    weight_decay: float = 0.0  # decoupled
+    problems: int = 50_000  # at most so many of the training split
+    max_length: int = 1024  # longer examples are left out, in tokens
+    solution_field: str = "solution"  # the entry of problem.meta that holds the worked solution
 
     def __post_init__(self) -> None:
         require_one_of(SCHEDULES, "cold_start.schedule", self.schedule)
@@ -381,13 +350,13 @@ class CompressConfig:
     starts with ``data.before_answer`` if ``begin_answer``, as where it is scored.
     """
 
-    split: str = "train"
-    problems: int = 0
-    batch_size: int = 64
-    temperature: float = 1.0
-    answer_temperature: float = 0.0
-    max_answer_tokens: int = 256
-    begin_answer: bool = False
+    split: str = "train"  # whose traces are shortened
+    problems: int = 0  # how many; 0: all
+    batch_size: int = 64  # traces at a time
+    temperature: float = 1.0  # of the compressor
+    answer_temperature: float = 0.0  # of the frozen model that answers
+    max_answer_tokens: int = 256  # longest answer
+    begin_answer: bool = False  # start each answer with data.before_answer
     verifier: RewardConfig | None = None
 
     def __post_init__(self) -> None:
@@ -396,55 +365,37 @@ class CompressConfig:
 
 
 @dataclass(kw_only=True)
-class DebugConfig:
-    """Bundles: files that hold all that a step consumed and produced, for ``scripts/replay.py``.
-
-    ``bundle_steps`` counts as ``metrics.jsonl`` does, from 1. A non-finite value always leaves a bundle;
-    ``bundle_weights`` puts the trainable weights into it.
-    """
-
-    bundle_steps: list[int] = field(default_factory=list)
-    bundle_weights: bool = False
-
-    def __post_init__(self) -> None:
-        require(
-            all(step >= 1 for step in self.bundle_steps),
-            f"debug.bundle_steps={self.bundle_steps}: steps count from 1, as in metrics.jsonl",
-        )
-
-
-@dataclass(kw_only=True)
 class RunConfig:
     """Everything a run is a function of. The same file serves train, sft and evaluate."""
 
-    name: str = "run"
-    seed: int = 0
-    steps: int = 100
-    run_dir: str = "runs/${name}"
-    deadline_s: float = 1800.0
-    max_zero_signal_steps: int = 20
-    reference: str | None = None
-    model: ModelConfig = MISSING
-    data: DataConfig = MISSING
-    eval_data: DataConfig | None = None
-    cold_start_data: DataConfig | None = None
-    rewards: dict[str, RewardConfig] = field(default_factory=dict)
-    eval_rewards: dict[str, RewardConfig] = field(default_factory=dict)
-    advantage: AdvantageConfig = MISSING
-    loss: LossConfig = field(default_factory=LossConfig)
-    rollout: RolloutConfig = MISSING
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    scorer: ScorerConfig = field(default_factory=ScorerConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
-    compress: CompressConfig = field(default_factory=CompressConfig)
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    debug: DebugConfig = field(default_factory=DebugConfig)
+    name: str = "run"  # names the run folder and the wandb run
+    seed: int = 0  # seeds weights, data order, sampling and dropout
+    steps: int = 100  # optimiser steps of RL; 0 trains the cold start and evaluates it
+    run_dir: str = "runs/${name}"  # the folder that the run writes to, and resumes from
+    deadline_s: float = 1800.0  # seconds after which a wait without progress ends the run; watchdog.* sets parts of it
+    max_zero_signal_steps: int = 20  # steps in a row without unequal rewards after which the run ends
+    reference: str | None = None  # folder or hub name of the model that the KL is measured from; null: the first policy
+    model: ModelConfig = MISSING  # the policy, and how problems become its prompts
+    data: DataConfig = MISSING  # the problems to train on
+    eval_data: DataConfig | None = None  # the problems to evaluate on; null: those of data, in another split
+    cold_start_data: DataConfig | None = None  # what the cold start learns from; null: data
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)  # named rewards, whose weighted sum is trained on
+    eval_rewards: dict[str, RewardConfig] = field(default_factory=dict)  # rewards of the evaluation; none: rewards
+    advantage: AdvantageConfig = MISSING  # the estimator: rewards to one value per token
+    loss: LossConfig = field(default_factory=LossConfig)  # the policy loss: ratio, clip, KL, entropy
+    rollout: RolloutConfig = MISSING  # the engine that samples completions
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the distribution that completions are drawn from
+    batch: BatchConfig = field(default_factory=BatchConfig)  # what makes a step, and what a micro-batch holds
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)  # the model that rewards read likelihoods from
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # AdamW, warm-up and schedule
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)  # ZeRO stage and offloading
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)  # held-out: how often, on how much
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # when to save, what to keep
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # wandb, samples, and what the console shows
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)  # supervised fine-tuning before RL
+    compress: CompressConfig = field(default_factory=CompressConfig)  # what rltrain compress shortens
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # deadlines of the parts of a run
+    debug: DebugConfig = field(default_factory=DebugConfig)  # bundles: what a step consumed and produced
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir.strip()), "run_dir: is empty; set a folder, for example run_dir=runs/first")

@@ -22,7 +22,7 @@ class UserEstimatorConfig(AdvantageConfig):
     """
 
     import_path: str = MISSING
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # what your function gets as its second argument
     needs: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

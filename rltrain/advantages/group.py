@@ -19,9 +19,9 @@ from rltrain.types import Advantages, Context, Group
 class GroupConfig(AdvantageConfig):
     """See :func:`group_advantages`."""
 
-    baseline: str = "mean"
-    scale: str = "std"
-    eps: float = 1e-6
+    baseline: str = "mean"  # subtracted from the reward: mean of the group, or leave_one_out
+    scale: str = "std"  # std divides by the group's std + eps, none does not
+    eps: float = 1e-6  # added to the std
 
     def __post_init__(self) -> None:
         _check(self.baseline, self.scale, self.eps)

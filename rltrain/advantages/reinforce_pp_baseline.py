@@ -17,7 +17,7 @@ from rltrain.types import Advantages, Context, Group
 class ReinforcePPBaselineConfig(AdvantageConfig):
     """See :func:`reinforce_pp_baseline`."""
 
-    eps: float = 1e-8
+    eps: float = 1e-8  # added to the std of the batch
 
     def __post_init__(self) -> None:
         require(self.eps > 0, f"advantage.eps={self.eps}: must be > 0, a batch of equal rewards has std 0")

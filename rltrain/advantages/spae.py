@@ -33,19 +33,19 @@ class SpaeConfig(AdvantageConfig):
     ``correct_above`` is a right answer in the diagnostics. Potentials of the first ``logged_steps`` steps are logged.
     """
 
-    xi: float = 0.5
-    alpha: float = 0.5
-    eps_sat: float = 0.9
-    whiten: bool = True
+    xi: float = 0.5  # weight of the step potential; 0 turns step shaping off
+    alpha: float = 0.5  # how much credit shrinks after saturation; 0 turns it off
+    eps_sat: float = 0.9  # a step with a potential above it saturates what follows
+    whiten: bool = True  # whiten step credit over the batch
     saturate_positive_only: bool = False
-    delimiter: str = ".\n\n"
-    think_close: str = "</think>"
-    max_steps: int = 64
-    probe: str = "**Final Answer**\n\\boxed{"
-    continuations: int = 5
-    probe_max_tokens: int = 10
-    probe_temperature: float = 0.6
-    probe_tokens_per_pass: int = 16384
+    delimiter: str = ".\n\n"  # a token that ends in it ends a step
+    think_close: str = "</think>"  # steps lie before it
+    max_steps: int = 64  # most steps of a completion
+    probe: str = "**Final Answer**\n\\boxed{"  # text put behind each step to ask for the answer
+    continuations: int = 5  # answers drawn behind each step
+    probe_max_tokens: int = 10  # longest of these answers
+    probe_temperature: float = 0.6  # they are drawn at
+    probe_tokens_per_pass: int = 16384  # most tokens of a forward pass of the probes
     correct_above: float = 0.5
     logged_steps: int = 8
 

@@ -21,8 +21,8 @@ from rltrain.types import Advantages, Context, Group, Mean
 class TempoConfig(AdvantageConfig):
     """See :func:`tempo_advantages`."""
 
-    eps: float = 1e-6
-    normalize_std: bool = True
+    eps: float = 1e-6  # added to the std
+    normalize_std: bool = True  # divide by the group's std
 
     def __post_init__(self) -> None:
         require(self.eps >= 0, f"advantage.eps={self.eps}: must be >= 0")

@@ -16,12 +16,12 @@ from rltrain.types import Problem
 class EquationsConfig(CutConfig):
     """RandomCalculation's small integers; keys as there."""
 
-    steps: list[int] = field(default_factory=lambda: [2])
-    max_operand: int = 20
-    operators: str = "+-*"
-    train_size: int = 100_000
-    validation_size: int = 512
-    test_size: int = 512
+    steps: list[int] = field(default_factory=lambda: [2])  # numbers of operators, taken in turn
+    max_operand: int = 20  # largest number in a problem
+    operators: str = "+-*"  # the operators in use
+    train_size: int = 100_000  # problems for training
+    validation_size: int = 512  # problems for validation
+    test_size: int = 512  # problems for the test
 
     def expressions(self) -> RandomCalculationConfig:
         """The problems that the equations come from."""

@@ -44,11 +44,11 @@ class HubConfig(DataConfig):
     A split without a name in the data (null) is a fixed share ``holdout`` of the training rows, chosen by hash of id.
     """
 
-    path: str = MISSING
-    subset: str | None = None
-    train_split: str = "train"
-    validation_split: str | None = None
-    test_split: str | None = None
+    path: str = MISSING  # hub name, folder, JSONL or parquet
+    subset: str | None = None  # configuration of the data set
+    train_split: str = "train"  # name of the training split
+    validation_split: str | None = None  # null: a fixed share of the training rows
+    test_split: str | None = None  # null: a fixed share of the training rows
     holdout: float = 0.05
     prompt: str | None = None
     messages: str | None = None
@@ -56,10 +56,10 @@ class HubConfig(DataConfig):
     answer: str | None = "answer"
     answer_pattern: str | None = None
     answer_boxed: bool = False
-    id: str | None = None
+    id: str | None = None  # column of ids; null: numbers
     choices: str | None = None
     meta: dict[str, str] = field(default_factory=dict)
-    limit: int | None = None
+    limit: int | None = None  # rows that are taken; null: all
 
     def __post_init__(self) -> None:
         require(

@@ -187,12 +187,12 @@ class RandomCalculationConfig(DataConfig):
 
     preset: str = "paper"
     steps: list[int] = field(default_factory=lambda: [5])
-    train_size: int = 100_000
-    validation_size: int = 512
-    test_size: int = 512
-    seed: int = 0
+    train_size: int = 100_000  # problems for training
+    validation_size: int = 512  # problems for validation
+    test_size: int = 512  # problems for the test
+    seed: int = 0  # of the problems
     prompt: str = PROMPT
-    solution: str = "steps"
+    solution: str = "steps"  # worked solutions for cold starts: steps, answer or checked
     max_operand: int = 20
     min_value: int = 0
     max_value: int = 99

@@ -26,8 +26,8 @@ class CutConfig(DataConfig):
     A ``plain_share`` of the cuts opens no thought: for cold starts, so that the text without one stays likely.
     """
 
-    min_prefix: int = 1
-    max_prefix: int = 1024
+    min_prefix: int = 1  # earliest cut of a document, in tokens
+    max_prefix: int = 1024  # latest cut, in tokens
     horizon: int = 1
     positions: int = 1
     after: str = ""
@@ -35,7 +35,7 @@ class CutConfig(DataConfig):
     opening: str = "<think>"
     closing: str = "</think>"
     plain_share: float = 0.0
-    seed: int = 0
+    seed: int = 0  # of the cuts
 
     def __post_init__(self) -> None:
         require(self.min_prefix >= 1, f"data.min_prefix={self.min_prefix}: a target needs a token before it; set >= 1")
@@ -138,15 +138,15 @@ class Documents(Sequence[Document]):
 class TextConfig(CutConfig):
     """Text through ``datasets``: a hub name or folder, JSONL or parquet. Keys as for :class:`HubConfig`."""
 
-    path: str = MISSING
-    subset: str | None = None
-    train_split: str = "train"
-    validation_split: str | None = None
-    test_split: str | None = None
-    holdout: float = 0.05
-    column: str = "text"
-    id: str | None = None
-    limit: int | None = None
+    path: str = MISSING  # hub name, folder, JSONL or parquet
+    subset: str | None = None  # configuration of the data set
+    train_split: str = "train"  # name of the training split
+    validation_split: str | None = None  # null: a fixed share of the training rows
+    test_split: str | None = None  # null: a fixed share of the training rows
+    holdout: float = 0.05  # share of the rows held out where a split has no name
+    column: str = "text"  # that holds the text
+    id: str | None = None  # column of ids; null: numbers
+    limit: int | None = None  # rows that are taken; null: all
 
 
 @register("data", "plain_text", TextConfig)

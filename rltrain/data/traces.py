@@ -119,18 +119,18 @@ class TracesConfig(CompressionConfig):
     ``verifier_options`` are that reward's keys.
     """
 
-    path: str = MISSING
-    subset: str | None = None
-    train_split: str = "train"
-    validation_split: str | None = None
-    test_split: str | None = None
-    holdout: float = 0.05
-    question_column: str = "question"
-    trace_column: str = "trace"
-    answer_column: str = "answer"
+    path: str = MISSING  # hub name, folder, JSONL or parquet
+    subset: str | None = None  # configuration of the data set
+    train_split: str = "train"  # name of the training split
+    validation_split: str | None = None  # null: a fixed share of the training rows
+    test_split: str | None = None  # null: a fixed share of the training rows
+    holdout: float = 0.05  # share of the rows held out where a split has no name
+    question_column: str = "question"  # that holds the question
+    trace_column: str = "trace"  # that holds the trace to shorten
+    answer_column: str = "answer"  # that holds the reference answer
     verified: str | None = None
-    id: str | None = None
-    limit: int | None = None
+    id: str | None = None  # column of ids; null: numbers
+    limit: int | None = None  # rows that are taken; null: all
     verifier: str = MISSING
     verifier_options: dict[str, Any] = field(default_factory=dict)
 

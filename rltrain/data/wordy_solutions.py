@@ -28,22 +28,22 @@ class WordySolutionsConfig(CompressionConfig):
     behind one of ``phrases``. Many phrases make the wordy lines hard to foresee, one makes them mere copies.
     """
 
-    instruction: str = "{question}\n{trace}\n"
-    ask: str = "{question}\n"
-    before_trace: str = ""
-    after_trace: str = "\n"
+    instruction: str = "{question}\n{trace}\n"  # what the compressor is shown
+    ask: str = "{question}\n"  # what the other model is shown
+    before_trace: str = ""  # text before a trace
+    after_trace: str = "\n"  # text behind a trace
     tasks: list[str] = field(default_factory=lambda: ["compress"])
     keep: float = 0.5
     again: float = 0.6
     most: int = 4
     phrases: list[str] = field(default_factory=lambda: list(PHRASES))
-    steps: list[int] = field(default_factory=lambda: [2])
-    max_operand: int = 20
-    operators: str = "+-*"
-    train_size: int = 100_000
-    validation_size: int = 512
-    test_size: int = 512
-    seed: int = 0
+    steps: list[int] = field(default_factory=lambda: [2])  # numbers of operators, taken in turn
+    max_operand: int = 20  # largest number in a problem
+    operators: str = "+-*"  # the operators in use
+    train_size: int = 100_000  # problems for training
+    validation_size: int = 512  # problems for validation
+    test_size: int = 512  # problems for the test
+    seed: int = 0  # of the problems
 
     def __post_init__(self) -> None:
         super().__post_init__()

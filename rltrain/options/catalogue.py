@@ -57,22 +57,34 @@ def registered(group: str) -> Iterator[Choice]:
 
     A file's docstring describes its only part; of several each is described by its own.
     """
-    for path in sorted((PACKAGE / PACKAGES[group]).glob("*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        definitions = [node for node in module.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-        named = [(name, node) for node in definitions if (name := _registered_name(node, group))]
-        for name, node in named:
+    for module, named in _registrations(group):
+        for name, _, node in named:
             described = module if len(named) == 1 else node
             yield Choice(name=name, summary=first_sentence(ast.get_docstring(described) or ""))
 
 
-def _registered_name(node: ast.FunctionDef | ast.ClassDef, group: str) -> str | None:
-    """The name given by ``@register(group, name, …)``, if a definition has it."""
+def configs_of(group: str) -> dict[str, str]:
+    """The name of the config class of each part registered under ``group``."""
+    return {name: config for _, named in _registrations(group) for name, config, _ in named}
+
+
+def _registrations(group: str) -> Iterator[tuple[ast.Module, list[tuple[str, str, ast.FunctionDef | ast.ClassDef]]]]:
+    """By file what ``@register(group, name, config, …)`` says, with the definition under it."""
+    for path in sorted((PACKAGE / PACKAGES[group]).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if f'@register("{group}", ' in text:
+            module = ast.parse(text)
+            definitions = [node for node in module.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+            yield module, [(*said, node) for node in definitions if (said := _registered(node, group))]
+
+
+def _registered(node: ast.FunctionDef | ast.ClassDef, group: str) -> tuple[str, str] | None:
+    """Name and config class given by ``@register(group, name, config, …)``, if a definition has it."""
     for call in node.decorator_list:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
             values = [argument.value for argument in call.args[:2] if isinstance(argument, ast.Constant)]
             if len(values) == 2 and values[0] == group:
-                return str(values[1])
+                return str(values[1]), ast.unparse(call.args[2])
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ def meant_by(key: str) -> str:
         return f"{owner} takes any name, added with a plus: +{key}=VALUE{needed}"
     path = nearest(key, keys)
     if path is None:
-        return "--help lists the keys"
+        return "rltrain help keys lists them"
     needed = f" (of {_listed(keys[path].choices)})" if path in keys and keys[path].choices else ""
     return f"did you mean {_named(path, key)}?{needed}"
 
@@ -160,7 +160,7 @@ def _listed(choices: tuple[str, ...]) -> str:
     return " or ".join(choices[:3]) + (" or others" if len(choices) > 3 else "")
 
 
-def nearest(key: str, keys: dict[str, Key]) -> str | None:
+def nearest(key: str, keys: Mapping[str, Any]) -> str | None:
     """The path that ``key`` means, None if none is near.
 
     In this order: a synonym in the same place, a slip of the pen in the same place, the same word in another place, a
@@ -185,7 +185,7 @@ def _in_place(paths: Sequence[str], place: str) -> str | None:
     return next((path for path in paths if _ratio(path.rpartition(".")[0], place) >= CLOSE), next(iter(paths), None))
 
 
-def _slip(place: str, word: str, keys: dict[str, Key]) -> str | None:
+def _slip(place: str, word: str, keys: Mapping[str, Any]) -> str | None:
     """The path whose place and word are both close."""
     scored = []
     for path in keys:

@@ -75,7 +75,7 @@ def _check_readable(override: str, groups: set[str]) -> None:
     if parsed.is_sweep_override():
         raise ConfigError(_must_be_quoted(key, value or "", "is read as several values"))
     if key.partition("@")[0] in groups and isinstance(parsed.value(), (bool, int, float, dict)):
-        raise ConfigError(f"{key}={value}: not the name of a choice; --help lists the choices")
+        raise ConfigError(f"{key}={value}: not the name of a choice; rltrain list shows the choices")
 
 
 def _must_be_quoted(key: str, value: str, cause: str) -> str:

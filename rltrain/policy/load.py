@@ -47,12 +47,12 @@ class PretrainedConfig(ModelConfig):
     in that folder.
     """
 
-    path: str = MISSING
-    package: str | None = None
-    gguf_file: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    attn_implementation: str = "sdpa"
+    path: str = MISSING  # a folder, or a name on the hub
+    package: str | None = None  # an installed Python package that path is relative to
+    gguf_file: str | None = None  # a GGUF file in that folder
+    revision: str | None = None  # branch, tag or commit on the hub
+    trust_remote_code: bool = False  # run the model's own Python code
+    attn_implementation: str = "sdpa"  # transformers' name of the attention: sdpa, eager, flash_attention_2
 
 
 def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:

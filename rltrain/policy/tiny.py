@@ -23,12 +23,12 @@ class TinyConfig(ModelConfig):
     ``path`` names the folder of a saved model of this kind.
     """
 
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    intermediate_size: int = 384
-    max_positions: int = 512
-    init_seed: int = 0
+    hidden_size: int = 128  # width of the model
+    layers: int = 4  # its depth
+    heads: int = 4  # attention heads; they divide hidden_size
+    intermediate_size: int = 384  # width of the feed-forward layer
+    max_positions: int = 512  # longest sequence, in tokens
+    init_seed: int = 0  # of the initial weights
     path: str | None = None
 
     def __post_init__(self) -> None:

@@ -164,7 +164,7 @@ def _begins(text: str, options: Mapping[str, str]) -> list[str]:
 class ChoiceConfig(RewardConfig):
     """1 for the right option, else 0. Options are read from ``problem.meta["choices"]`` (or ``["options"]``)."""
 
-    strict: bool = True
+    strict: bool = True  # read the answer where it was asked for alone; false reads answer lines, too
 
 
 @register("reward", "choice", ChoiceConfig)

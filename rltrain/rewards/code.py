@@ -87,10 +87,10 @@ class CodeConfig(RewardConfig):
     kind: str = "binary"
     deadline_s: float = 5.0
     batch_deadline_s: float = 300.0
-    memory_mib: int = 1024
-    output_kib: int = 1024
-    workers: int = 2
-    max_tests: int = 20
+    memory_mib: int = 1024  # memory of one program
+    output_kib: int = 1024  # longest output of one program
+    workers: int = 2  # programs that run at once
+    max_tests: int = 20  # tests of a problem that are run
 
     def __post_init__(self) -> None:
         require(self.kind in ("binary", "continuous"), f"reward.kind={self.kind}: unknown; set binary or continuous")

@@ -59,7 +59,7 @@ class CompressionRewardConfig(RewardConfig):
     ``length_weight`` weighs a term ``(|z| - |z'|)/|z|``, whitened over the group. ``ngram`` is for the metrics.
     """
 
-    beta: float = 1.2
+    beta: float = 1.2  # weight of the trace's likelihood beside the answer's
     pooled: bool = False
     length_weight: float = 0.0
     ngram: int = 8

@@ -28,7 +28,7 @@ class UserRewardConfig(RewardConfig):
     ``needs`` names the services that it uses, such as ``[scorer]``; so does its attribute ``needs = {Need.SCORER}``.
     """
 
-    import_path: str = MISSING
+    import_path: str = MISSING  # your function, as package.module:function
     deadline_s: float = 120.0
     needs: list[str] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ class UserRewardConfig(RewardConfig):
 class CustomRewardConfig(UserRewardConfig):
     """``import_path`` names ``f(groups, options, context)``, giving ``Scores`` or nested lists (None abstains)."""
 
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # what your function gets as its second argument
 
     def check(self, function: Callable[..., Any]) -> None:
         """Three arguments."""

@@ -64,11 +64,11 @@ class CosineConfig(RewardConfig):
     """See :func:`cosine_length`. ``right_*`` and ``wrong_*`` are the rewards at length 0 and at ``max_tokens``."""
 
     max_tokens: int = 0
-    right_short: float = 2.0
-    right_long: float = 1.0
-    wrong_short: float = -10.0
-    wrong_long: float = 0.0
-    exceed: float = -10.0
+    right_short: float = 2.0  # of a right answer of length 0
+    right_long: float = 1.0  # of a right answer of max_tokens
+    wrong_short: float = -10.0  # of a wrong answer of length 0
+    wrong_long: float = 0.0  # of a wrong answer of max_tokens
+    exceed: float = -10.0  # of a completion that reached max_tokens
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 0, f"reward.max_tokens={self.max_tokens}: must be >= 0; 0 takes the sampling limit")
@@ -112,8 +112,8 @@ def cosine(groups: Sequence[Group], config: CosineConfig, context: Context) -> S
 class RepetitionConfig(RewardConfig):
     """See :func:`repetition_penalty`."""
 
-    ngram: int = 3
-    max_penalty: float = -1.0
+    ngram: int = 3  # tokens of an n-gram
+    max_penalty: float = -1.0  # where every n-gram is repeated
 
     def __post_init__(self) -> None:
         require(self.ngram >= 1, f"reward.ngram={self.ngram}: must be >= 1")

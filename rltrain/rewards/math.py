@@ -216,8 +216,8 @@ class MathConfig(RewardConfig):
     """
 
     answer: str = "boxed"
-    inequalities: bool = False
-    batch_deadline_s: float = 60.0
+    inequalities: bool = False  # let inequalities stand for intervals
+    batch_deadline_s: float = 60.0  # seconds for the batch; what has no verdict by then abstains
     samples_path: str | None = None
 
     def __post_init__(self) -> None:

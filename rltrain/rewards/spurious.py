@@ -24,7 +24,7 @@ from rltrain.types import Context, Group, Mean, Scores
 class RandomRewardConfig(RewardConfig):
     """See :func:`random_reward`."""
 
-    probability: float = 0.5
+    probability: float = 0.5  # of a reward of 1
 
     def __post_init__(self) -> None:
         require(0 <= self.probability <= 1, f"reward.probability={self.probability}: must lie in [0, 1]")

@@ -34,7 +34,7 @@ class VllmRolloutConfig(RolloutConfig):
     Its log-probs differ from the trainer's, by rounding at least: ``loss.importance_correction=auto`` is ``truncate``.
     """
 
-    mode: str = "colocated"
+    mode: str = "colocated"  # colocated (in the trainer's process) or server
     urls: list[str] = field(default_factory=list)
     folder: str = "${run_dir}/vllm"
     request_s: float = 600.0

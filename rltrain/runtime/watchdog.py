@@ -40,11 +40,11 @@ class WatchdogConfig:
 
     join_s: float | None = None
     collective_s: float | None = None
-    rollout_s: float | None = None
-    reward_s: float | None = None
+    rollout_s: float | None = None  # sampling of a step
+    reward_s: float | None = None  # rewards of a step
     train_s: float | None = None
-    evaluation_s: float | None = 7200.0
-    save_s: float | None = None
+    evaluation_s: float | None = 7200.0  # one evaluation
+    save_s: float | None = None  # one checkpoint
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from rltrain import cli, config
+from rltrain.options import described
 from rltrain.registry import discover, parts
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +206,14 @@ def test_the_site_builds_without_a_warning(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "group_advantages" in (tmp_path / "site/reference_algorithms.html").read_text()
+
+
+def test_every_key_and_section_is_described():
+    """``rltrain help`` shows the comment behind a key's field, or above it, or its sentence in the docstring."""
+    found = described.described()
+    assert [key.path for key in found.keys.values() if not key.text] == []
+    assert [section.name for section in found.sections if not section.doc] == []
+    assert [name for name, entry in described.all_fields("RunConfig").items() if not entry.text] == []
 
 
 # --- from TRL ----------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_suggestions_are_right_and_whole(key, meant):
 
 @pytest.mark.parametrize("key", ["sampling.min_p", "batch.size", "zzz"])
 def test_far_keys_get_no_guess(key):
-    assert said(f"{key}=1") == f"{key}: no such key; --help lists the keys"
+    assert said(f"{key}=1") == f"{key}: no such key; rltrain help keys lists them"
 
 
 def test_every_synonym_leads_to_a_key_that_exists():
@@ -128,8 +128,8 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
 
 def test_a_choice_that_does_not_exist_gets_the_nearest():
     assert said("advantage=tempoo").endswith("did you mean advantage=tempo?")
-    assert said("+experiment=zzz").endswith("--help lists the choices")
-    assert said("model=42") == "model=42: not the name of a choice; --help lists the choices"
+    assert said("+experiment=zzz").endswith("rltrain list shows the choices")
+    assert said("model=42") == "model=42: not the name of a choice; rltrain list shows the choices"
 
 
 UNREADABLE = [

@@ -48,7 +48,7 @@ def test_lines_fit_the_terminal():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["lsit"], "rltrain lsit: no such command; choose one of list, train"),
+    (["lsit"], "rltrain lsit: no such command; choose one of list, help, train"),
     (["list", "papers"], "rltrain list papers: no such list; choose one of experiments, algorithms"),
 ])  # fmt: skip
 def test_what_does_not_exist_is_named(monkeypatch, arguments, message):
@@ -76,6 +76,7 @@ def test_nothing_chosen_shows_the_experiments(capsys):
     assert "quickstart" in capsys.readouterr().out
 
 
-def test_listing_imports_no_torch():
-    code = "import sys; from rltrain.options import catalogue; catalogue.table(); sys.exit('torch' in sys.modules)"
+def test_listing_and_help_import_no_torch():
+    code = "import sys; from rltrain.__main__ import explain, show; show([]), explain(['train', 'batch', 'spae'])"
+    code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

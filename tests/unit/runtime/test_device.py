@@ -111,12 +111,6 @@ def test_a_command_names_its_device_once(tmp_path):
     assert [line for line in done.stderr.splitlines() if line.startswith("device")] == ["device: cpu (2 threads)"]
 
 
-def test_help_ends_with_the_device(tmp_path):
-    done = command("rltrain.train", "--help", tmp_path=tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "device: cpu (2 threads)"
-
-
 def test_training_stops_where_torch_cannot_use_the_gpu(tmp_path, no_cuda, monkeypatch):
     if torch.version.cuda is not None:
         pytest.skip("needs a build of torch without CUDA")
