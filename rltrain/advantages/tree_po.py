@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import as_rewards, per_token
-from rltrain.advantages.prefix_tree import TokenIds, common_prefixes, leaf_counts, leaves_per_token, node_starts, node_values
+from rltrain.advantages.prefix_tree import (
+    TokenIds,
+    common_prefixes,
+    leaf_counts,
+    leaves_per_token,
+    node_starts,
+    node_values,
+)
 from rltrain.advantages.whitening import whiten_kept
 from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
@@ -76,4 +83,5 @@ def tree_po(groups: Sequence[Group], config: TreePOConfig, context: Context) -> 
     if config.whiten:
         kept = [[not (is_zero_variance(row) or one.isnan()) for one in row] for row in rewards]
         values = whiten_kept(values, kept, eps=config.eps, name="TreePO's advantages")
-    return Advantages(values=values, metrics={"tree/leaves_per_token": leaves_per_token([group.completion_ids for group in groups])})
+    shared = leaves_per_token([group.completion_ids for group in groups])
+    return Advantages(values=values, metrics={"tree/leaves_per_token": shared})

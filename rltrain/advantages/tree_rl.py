@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import as_rewards, group_advantages
-from rltrain.advantages.prefix_tree import TokenIds, common_prefixes, leaf_counts, leaves_per_token, node_starts, node_values
+from rltrain.advantages.prefix_tree import (
+    TokenIds,
+    common_prefixes,
+    leaf_counts,
+    leaves_per_token,
+    node_starts,
+    node_values,
+)
 from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.registry import register
@@ -70,4 +77,5 @@ def tree_rl(groups: Sequence[Group], config: TreeRLConfig, context: Context) -> 
         tree_rl_advantages(group.completion_ids, as_rewards(group.rewards_G), divide_by_leaves=config.divide_by_leaves)
         for group in groups
     ]
-    return Advantages(values=values, metrics={"tree/leaves_per_token": leaves_per_token([group.completion_ids for group in groups])})
+    shared = leaves_per_token([group.completion_ids for group in groups])
+    return Advantages(values=values, metrics={"tree/leaves_per_token": shared})
