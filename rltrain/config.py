@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from rltrain.errors import ConfigError as ConfigError
 from rltrain.errors import RunError as RunError
@@ -39,7 +39,9 @@ class PartConfig:
 class AdvantageConfig(PartConfig):
     """Base of every estimator's config; the function is ``f(groups, config, context) -> Advantages``."""
 
-    uses_rewards: ClassVar[bool] = True  # else a run may have no ``rewards``
+    def uses_rewards(self) -> bool:
+        """Whether groups must be scored for it; if not, a run may have no ``rewards``."""
+        return True
 
     def learns_from_equal_rewards(self) -> bool:
         """Whether the advantages of a group of equal rewards may differ from 0."""
@@ -426,8 +428,8 @@ class RunConfig:
         require(self.sampling.temperature > 0, f"sampling.temperature=0: {alike}")
 
     def _check_rewards(self) -> None:
-        place = "rewards" if self.advantage.uses_rewards else "eval_rewards"
-        if self.advantage.uses_rewards or (self.evaluation.every_steps and not self.eval_rewards):
+        place = "rewards" if self.advantage.uses_rewards() else "eval_rewards"
+        if self.advantage.uses_rewards() or (self.evaluation.every_steps and not self.eval_rewards):
             example = f"choose one, for example reward@{place}.answer=boxed"
             require(bool(self.rewards), f"{place}: none is set; {example}")
         drops = self.batch.dynamic_sampling and self.advantage.learns_from_equal_rewards()

@@ -21,9 +21,9 @@ from rltrain.types import Advantages, Context, Group, Mean, Need
 class ImplicitRewardConfig(AdvantageConfig):
     """See :func:`implicit_reward_returns` and :func:`implicit_reward`. Phi is that of ``scorer.*``."""
 
-    beta: float = 0.05
-    whiten: bool = True
-    eps: float = 1e-8
+    beta: float = 0.05  # factor of the log-ratio of phi to the reference
+    whiten: bool = True  # over the tokens of the global batch
+    eps: float = 1e-8  # added to the std
 
     def __post_init__(self) -> None:
         require(self.beta > 0, f"advantage.beta={self.beta}: must be > 0; 0.05 is usual")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,17 +22,18 @@ from rltrain.types import Advantages, Context, Group, Mean, Need
 
 @dataclass(kw_only=True)
 class OPDConfig(AdvantageConfig):
-    """See :func:`opd`. The teacher is ``scorer.path``. ``max_drop=null`` drops no token."""
+    """See :func:`opd`. The teacher is ``scorer.path``. ``max_drop=null`` drops none."""
 
-    uses_rewards: ClassVar[bool] = False
-
-    max_drop: float | None = 0.2
+    max_drop: float | None = 0.2  # tokens whose probability fell by more since they were sampled are dropped
 
     def __post_init__(self) -> None:
         require(
             self.max_drop is None or 0 < self.max_drop <= 1,
             f"advantage.max_drop={self.max_drop}: must lie in (0, 1], a difference of probabilities; null drops none",
         )
+
+    def uses_rewards(self) -> bool:
+        return False
 
     def learns_from_equal_rewards(self) -> bool:
         return True

@@ -24,17 +24,12 @@ PLACES = re.compile(r"\{(prompt|solution)\}")
 
 @dataclass(kw_only=True)
 class SDPOConfig(AdvantageConfig):
-    """See :func:`sdpo`. ``reprompt`` holds ``{prompt}`` and ``{solution}``.
+    """See :func:`sdpo`."""
 
-    A sibling with a reward of ``min_reward`` is a solution. Of its text, what comes after the last ``think_close`` is
-    shown. Reprompts of more than ``max_reprompt_tokens`` are not used.
-    """
-
-
-    min_reward: float = 0.5
-    think_close: str = "</think>"
-    reprompt: str = REPROMPT
-    max_reprompt_tokens: int = 10240
+    min_reward: float = 0.5  # from which on a completion is a solution
+    think_close: str = "</think>"  # of a solution, what comes after the last of it is shown
+    reprompt: str = REPROMPT  # the teacher's prompt; {prompt} and {solution} stand for the texts
+    max_reprompt_tokens: int = 10240  # longer reprompts are not used
 
     def __post_init__(self) -> None:
         missing = [name for name in ("{prompt}", "{solution}") if name not in self.reprompt]

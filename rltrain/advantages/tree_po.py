@@ -31,9 +31,9 @@ DEPTHS = ("nodes", "tokens")
 class TreePOConfig(AdvantageConfig):
     """See :func:`tree_po_advantages` and :func:`tree_po`."""
 
-    depths: str = "nodes"
-    whiten: bool = True
-    eps: float = 1e-8
+    depths: str = "nodes"  # count a subgroup once (nodes), or once per token that it shares (tokens)
+    whiten: bool = True  # over the tokens of the global batch
+    eps: float = 1e-8  # added to the std
 
     def __post_init__(self) -> None:
         require_one_of(DEPTHS, "advantage.depths", self.depths)

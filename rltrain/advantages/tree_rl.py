@@ -27,7 +27,7 @@ from rltrain.types import Advantages, Context, Group
 class TreeRLConfig(AdvantageConfig):
     """See :func:`tree_rl_advantages`."""
 
-    divide_by_leaves: bool = True
+    divide_by_leaves: bool = True  # by the root of the number of completions that share the token
 
 
 def tree_rl_advantages(
