@@ -19,20 +19,22 @@ from rltrain.data.prompts import PromptSource
 from rltrain.engine.deepspeed import Engine, sharded_loading
 from rltrain.errors import ConfigError
 from rltrain.evaluate import held_out_prompts
-from rltrain.policy.encode import prompt_ids
 from rltrain.policy.layout_check import usable_layouts
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import Scorer, load_reference, load_scorer
-from rltrain.rollout import Rollout, ahead
+from rltrain.rewards.grading import with_grades
+from rltrain.rollout import Rollout, ahead, engine_of
 from rltrain.rollout.ahead import Ahead, check_rollout
+from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs import checkpoint, run_folder, trackers
 from rltrain.runs.metrics import Accumulator
+from rltrain.runs.part_states import PartStates, copies
 from rltrain.runs.scope import Scope
 from rltrain.runtime import dist
 from rltrain.runtime.interrupts import EXIT_INTERRUPTED, Interrupted
-from rltrain.types import Context, Need, Prompt, RolloutServices
+from rltrain.types import Context, Need, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Run:
     first_step: int
     layouts: tuple[Layout, ...]
     progress: Progress = field(default_factory=Progress)
+    states: PartStates = field(default_factory=PartStates)
 
     @property
     def folder(self) -> Path:
@@ -96,23 +99,26 @@ class Run:
             self.engine, config.sampling, token_budget=config.batch.token_budget, layouts=self.layouts
         )
 
-    def context(self, step: int) -> Context:
-        """What parts may use at a step; services only where they were declared."""
+    def context(self, step: int, metrics: Accumulator | None = None) -> Context:
+        """What parts may use at a step; services only where they were declared.
+
+        ``metrics`` are those of a training step. Elsewhere parts get copies of their states, to use and forget.
+        """
         services: dict[str, Any] = {}
-        if Need.PROBES in self.config.needs():
-            services["rollout"] = RolloutServices(prober=self.rollout)
         if self.scorer is not None:
             services["scorer"] = self.scorer
         if Need.ENTROPY in self.config.needs():
             services["entropy"] = self.entropies
-        return Context(
+        context = Context(
             step=step,
             seed=self.config.seed,
             max_new_tokens=self.config.sampling.max_new_tokens,
             tokenizer=self.policy.tokenizer,
-            encode=lambda prompt: prompt_ids(self.policy.tokenizer, prompt, self.config.model),
+            rollout=services_of(self.config, self.rollout, step=step, metrics=metrics),
+            state_of=copies(self.states.of) if metrics is None else self.states.of,
             **services,
         )
+        return with_grades(context, self.config, self.policy)
 
     def scope(self, step: int) -> Scope:
         """What surrounds the work of a step."""
@@ -127,11 +133,13 @@ class Run:
     def _whole_weights(self) -> AbstractContextManager[None]:
         """Whole weights, unless the rollout engine has its own and no part of the run asks the policy itself."""
         asks_policy = self.scorer is not None or bool({Need.PROBES, Need.ENTROPY} & self.config.needs())
+        asks_policy |= Need.CONTINUATIONS in self.config.needs() and engine_of(self.config.rollout).uses_policy
         return self.engine.whole_weights() if asks_policy or self.rollout.uses_policy else nullcontext()
 
     def save(self, step: int) -> checkpoint.Saved:
         """A checkpoint of the run after ``step`` steps."""
         parts, tensors = {"progress": dataclasses.asdict(self.progress)}, self.scorer.tensors() if self.scorer else {}
+        tensors = tensors | self.states.kept
         with dist.stage(f"checkpoint of step {step}", self.config.deadline("save")):
             if self.ahead:
                 parts["ahead"], completions = self.ahead.state(step)
@@ -186,12 +194,13 @@ def build(config: RunConfig) -> Run:
     if Need.SCORER in config.needs():
         scorer = load_scorer(config, policy, engine, initial=initial, reference=reference)
         scorer.start(engine.full_parameters())
-    progress, parts, tensors = Progress(), {}, {}
+    progress, states, parts, tensors = Progress(), PartStates(), {}, {}
     if saved is not None:
         parts, tensors = checkpoint.load(saved, engine=engine), checkpoint.load_tensors(saved)
-        progress = Progress(**parts["progress"])
+        progress, states = Progress(**parts["progress"]), PartStates(tensors)
         if scorer is not None:
-            scorer.start((name, theta) for name, theta in tensors.items() if name not in ahead.TENSORS)
+            others = {*ahead.TENSORS, *states.kept}
+            scorer.start((name, theta) for name, theta in tensors.items() if name not in others)
         log.info("resumed from %s", saved.path)
     rollout = ahead.load_rollout(config, policy, engine.full_parameters, initial=initial)
     if isinstance(rollout, Ahead) and saved is not None:
@@ -209,6 +218,7 @@ def build(config: RunConfig) -> Run:
         first_step=saved.step if saved else 0,
         layouts=usable_layouts(config.batch.packing, [engine, *([reference] if reference else [])]),
         progress=progress,
+        states=states,
     )
     with run.scope(run.first_step).weights():
         check_rollout(rollout)

@@ -19,19 +19,21 @@ from torch import Tensor
 from rltrain import cli
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
 from rltrain.errors import ConfigError
-from rltrain.policy.encode import encode_all, prompt_ids, prompt_limit, why_left_out
+from rltrain.policy.encode import encode_all, prompt_limit, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import load_scorer
 from rltrain.registry import part_of
 from rltrain.rewards.failures import refuse_broken
+from rltrain.rewards.grading import with_grades
 from rltrain.rewards.scoring import score
 from rltrain.rollout import Rollout, build_engine
 from rltrain.rollout.ahead import check_rollout
+from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
-from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, RolloutServices, is_right
+from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, is_right
 
 log = logging.getLogger(__name__)
 
@@ -134,21 +136,20 @@ def main(config: RunConfig) -> None:
     services: dict[str, Any] = {}
     if Need.SCORER in config.needs():
         services["scorer"] = load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0))
-    if Need.PROBES in config.needs():
-        services["rollout"] = RolloutServices(prober=rollout)
     if Need.ENTROPY in config.needs():
         model = LogprobModel(policy.model, temperature=1.0)
         services["entropy"] = SampledEntropies(model, config.sampling, token_budget=config.batch.token_budget)
     context = Context(
         seed=config.seed,
         tokenizer=policy.tokenizer,
-        encode=lambda prompt: prompt_ids(policy.tokenizer, prompt, config.model),
         max_new_tokens=config.sampling.max_new_tokens,
+        rollout=services_of(config, rollout, step=EVALUATION_STEP),
         **services,
     )
     prompts = held_out_prompts(config, policy)
     with dist.stage("evaluation", config.deadline("evaluation")):
         rewards = evaluation_rewards(config)
+        context = with_grades(context, config, policy)
         metrics, _ = evaluate(rollout, prompts, rewards, config.evaluation, config.sampling, context)
         refuse_broken(rewards)
     if dist.is_main():

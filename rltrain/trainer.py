@@ -22,7 +22,7 @@ from rltrain.runs.scope import Scope
 from rltrain.runs.step_metrics import step_values
 from rltrain.runtime import dist
 from rltrain.runtime.interrupts import SignalWatch
-from rltrain.types import Advantages, Group, Sum
+from rltrain.types import Advantages, Group, Need, Sum
 from rltrain.update import Minibatch, make_minibatches, update_policy
 
 
@@ -105,7 +105,7 @@ def draw(run: Run, scope: Scope, attempt: int) -> list[Group]:
     if not run.config.batch.dynamic_sampling:  # else this step may need the engine again
         sample_ahead(run, scope)
     with scope.stage("reward", "reward"):
-        groups, scores = score(drawn, run.config.rewards, run.context(scope.step))
+        groups, scores = score(drawn, run.config.rewards, run.context(scope.step, scope.metrics))
         scope.metrics.add(scores)
         if scope.step == run.first_step:
             refuse_broken(run.config.rewards)
@@ -126,8 +126,10 @@ def sample_ahead(run: Run, scope: Scope) -> None:
 def estimate(run: Run, scope: Scope, groups: Sequence[Group]) -> Advantages:
     """The estimator's advantages, checked: one value per completion token."""
     with scope.stage("advantage", "rollout"):
-        advantages = estimator_of(run.config.advantage)(groups, run.context(scope.step))
+        advantages = estimator_of(run.config.advantage)(groups, run.context(scope.step, scope.metrics))
         scope.metrics.add(advantages.metrics)
+        if Need.STATE in run.config.needs():
+            run.states.keep()
     return advantages
 
 
@@ -158,8 +160,7 @@ def conclude(
         tokens_before=progress.num_tokens,
     )
     progress.num_tokens = progress.unwritten["num_tokens"]
-    if not run.config.advantage.learns_from_equal_rewards():
-        progress.zero_signal_steps = zero_variance.count(progress.zero_signal_steps, groups)
+    progress.zero_signal_steps = zero_variance.count(progress.zero_signal_steps, groups)
     with scope.saved_if_lost(steps):
         values = write(run, scope, recorder, steps)
     recorder.write_samples(steps, groups, advantages)

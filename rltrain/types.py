@@ -34,7 +34,7 @@ Notes = Mapping[str, Sequence[Sequence[float | str]]]
 class Need(enum.Enum):
     """What a part asks the trainer to compute for it; nothing else is computed."""
 
-    REFERENCE_LOGPROBS = "log-probs under the initial policy: of the loss's tokens, and of given spans beside SCORER"
+    REFERENCE_LOGPROBS = "log-probs of the completions under the initial policy"
     PROBES = "the rollout engine, to continue from inside a completion"
     SCORER = "per-token log-probs of given spans under the policy, a frozen model or an EMA"
     ENTROPY = "entropy and collision probability of the sampling distribution at each completion token"
@@ -129,6 +129,15 @@ class Completion:
             raise ValueError(
                 f"Completion: {len(self.token_ids)} token ids but {len(self.logprobs)} log-probs; give one per token"
             )
+
+    def continued(self, position: int, new: Completion) -> Completion:
+        """The first ``position`` ids, then those of ``new``, as one completion; its text is for ``context.grade``."""
+        before, logprobs = self.logprobs, new.logprobs
+        if isinstance(before, UnknownLogprobs):
+            logprobs = before
+        elif not isinstance(logprobs, UnknownLogprobs):
+            logprobs = before[:position] + logprobs
+        return Completion(token_ids=self.token_ids[:position] + new.token_ids, logprobs=logprobs, finish=new.finish)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,10 +278,6 @@ class SpanScorer(Protocol):
         """Under the model phi (``ScorerConfig``)."""
         ...
 
-    def reference(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
-        """Under the initial policy (or ``reference``), where ``Need.REFERENCE_LOGPROBS`` is declared, too."""
-        ...
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenEntropy:
@@ -310,8 +315,9 @@ class Grader(Protocol):
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with ``rewards_G`` and ``reward_parts`` by the run's own rewards; NaN where they abstain.
 
-        A group may hold any number of completions. Metrics, failures and states of the rewards are those of the
-        step itself, and stay as they were. All ranks call this together, also those that have no group.
+        A group may hold any number of completions; their texts are decoded from all their ids. Metrics, failures and
+        states of the rewards are those of the step itself, and stay as they were. All ranks call this together, also
+        those that have no group.
         """
         ...
 
@@ -370,18 +376,13 @@ def _fresh_state(part: str) -> State:
     return {}
 
 
-def _no_encoder(prompt: str | Sequence[Message]) -> tuple[int, ...]:
-    raise RunError("context.encode: there is no model here whose tokenizer could make a prompt; call it in a run")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What an estimator or a reward may use besides the groups.
 
     ``rollout``, ``grade``, ``scorer``, ``entropy`` and ``state`` are services: their use is a RunError unless their
-    ``Need`` was declared. ``tokenizer`` is None where there is no model, as in the bench. ``encode`` gives the ids of a
-    text or of chat messages as those of a prompt: through the chat template where the run's problems go through it.
-    ``state_of`` gives the state of a part by its key. Outside a run each call of a part has a fresh one.
+    ``Need`` was declared. ``tokenizer`` is None where there is no model, as in the bench. ``state_of`` gives the state
+    of a part by its key. Outside a run each call of a part has a fresh one.
     """
 
     step: int = 0
@@ -389,7 +390,6 @@ class Context:
     max_new_tokens: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
     rollout: RolloutServices = field(default_factory=RolloutServices)
-    encode: Callable[[str | Sequence[Message]], tuple[int, ...]] = _no_encoder
     scorer: SpanScorer = NO_SCORER
     entropy: EntropySource = NO_ENTROPY
     grade: Grader = NO_GRADER

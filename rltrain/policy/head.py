@@ -43,7 +43,7 @@ def own_logits(model: Any, inputs: dict[str, Any], place_N: Tensor) -> Tensor:
 
     handle = base.get_decoder().register_forward_hook(cut)
     try:
-        logits_NV = base(**inputs, use_cache=False).logits.flatten(0, 1)
+        logits_NV = base(**{"use_cache": False} | inputs).logits.flatten(0, 1)
     finally:
         handle.remove()
     return logits_NV if cuts else gather(logits_NV, place_N)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -40,6 +41,17 @@ def _users_frames(frames: TracebackType | None) -> TracebackType | None:
 def note(name: str, cause: str) -> None:
     """Remember how a reward's last call ended; no ``cause`` is a success, or a failure that may pass by itself."""
     _broken[name] = cause
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """What is noted in the block is forgotten after it: calls that are no part of the run's own batches."""
+    before = dict(_broken)
+    try:
+        yield
+    finally:
+        _broken.clear()
+        _broken.update(before)
 
 
 def refuse_broken(names: Iterable[str]) -> None:

@@ -8,12 +8,13 @@ from typing import Any, Protocol, cast, runtime_checkable
 from rltrain.config import RolloutConfig, SamplingConfig
 from rltrain.errors import require
 from rltrain.registry import part_of
+from rltrain.rollout.continuation_types import Continuing
 from rltrain.runtime.interrupts import RolloutLost as RolloutLost
 from rltrain.types import Group, Prober, Prompt
 
 
 @runtime_checkable
-class Rollout(Prober, Protocol):
+class Rollout(Prober, Continuing, Protocol):
     """Samples completions from the current policy; a pure function of (weights, seed, step, prompts)."""
 
     @property
@@ -50,7 +51,7 @@ class RolloutEngine(Protocol):
 def engine_of(config: RolloutConfig) -> RolloutEngine:
     """The engine class that a config belongs to."""
     part = part_of(config)
-    _require_attributes(part.function, ("uses_policy", "generate", "sync", "probe"), name=part.name)
+    _require_attributes(part.function, ("uses_policy", "generate", "sync", "probe", "continue_"), name=part.name)
     return cast(RolloutEngine, part.function)
 
 

@@ -26,11 +26,12 @@ from rltrain.config import RunConfig, SamplingConfig
 from rltrain.errors import RunError, require
 from rltrain.policy.load import Policy, load_policy
 from rltrain.rollout import Rollout, RolloutLost, build_engine, engine_of, probes
+from rltrain.rollout.continuation_types import ContinuationRequest
 from rltrain.rollout.local import LocalRollout
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.runs import completions
 from rltrain.runtime import dist
-from rltrain.types import Completion, Group, Mean, Metric, Metrics, Prompt
+from rltrain.types import Completion, Group, Mean, Metric, Metrics, Need, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class Ahead:
 
     ``own`` is the policy that the engine was built with. Where its model is a copy, :meth:`sync` renews that from
     ``parameters``, the trained weights by name, whole one at a time. A step makes ``updates`` optimiser steps.
+    Continuations are asked for while the thread samples: they come from ``present``, an engine of the policy itself,
+    or from ``engine`` where that takes calls of two threads.
     """
 
     same_distribution = False
@@ -76,11 +79,12 @@ class Ahead:
         own: Policy,
         parameters: Parameters,
         *,
+        present: Rollout | None = None,
         updates: int = 1,
         deadline_s: float = 0.0,
     ) -> None:
         self._engine, self._policy, self._own, self._parameters = engine, policy, own, parameters
-        self._updates, self._deadline_s = updates, deadline_s
+        self._present, self._updates, self._deadline_s = present, updates, deadline_s
         self._weights_step = 0
         self._ready: Batch | None = None
         self._under_way: Future[Batch] | None = None
@@ -144,15 +148,23 @@ class Ahead:
         self._weights_step += 1
         renew(self._own, policy, self._parameters)
         self._engine.sync(self._own)
+        if self._present is not None:
+            self._present.sync(policy)
 
     def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
         """Continuations from inside completions, by the policy itself as it is now."""
         return probes.probe(self._policy, requests, settings)
 
+    def continue_(self, requests: Sequence[ContinuationRequest], *, step: int) -> list[list[Completion]]:
+        """Continuations from inside completions, by the policy as it is now."""
+        return (self._present or self._engine).continue_(requests, step=step)
+
     def check(self) -> None:
         """Check the engine's decoders, if they are of this process."""
         with _on(self._own.model.device):
             check_rollout(self._engine)
+        if self._present is not None:
+            check_rollout(self._present)
 
     def close(self) -> None:
         """End the thread: a copy of the policy stops at its next token; servers answer first."""
@@ -221,13 +233,16 @@ def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, i
     if not config.rollout.ahead:
         return build_engine(config.rollout, config.sampling, policy, seed=config.seed)
     # The library's tokenizers are not made for two threads.
-    own = dataclasses.replace(policy, tokenizer=copy.deepcopy(policy.tokenizer))
+    own, present = dataclasses.replace(policy, tokenizer=copy.deepcopy(policy.tokenizer)), None
     if engine_of(config.rollout).uses_policy:
         own = dataclasses.replace(own, model=load_copy(config, initial))
         renew(own, policy, parameters)
+        if Need.CONTINUATIONS in config.needs():
+            present = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
     inner = build_engine(config.rollout, config.sampling, own, seed=config.seed)
     deadline_s = config.deadline("rollout")
-    return Ahead(inner, policy, own, parameters, updates=config.batch.updates, deadline_s=deadline_s)
+    updates = config.batch.updates
+    return Ahead(inner, policy, own, parameters, present=present, updates=updates, deadline_s=deadline_s)
 
 
 def check_rollout(rollout: Rollout) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rltrain.types import Completion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +58,11 @@ class ContinuationRequest:
     def prefix_ids(self) -> tuple[int, ...]:
         """The state's whole sequence."""
         return self.prompt_ids + self.completion_ids
+
+
+class Continuing(Protocol):
+    """What an engine does for ``Need.CONTINUATIONS``."""
+
+    def continue_(self, requests: Sequence[ContinuationRequest], *, step: int) -> list[list[Completion]]:
+        """``draws`` completions per request, in order. All ranks call this together, also without a request."""
+        ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from rltrain.errors import require
 from rltrain.policy.logprobs import inference
 from rltrain.registry import register
 from rltrain.rollout import probes
+from rltrain.rollout.continuation_types import ContinuationRequest
+from rltrain.rollout.continuations import ForkingDecoder, by_sampling, check_requests, draw_key, leaves, passes
 from rltrain.rollout.decoder_check import Decoder, DecoderKind, check_decoders
 from rltrain.rollout.hf_decoder import PlainDecoder, UncachedDecoder
 from rltrain.rollout.llama_step import LlamaStep
@@ -26,7 +28,7 @@ from rltrain.rollout.sampling import row_key, sample, uniforms
 from rltrain.rollout.shared_prompt_decoder import SharedDecoder
 from rltrain.rollout.speculation import GroupDrafts, accepted
 from rltrain.rollout.stopping import StopRule
-from rltrain.types import Group, Prompt
+from rltrain.types import Completion, Group, Prompt
 
 MOST_GUESSES = 8
 
@@ -39,6 +41,7 @@ class LocalRolloutConfig(RolloutConfig):
     ``max_new_tokens`` a row) are in flight, but at least one group; the others queue and refill the batch. Rows are
     looked at every ``check_steps`` tokens; finished ones leave when they are ``compact_share`` of the batch.
     ``dtype=bfloat16`` decodes with a cast copy of the weights, renewed by ``sync``; ``policy`` with the policy itself.
+    Continuations forward ``prefix_tokens_per_pass`` tokens of completions at a time (a single one may have more).
     ``speculate_tokens`` (0: none) guesses so many of the next tokens of each row, once nothing queues and at most
     ``speculate_rows`` rows are left (:mod:`rltrain.rollout.speculation`).
     """
@@ -48,6 +51,7 @@ class LocalRolloutConfig(RolloutConfig):
     check_steps: int = 4
     compact_share: float = 0.25
     dtype: str = "policy"
+    prefix_tokens_per_pass: int = 16384
     speculate_tokens: int = 0
     speculate_rows: int = 8
 
@@ -55,6 +59,10 @@ class LocalRolloutConfig(RolloutConfig):
         require(self.max_rows >= 1, f"rollout.max_rows={self.max_rows}: set at least 1")
         require(self.max_cache_tokens >= 0, f"rollout.max_cache_tokens={self.max_cache_tokens}: 0 means no limit")
         require(self.check_steps >= 1, f"rollout.check_steps={self.check_steps}: set at least 1")
+        require(
+            self.prefix_tokens_per_pass >= 1,
+            f"rollout.prefix_tokens_per_pass={self.prefix_tokens_per_pass}: set at least 1; 16384 is usual",
+        )
         require(
             0 < self.compact_share <= 1, f"rollout.compact_share={self.compact_share}: must lie in (0, 1]; 1 is off"
         )
@@ -77,9 +85,15 @@ class _Row:
     """One completion while it is sampled."""
 
     key: int
+    rule: StopRule
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     done: bool = False
+
+    @property
+    def left_tokens(self) -> int:
+        """How many more tokens it may have."""
+        return self.rule.max_new_tokens - len(self.token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +111,8 @@ class _Job:
 class _Batch:
     """The rows in flight: a decoder's rows, the last token of each, and what was sampled so far."""
 
-    def __init__(self, decoder: Decoder, rule: StopRule, sampling: SamplingConfig, config: LocalRolloutConfig) -> None:
-        self._decoder, self._rule, self._sampling, self._config = decoder, rule, sampling, config
+    def __init__(self, decoder: Decoder, sampling: SamplingConfig, config: LocalRolloutConfig) -> None:
+        self._decoder, self._sampling, self._config = decoder, sampling, config
         self._rows: list[_Row] = []
         self._jobs: list[_Job] = []
         self._tokens_B: Tensor
@@ -110,7 +124,7 @@ class _Batch:
         """Sample every row of every job to its end."""
         queue = deque(jobs)
         while queue or self._rows:
-            if fitting := self._fitting(queue):
+            while fitting := self._fitting(queue):
                 self._admit(fitting)
             if not all(row.done for row in self._rows):
                 if not queue and self._speculates():
@@ -120,16 +134,16 @@ class _Batch:
             self._compact()
 
     def _fitting(self, queue: deque[_Job]) -> list[_Job]:
-        """Take from the queue what may start now."""
+        """Take from the queue what may start now: jobs of as many rows each."""
         chosen: list[_Job] = []
         if self._rows and not self._decoder.refills:
             return chosen
         max_cache_tokens = self._config.max_cache_tokens or float("inf")
-        rows, prompt_tokens = len(self._rows), sum(len(job.prompt_ids) for job in self._jobs)
-        while queue:
+        rows, cache_tokens = len(self._rows), sum(len(job.prompt_ids) for job in self._jobs)
+        cache_tokens += sum(row.rule.max_new_tokens for row in self._rows)
+        while queue and len(queue[0].rows) == len((chosen or queue)[0].rows):
             rows += len(queue[0].rows)
-            prompt_tokens += len(queue[0].prompt_ids)
-            cache_tokens = prompt_tokens + rows * self._rule.max_new_tokens
+            cache_tokens += len(queue[0].prompt_ids) + sum(row.rule.max_new_tokens for row in queue[0].rows)
             full = rows > self._config.max_rows or cache_tokens > max_cache_tokens
             if full and (self._rows or chosen):
                 break
@@ -153,7 +167,7 @@ class _Batch:
 
     def _decode(self) -> None:
         """``check_steps`` tokens for every row, and one look at them from the host at the end."""
-        left = self._rule.max_new_tokens - min(len(row.token_ids) for row in self._rows if not row.done)
+        left = max(row.left_tokens for row in self._rows if not row.done)
         steps = min(self._config.check_steps, left)
         offsets_K1 = torch.arange(steps, device=self._keys_B.device)[:, None]
         sampled = []
@@ -171,7 +185,7 @@ class _Batch:
     def _decode_guessing(self) -> None:
         """Feed every row its last token and guesses behind it; sample at all of them, keep what the guesses allow."""
         assert isinstance(self._decoder, SharedDecoder)
-        left = self._rule.max_new_tokens - max(len(row.token_ids) for row in self._rows if not row.done)
+        left = min(row.left_tokens for row in self._rows if not row.done)
         guesses = [self._guess(row, min(self._config.speculate_tokens, left - 1)) for row in self._rows]
         guessed_BK = torch.tensor(guesses, device=self._keys_B.device, dtype=torch.int64)
         fed_BT = torch.cat([self._tokens_B[:, None], guessed_BK], dim=1)
@@ -214,7 +228,7 @@ class _Batch:
         start = len(row.token_ids)
         row.token_ids += tokens_K
         row.logprobs += logprobs_K
-        end = self._rule.end(row.token_ids, start)
+        end = row.rule.end(row.token_ids, start)
         if end is not None:
             del row.token_ids[end:], row.logprobs[end:]
             row.done = True
@@ -281,6 +295,44 @@ class LocalRollout:
         """Continuations from inside completions, for estimators that declare ``Need.PROBES``."""
         return probes.probe(self._policy, requests, settings)
 
+    def continue_(self, requests: Sequence[ContinuationRequest], *, step: int) -> list[list[Completion]]:
+        """Continuations from inside completions, for parts that declare ``Need.CONTINUATIONS``.
+
+        A decoder that shares prompts forks the caches of forwarded completions. Any other one prefills every distinct
+        state anew.
+        """
+        rule = StopRule.of(self._policy, self._sampling)
+        check_requests(requests, self._sampling, rule)
+        rows = [
+            [
+                _Row(
+                    key=draw_key(self._seed, step, request, draw),
+                    rule=rule.after(request.completion_ids, max_new_tokens=request.max_new_tokens),
+                )
+                for draw in range(request.draws)
+            ]
+            for request in requests
+        ]
+        with inference(self._model):
+            for sampling, indices in by_sampling(requests, self._sampling):
+                states: dict[tuple[int, ...], list[_Row]] = {}
+                for index in indices:
+                    states.setdefault(requests[index].prefix_ids, []).extend(rows[index])
+                self._run_states(states, sampling)
+        return [[row.rule.completion(row.token_ids, row.logprobs) for row in some] for some in rows]
+
+    def _run_states(self, states: Mapping[tuple[int, ...], Sequence[_Row]], sampling: SamplingConfig) -> None:
+        """Sample the rows of every state, pass by pass; states of as many rows are neighbours in the queue."""
+        new_tokens = {ids: max(row.rule.max_new_tokens for row in rows) for ids, rows in states.items()}
+        for batch in passes(leaves(states), tokens_per_pass=self._config.prefix_tokens_per_pass):
+            inside = [leaf.ids[:length] for leaf in batch for length in leaf.lengths]
+            decoder = self._decoder(max(new_tokens[ids] for ids in inside))
+            if isinstance(decoder, SharedDecoder):
+                pad_id = self._policy.pad_token_id
+                decoder = ForkingDecoder(self._base, decoder, batch, new_tokens, pad_id=pad_id)
+            jobs = [_Job(prompt_ids=ids, rows=states[ids]) for ids in inside]
+            _Batch(decoder, sampling, self._config).run(sorted(jobs, key=lambda job: len(job.rows)))
+
     def sync(self, policy: Any) -> None:
         """Nothing to copy, unless decoding has weights of its own."""
         if self._model is policy.model:
@@ -294,21 +346,21 @@ class LocalRollout:
     ) -> list[Group]:
         """``group_size`` completions of each prompt, in the order of ``prompts``; rewards are not set."""
         sampling = sampling or self._sampling
+        rule = StopRule.of(self._policy, sampling)
         for prompt in prompts:
             assert 0 < len(prompt.token_ids) <= sampling.max_prompt_tokens, prompt.problem.id
         jobs = [
             _Job(
                 prompt_ids=prompt.token_ids,
                 rows=[
-                    _Row(key=row_key(self._seed, step, prompt.problem.id, g, prompt.occurrence))
+                    _Row(key=row_key(self._seed, step, prompt.problem.id, g, prompt.occurrence), rule=rule)
                     for g in range(group_size)
                 ],
             )
             for prompt in prompts
         ]
-        rule = StopRule.of(self._policy, sampling)
         with inference(self._model):
-            _Batch(self._decoder(sampling.max_new_tokens), rule, sampling, self._config).run(jobs)
+            _Batch(self._decoder(sampling.max_new_tokens), sampling, self._config).run(jobs)
         return [
             Group(prompt=prompt, completions=tuple(rule.completion(row.token_ids, row.logprobs) for row in job.rows))
             for prompt, job in zip(prompts, jobs, strict=True)

@@ -105,12 +105,13 @@ class Prefilled:
     """Left-padded prompts after their forward: of each layer keys and values [kv head, P, T, head dim], mask, logits.
 
     ``layers`` is read once, from first to last. Zeros in ``mask_PT`` [P, T] are padding; ``logits_PV`` follow the last
-    token of each prompt.
+    token of each prompt. Its rows have at most ``new_tokens_P`` new tokens each.
     """
 
     layers: Iterable[tuple[Tensor, Tensor]]
     mask_PT: Tensor
     logits_PV: Tensor
+    new_tokens_P: Tensor
 
 
 class _Layout:
@@ -297,7 +298,8 @@ class SharedDecoder:
         # Taken out one by one, so that no two copies of all layers exist.
         taken = (cache.layers.pop(0) for _ in range(len(cache.layers)))
         by_head = ((new.keys.transpose(0, 1).contiguous(), new.values.transpose(0, 1).contiguous()) for new in taken)
-        return Prefilled(layers=by_head, mask_PT=mask_PT, logits_PV=logits_PV)
+        new_tokens_P = torch.full_like(mask_PT[:, 0], self._max_new_tokens)
+        return Prefilled(layers=by_head, mask_PT=mask_PT, logits_PV=logits_PV, new_tokens_P=new_tokens_P)
 
     def admit_prefilled(self, prefilled: Prefilled, rows: Sequence[int]) -> Tensor:
         """Logits [B, V] of the first tokens of ``rows[p]`` rows for each prefilled prompt p, at least 1.
@@ -307,7 +309,7 @@ class SharedDecoder:
         rows_P = torch.tensor(rows, device=self._device)
         mask_PT = prefilled.mask_PT
         next_positions_B = mask_PT.sum(-1).repeat_interleave(rows_P)
-        last_B = next_positions_B + self._max_new_tokens - 1
+        last_B = next_positions_B + prefilled.new_tokens_P.repeat_interleave(rows_P) - 1
         if self._fed:
             for layer, (keys, values) in zip(self.layers, prefilled.layers, strict=True):
                 layer.admit_prompts(keys, values)

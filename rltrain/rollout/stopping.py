@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rltrain.config import SamplingConfig
@@ -15,12 +15,16 @@ _TOKENS_PER_CHARACTER = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
-    """``end`` is a pure function of the ids, so it does not matter how often or how late it is asked."""
+    """``end`` is a pure function of the ids, so it does not matter how often or how late it is asked.
+
+    ``before`` are the last ids of what is continued: a stop string may begin in them.
+    """
 
     stop_ids: Collection[int]
     stop_strings: Sequence[str]
     max_new_tokens: int
     tokenizer: Any
+    before: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, policy: Any, sampling: SamplingConfig) -> StopRule:
@@ -32,15 +36,24 @@ class StopRule:
             tokenizer=policy.tokenizer,
         )
 
+    def after(self, token_ids: Sequence[int], *, max_new_tokens: int) -> StopRule:
+        """The rule of what continues a completion that begins with ``token_ids``."""
+        before = tuple(token_ids[-self._window_tokens :]) if self.stop_strings else ()
+        return replace(self, before=before, max_new_tokens=max_new_tokens)
+
     def completion(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
         """The record of a finished completion; its text is without the stop id."""
-        text_ids = token_ids[:-1] if token_ids[-1] in self.stop_ids else token_ids
         return Completion(
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),
             finish="stop" if self.stopped(token_ids) else "length",
-            text=self.tokenizer.decode(text_ids, clean_up_tokenization_spaces=False),
+            text=self.text(token_ids),
         )
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of a completion, without its stop id."""
+        text_ids = token_ids[:-1] if token_ids[-1] in self.stop_ids else token_ids
+        return self.tokenizer.decode(text_ids, clean_up_tokenization_spaces=False)
 
     @property
     def _window_tokens(self) -> int:
@@ -52,12 +65,13 @@ class StopRule:
 
     def _string_end(self, token_ids: Sequence[int], start: int) -> int | None:
         """Number of tokens up to the first one at or after ``start`` that completes a stop string."""
-        window = self._window_tokens
+        window, shift, token_ids = self._window_tokens, len(self.before), [*self.before, *token_ids]
+        start += shift
         if not self._has_stop_string(token_ids[max(0, start + 1 - window) :]):
             return None
         for end in range(start + 1, len(token_ids) + 1):
             if self._has_stop_string(token_ids[max(0, end - window) : end]):
-                return end
+                return end - shift
         return None
 
     def end(self, token_ids: Sequence[int], start: int) -> int | None:
@@ -74,4 +88,6 @@ class StopRule:
         """Whether a finished completion stopped by itself, rather than being cut at the limit."""
         if token_ids[-1] in self.stop_ids:
             return True
-        return bool(self.stop_strings) and self._has_stop_string(token_ids[-self._window_tokens :])
+        if not self.stop_strings:
+            return False
+        return self._has_stop_string([*self.before, *token_ids][-self._window_tokens :])

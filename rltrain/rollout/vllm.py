@@ -12,9 +12,11 @@ from rltrain.config import RolloutConfig, SamplingConfig
 from rltrain.errors import require
 from rltrain.registry import register
 from rltrain.rollout import probes
+from rltrain.rollout.continuation_types import ContinuationRequest
+from rltrain.rollout.continuations import check_requests, draw_key, sampling_of
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.rollout.stopping import StopRule
-from rltrain.rollout.vllm_requests import Request, Sampled, SamplingEngine, request_seed, sampling_fields
+from rltrain.rollout.vllm_requests import Request, Sampled, SamplingEngine, request_seed, sampling_fields, seed_of
 from rltrain.types import Completion, Group, Prompt
 
 MODES = ("colocated", "server")
@@ -95,6 +97,27 @@ class VllmRollout:
     def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
         """Continuations from inside completions, by the policy itself."""
         return probes.probe(self._policy, requests, settings)
+
+    def continue_(self, requests: Sequence[ContinuationRequest], *, step: int) -> list[list[Completion]]:
+        """Continuations from inside completions; the engine's cache of prefixes holds what they have in common."""
+        rule = StopRule.of(self._policy, self._sampling)
+        check_requests(requests, self._sampling, rule)
+        rules = [rule.after(one.completion_ids, max_new_tokens=one.max_new_tokens) for one in requests]
+        samplings = [sampling_of(one, self._sampling) for one in requests]
+        asked = [
+            Request(
+                prompt_ids=request.prefix_ids,
+                seed=seed_of(draw_key(self._seed, step, request, draw)),
+                fields=sampling_fields(sampling, own_rule),
+            )
+            for request, own_rule, sampling in zip(requests, rules, samplings, strict=True)
+            for draw in range(request.draws)
+        ]
+        answers = iter(self._engine.sample(asked, sampling_fields(self._sampling, rule)))
+        return [
+            [completion(next(answers), own_rule, greedy=sampling.temperature == 0) for _ in range(request.draws)]
+            for request, own_rule, sampling in zip(requests, rules, samplings, strict=True)
+        ]
 
     def generate(
         self, prompts: Sequence[Prompt], *, step: int, group_size: int, sampling: SamplingConfig | None = None

@@ -89,9 +89,11 @@ class ColocatedEngine:
         """One answer per request, in order. Sleep drops the weights, which are pushed again if no push came since."""
         if self._asleep:
             self.push(self._pushed)
+        if not requests:
+            return []
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
-            [self._vllm.SamplingParams(**fields, seed=request.seed) for request in requests],
+            [self._vllm.SamplingParams(**{**fields, **request.fields}, seed=request.seed) for request in requests],
             use_tqdm=False,
         )
         if self._sleeps:

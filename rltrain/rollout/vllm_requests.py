@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rltrain.config import SamplingConfig
@@ -13,10 +13,11 @@ from rltrain.rollout.stopping import StopRule
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One completion to sample."""
+    """One completion to sample; ``fields`` replace those of the call for this one."""
 
     prompt_ids: tuple[int, ...]
     seed: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,13 @@ class SamplingEngine(Protocol):
 
 
 def request_seed(seed: int, step: int, problem_id: str, sample_index: int, occurrence: int = 0) -> int:
-    """The local sampler's key of the same completion in 63 bits: vLLM reads -1 as no seed."""
-    return row_key(seed, step, problem_id, sample_index, occurrence) & (2**63 - 1)
+    """The local sampler's key of the same completion as vLLM's seed."""
+    return seed_of(row_key(seed, step, problem_id, sample_index, occurrence))
+
+
+def seed_of(key: int) -> int:
+    """63 bits of a key: vLLM reads -1 as no seed."""
+    return key & (2**63 - 1)
 
 
 def sampling_fields(sampling: SamplingConfig, rule: StopRule) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import http.client
 import itertools
 import json
 import logging
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -86,7 +87,8 @@ class Server:
 
     def sample(self, request: Request, fields: dict[str, Any], version: str) -> Sampled:
         """One completion, sampled with the weights ``version`` from its first token to its last."""
-        asked = {"token_ids": list(request.prompt_ids), "sampling_params": fields | {"seed": request.seed}}
+        fields = {**fields, **request.fields, "seed": request.seed}
+        asked = {"token_ids": list(request.prompt_ids), "sampling_params": fields}
         deadline_s = self.completion_s(fields["max_tokens"])
         (choice,) = self.call("/inference/v1/generate", asked, deadline_s=deadline_s)["choices"]
         versions = [span["version"] for span in choice["weight_versions"] or []]
@@ -126,6 +128,7 @@ class Servers:
         self._folder, self._weights = WeightFolder(folder), Path()
         self._checked: set[Server] = set()
         self._down: dict[Server, str] = {}
+        self._lock = threading.Lock()  # continuations may be asked for while a thread samples ahead
 
     def push(self, model: Any) -> None:
         """Write the weights once and have every server read them; one that cannot is named and asked again later."""
@@ -193,7 +196,7 @@ class Servers:
 
     def _bring_up(self) -> None:
         """Ask the servers that are down, side by side, whether they are well; those that are get the weights."""
-        with ThreadPoolExecutor(len(self._servers)) as pool:
+        with self._lock, ThreadPoolExecutor(len(self._servers)) as pool:
             list(pool.map(self._try, list(self._down)))
 
     def _try(self, server: Server) -> None:
@@ -205,7 +208,7 @@ class Servers:
         except ServerDown as error:
             self._mark(server, error)
         else:
-            del self._down[server]
+            self._down.pop(server, None)
 
     def _mark(self, server: Server, error: ServerDown) -> None:
         """Note that a server is down, and why; say so once."""

@@ -11,6 +11,8 @@ from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
 from rltrain.types import Group, Max, Mean, Metrics, Min, Sum, TokenBatch
 
+CONTINUED_S = "timing_s/continuations"  # a part of the stages in which it was asked for
+
 
 def sampler_difference(logprobs_N: Tensor, batch: TokenBatch) -> Metrics:
     """How far the sampled log-probs are from the trainer's before the first update, in nats."""
@@ -63,4 +65,5 @@ def step_values(
         "loss_denominator/rows": sum(each.rows for each in denominators) / len(denominators),
         "timing_s/step": step_s,
         "perf/throughput": completion_tokens * dist.world_size() / step_s,
+        **({"continuations/share": values[CONTINUED_S] / step_s} if CONTINUED_S in values else {}),
     }

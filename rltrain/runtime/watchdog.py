@@ -57,13 +57,14 @@ class DeadlineError(RunError):
     exit_code = EXIT_DEADLINE
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Wait:
     """A wait that is under way; ``deadline_s=0`` only names what happens inside another."""
 
     name: str
     deadline_s: float
     start_s: float
+    thread: int
 
     @property
     def waited_s(self) -> float:
@@ -83,12 +84,19 @@ _armed: list[Watchdog] = []
 @contextmanager
 def waiting(name: str, deadline_s: float = 0.0) -> Iterator[Wait]:
     """Name what the block waits for, and give it ``deadline_s`` seconds; 0 gives it none of its own."""
-    wait = Wait(name=name, deadline_s=deadline_s, start_s=time.monotonic())
+    wait = Wait(name=name, deadline_s=deadline_s, start_s=time.monotonic(), thread=threading.get_ident())
     _open.append(wait)
     try:
         yield wait
     finally:
         _open.remove(wait)
+
+
+def extend(seconds: float) -> None:
+    """Give every open wait of this thread that has a deadline so many seconds more, for work it did not reckon with."""
+    for wait in _open:
+        if wait.deadline_s and wait.thread == threading.get_ident():
+            wait.deadline_s += seconds
 
 
 @contextmanager

@@ -27,7 +27,7 @@ OVERRIDES = [
     "steps=4",
 ]
 # What depends on the clock, the machine, or how rows are laid out, not on what is computed.
-MEASURED = ("timing_s/", "perf/", "padding_share")
+MEASURED = ("timing_s/", "perf/", "padding_share", "continuations/share")
 
 
 def config(run_dir: Path, *overrides: str) -> RunConfig:

@@ -162,7 +162,9 @@ def test_an_error_of_its_own_keeps_its_type_and_leaves_no_record(tmp_path):
 
 def test_the_message_names_the_wait_its_surroundings_and_the_seconds():
     now = time.monotonic()
-    waits = [Wait(name=name, deadline_s=limit, start_s=now - 7) for name, limit in (("a", 9), ("b", 7), ("c", 0))]
+    waits = [
+        Wait(name=name, deadline_s=limit, start_s=now - 7, thread=0) for name, limit in (("a", 9), ("b", 7), ("c", 0))
+    ]
     assert describe(waits[1], waits) == "waited 7 s for 'b' (deadline 7 s), inside 'a', at 'c'"
 
 

@@ -34,6 +34,9 @@ class UserRollout:
     def probe(self, requests, settings):
         raise NotImplementedError
 
+    def continue_(self, requests, *, step):
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize(("seed", "same"), [(3, True), (4, False)])
 def test_an_engine_may_decide_on_same_distribution_when_it_is_built(seed, same):
