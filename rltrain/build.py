@@ -19,6 +19,7 @@ from rltrain.data.prompts import PromptSource
 from rltrain.engine.deepspeed import Engine, sharded_loading
 from rltrain.errors import ConfigError
 from rltrain.evaluate import held_out_prompts
+from rltrain.policy.encode import prompt_ids
 from rltrain.policy.layout_check import usable_layouts
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
@@ -114,6 +115,7 @@ class Run:
             seed=self.config.seed,
             max_new_tokens=self.config.sampling.max_new_tokens,
             tokenizer=self.policy.tokenizer,
+            encode=lambda prompt: prompt_ids(self.policy.tokenizer, prompt, self.config.model),
             rollout=services_of(self.config, self.rollout, step=step, metrics=metrics),
             state_of=copies(self.states.of) if metrics is None else self.states.of,
             **services,

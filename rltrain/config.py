@@ -6,12 +6,11 @@ import copy
 import math
 import os
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any
 
 from rltrain.errors import ConfigError as ConfigError
 from rltrain.errors import RunError as RunError
-from rltrain.errors import require, require_one_of
+from rltrain.errors import require, require_date, require_one_of
 from rltrain.registry import needs_of
 from rltrain.registry import register as register  # where estimators of users have it from
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
@@ -27,17 +26,9 @@ TEMPLATE_KEYS = ("conversation", "messages", "chat_template", "add_generation_pr
 TEMPLATE_KEYS += ("tokenize", "return_dict")
 
 
-def _is_date(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
-
-
 @dataclass(kw_only=True)
-class AdvantageConfig:
-    """Base of every estimator's config; the function is ``f(groups, config, context) -> Advantages``."""
+class PartConfig:
+    """Base of the configs whose function may be a user's."""
 
     def user_needs(self) -> frozenset[Need]:
         """What a user's function needs beside what its part is registered with."""
@@ -45,14 +36,26 @@ class AdvantageConfig:
 
 
 @dataclass(kw_only=True)
-class RewardConfig:
+class AdvantageConfig(PartConfig):
+    """Base of every estimator's config; the function is ``f(groups, config, context) -> Advantages``."""
+
+    def uses_rewards(self) -> bool:
+        """Whether groups must be scored for it; if not, a run may have no ``rewards``."""
+        return True
+
+    def learns_from_equal_rewards(self) -> bool:
+        """Whether the advantages of a group of equal rewards may differ from 0."""
+        return False
+
+    def check_run(self, run: RunConfig) -> None:
+        """``ConfigError`` for settings elsewhere in ``run`` that the estimator cannot work with."""
+
+
+@dataclass(kw_only=True)
+class RewardConfig(PartConfig):
     """Base of every reward's config; the function is ``f(groups, config, context) -> Scores``."""
 
     weight: float = 1.0  # factor of this reward in the sum
-
-    def user_needs(self) -> frozenset[Need]:
-        """What a user's function needs beside what its part is registered with."""
-        return frozenset()
 
     def longest_wait_s(self) -> float:
         """How long a rank's batch may take by the reward's own deadline; 0 for one that waits for nothing."""
@@ -129,10 +132,7 @@ class ModelConfig:
         )
         for key in self.chat_template_kwargs:
             require(key not in TEMPLATE_KEYS, f"model.chat_template_kwargs.{key}: is set by rltrain; take it out")
-        require(
-            self.template_date is None or _is_date(self.template_date),
-            f"model.template_date={self.template_date}: not a date; give it as 2024-07-26",
-        )
+        require_date("model.template_date", self.template_date)
 
 
 @dataclass(kw_only=True)
@@ -417,12 +417,23 @@ class RunConfig:
         if self.loss.importance_correction == "auto":
             self.loss = copy.copy(self.loss)  # keeps a key that + added, which is refused later
             self.loss.importance_correction = self.rollout.needed_correction()
-        require(bool(self.rewards), "rewards: none is set; choose one, for example reward@rewards.answer=boxed")
+        self._check_rewards()
+        self.advantage.check_run(self)
         require(
             not self.loss.corrects_importance or (self.sampling.top_k == 0 and self.sampling.top_p == 1),
             "loss.importance_correction with a truncated sampler: its support differs from the trainer's; "
             "set sampling.top_k=0 sampling.top_p=1" + (", or rollout.ahead=false" if ahead else ""),
         )
+        alike = "greedy completions of one prompt are all alike; set sampling.temperature>0"
+        require(self.sampling.temperature > 0, f"sampling.temperature=0: {alike}")
+
+    def _check_rewards(self) -> None:
+        place = "rewards" if self.advantage.uses_rewards() else "eval_rewards"
+        if self.advantage.uses_rewards() or (self.evaluation.every_steps and not self.eval_rewards):
+            example = f"choose one, for example reward@{place}.answer=boxed"
+            require(bool(self.rewards), f"{place}: none is set; {example}")
+        drops = self.batch.dynamic_sampling and self.advantage.learns_from_equal_rewards()
+        require(not drops, "batch.dynamic_sampling=true: drops groups that this estimator learns from; set it to false")
         rewards = {f"rewards.{name}": reward for name, reward in self.rewards.items()}
         rewards |= {f"eval_rewards.{name}": reward for name, reward in self.eval_rewards.items()}
         for key, reward in rewards.items():
@@ -433,10 +444,6 @@ class RunConfig:
                 f"{key}: may take {waits_s:g} s by its own deadline, and other ranks wait for at most "
                 f"deadline_s={self.deadline_s:g}; set it to half of that or less",
             )
-        require(
-            self.sampling.temperature > 0,
-            "sampling.temperature=0: greedy completions of one prompt are all alike; set sampling.temperature>0",
-        )
 
     def needs(self) -> frozenset[Need]:
         """What the chosen parts and the loss ask the trainer to compute."""

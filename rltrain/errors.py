@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import date
 
 
 class ConfigError(ValueError):
@@ -24,3 +25,11 @@ def require(condition: bool, message: str) -> None:
 def require_one_of(allowed: Iterable[str], key: str, value: str) -> None:
     """Raise a ``ConfigError`` that names the choices unless ``value`` is one of them."""
     require(value in allowed, f"{key}={value}: unknown; set one of {', '.join(allowed)}")
+
+
+def require_date(key: str, text: str | None) -> None:
+    """``ConfigError`` unless ``text`` is a date such as 2024-07-26, or there is none."""
+    try:
+        date.fromisoformat(text or "2024-07-26")
+    except ValueError:
+        raise ConfigError(f"{key}={text}: not a date; give it as 2024-07-26") from None

@@ -19,7 +19,7 @@ from torch import Tensor
 from rltrain import cli
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
 from rltrain.errors import ConfigError
-from rltrain.policy.encode import encode_all, prompt_limit, why_left_out
+from rltrain.policy.encode import encode_all, prompt_ids, prompt_limit, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import load_scorer
@@ -142,6 +142,7 @@ def main(config: RunConfig) -> None:
     context = Context(
         seed=config.seed,
         tokenizer=policy.tokenizer,
+        encode=lambda prompt: prompt_ids(policy.tokenizer, prompt, config.model),
         max_new_tokens=config.sampling.max_new_tokens,
         rollout=services_of(config, rollout, step=EVALUATION_STEP),
         **services,

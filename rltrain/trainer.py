@@ -160,7 +160,8 @@ def conclude(
         tokens_before=progress.num_tokens,
     )
     progress.num_tokens = progress.unwritten["num_tokens"]
-    progress.zero_signal_steps = zero_variance.count(progress.zero_signal_steps, groups)
+    if not run.config.advantage.learns_from_equal_rewards():
+        progress.zero_signal_steps = zero_variance.count(progress.zero_signal_steps, groups)
     with scope.saved_if_lost(steps):
         values = write(run, scope, recorder, steps)
     recorder.write_samples(steps, groups, advantages)

@@ -34,7 +34,7 @@ Notes = Mapping[str, Sequence[Sequence[float | str]]]
 class Need(enum.Enum):
     """What a part asks the trainer to compute for it; nothing else is computed."""
 
-    REFERENCE_LOGPROBS = "log-probs of the completions under the initial policy"
+    REFERENCE_LOGPROBS = "log-probs under the initial policy: of the loss's tokens, and of given spans beside SCORER"
     PROBES = "the rollout engine, to continue from inside a completion"
     SCORER = "per-token log-probs of given spans under the policy, a frozen model or an EMA"
     ENTROPY = "entropy and collision probability of the sampling distribution at each completion token"
@@ -278,6 +278,10 @@ class SpanScorer(Protocol):
         """Under the model phi (``ScorerConfig``)."""
         ...
 
+    def reference(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        """Under the initial policy (or ``reference``), where ``Need.REFERENCE_LOGPROBS`` is declared, too."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenEntropy:
@@ -376,13 +380,18 @@ def _fresh_state(part: str) -> State:
     return {}
 
 
+def _no_encoder(prompt: str | Sequence[Message]) -> tuple[int, ...]:
+    raise RunError("context.encode: there is no model here whose tokenizer could make a prompt; call it in a run")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What an estimator or a reward may use besides the groups.
 
     ``rollout``, ``grade``, ``scorer``, ``entropy`` and ``state`` are services: their use is a RunError unless their
-    ``Need`` was declared. ``tokenizer`` is None where there is no model, as in the bench. ``state_of`` gives the state
-    of a part by its key. Outside a run each call of a part has a fresh one.
+    ``Need`` was declared. ``tokenizer`` is None where there is no model, as in the bench. ``encode`` gives the ids of a
+    text or of chat messages as those of a prompt: through the chat template where the run's problems go through it.
+    ``state_of`` gives the state of a part by its key. Outside a run each call of a part has a fresh one.
     """
 
     step: int = 0
@@ -390,6 +399,7 @@ class Context:
     max_new_tokens: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
     rollout: RolloutServices = field(default_factory=RolloutServices)
+    encode: Callable[[str | Sequence[Message]], tuple[int, ...]] = _no_encoder
     scorer: SpanScorer = NO_SCORER
     entropy: EntropySource = NO_ENTROPY
     grade: Grader = NO_GRADER

@@ -78,7 +78,7 @@ def with_fixed_logprobs(run: Run, batches: Sequence[TokenBatch]) -> list[TokenBa
         added = {}
         if run.old_logprobs != "sampler":
             added["old_logprobs_N"] = _without_dropout(run, batch) if run.old_logprobs == "trainer" else None
-        if run.reference is not None:
+        if run.reference is not None and run.config.loss.kl_coef > 0:
             added["reference_logprobs_N"] = logprobs(run.reference, batch, entropy=False).logprobs_N
         fixed.append(dataclasses.replace(batch, **added))
     return fixed

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rltrain.advantages.group import as_rewards
+from rltrain.types import Mean
 
 TokenIds = Sequence[int] | Tensor
 
@@ -69,6 +70,32 @@ def node_values(common_GG: Tensor, rewards_G: Tensor) -> list[Tensor]:
     widths_GG = -np.diff(shared_GG, append=-1, axis=1)
     values = means_GG[:, ::-1].ravel().repeat(widths_GG[:, ::-1].ravel())
     return list(torch.from_numpy(values).split((common_GG.diagonal() + 1).tolist()))
+
+
+def leaf_counts(common_GG: Tensor, counted_G: Tensor) -> list[Tensor]:
+    """``n(s)`` = counted completions that start with s, along each completion, int64 [T + 1]; entry 0 is the root."""
+    return [
+        torch.bincount(common_G[counted_G], minlength=int(length) + 1).flip(0).cumsum(0).flip(0)
+        for common_G, length in zip(common_GG, common_GG.diagonal(), strict=True)
+    ]
+
+
+def leaves_per_token(groups: Sequence[Sequence[TokenIds]]) -> Mean:
+    """Mean of n(s_{t+1}) over the tokens of the groups' completions, whatever their rewards; 1 if none is shared."""
+    shared = Mean(total=0, count=0)
+    for completion_ids in groups:
+        common_GG = common_prefixes(completion_ids)
+        everybody_G = torch.ones(len(common_GG), dtype=torch.bool)
+        shared += Mean.of(torch.cat([counts_T1[1:] for counts_T1 in leaf_counts(common_GG, everybody_G)]))
+    return shared
+
+
+def node_starts(counts_T1: Tensor) -> Tensor:
+    """Whether a depth is the first of its node, bool [T + 1]: a node is where the same completions share the prefix.
+
+    ``counts_T1`` is :func:`leaf_counts` of a completion. The root is a node; so is every place where sharers part.
+    """
+    return torch.cat([torch.ones(1, dtype=torch.bool), counts_T1.diff() != 0])
 
 
 def prefix_values(completion_ids: Sequence[TokenIds], rewards: Sequence[float | None] | Tensor) -> list[Tensor]:

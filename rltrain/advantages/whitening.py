@@ -22,3 +22,15 @@ def whiten(rows: Sequence[Tensor], *, eps: float, name: str) -> list[Tensor]:
     centred = flat - sums[0] / count
     squares = dist.all_sum(centred.square().sum(), name=f"{name}: token variance")
     return list((centred / ((squares / count).sqrt() + eps)).split([len(row_T) for row_T in rows]))
+
+
+def whiten_kept(
+    values: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[bool]], *, eps: float, name: str
+) -> list[list[Tensor]]:
+    """:func:`whiten` of the rows ``values[p][g]`` that are kept; the others are in no statistic and become zeros."""
+    pairs = [pair for group, flags in zip(values, kept, strict=True) for pair in zip(group, flags, strict=True)]
+    whitened = iter(whiten([row_T for row_T, keep in pairs if keep], eps=eps, name=name))
+    return [
+        [next(whitened) if keep else torch.zeros_like(row_T).double() for row_T, keep in zip(group, flags, strict=True)]
+        for group, flags in zip(values, kept, strict=True)
+    ]

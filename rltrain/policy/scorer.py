@@ -17,7 +17,8 @@ from rltrain.batching.bins import Layout
 from rltrain.batching.collate import NO_WEIGHTING, LossRow, arrange, bins_of, empty_batch, token_batch, unit_segments
 from rltrain.config import RunConfig
 from rltrain.engine.deepspeed import shard_frozen, sharded_loading
-from rltrain.errors import ConfigError
+from rltrain.errors import ConfigError, RunError
+from rltrain.policy.capabilities import most_positions
 from rltrain.policy.layout_check import usable_layouts
 from rltrain.policy.load import Policy, load_frozen, load_policy
 from rltrain.policy.logprobs import LogprobModel, inference, logprobs, loss_tokens, to_device, unwrapped
@@ -129,8 +130,9 @@ class Scorer:
         token_budget: int,
         decay: float | None = None,
         layouts: Sequence[Layout] = ("padded",),
+        reference: Any = None,
     ) -> None:
-        self._policy, self._phi = policy, phi
+        self._policy, self._phi, self._reference = policy, phi, reference
         self._token_budget, self._decay, self._layouts = token_budget, decay, layouts
 
     def policy(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
@@ -145,15 +147,37 @@ class Scorer:
         """Log-probs under phi."""
         return self._score(self._phi, requests)
 
+    def reference(self, requests: Sequence[SpanRequest]) -> list[list[Tensor]]:
+        """Log-probs under the initial policy; RunError where no part declared that it needs them."""
+        if self._reference is None:
+            raise RunError(
+                "context.scorer.reference: nothing declared this service; register the part with "
+                "needs={Need.SCORER, Need.REFERENCE_LOGPROBS}"
+            )
+        return self._score(self._reference, requests)
+
     def _score(
         self, model: Any, requests: Sequence[SpanRequest], values: Callable[[Any, TokenBatch], Tensor] = span_logprobs
     ) -> list[list[Tensor]]:
+        self._refuse_too_long(unwrapped(model).model, requests)
         with inference(unwrapped(model)):
             return span_values(model, requests, token_budget=self._token_budget, layouts=self._layouts, values=values)
 
+    @staticmethod
+    def _refuse_too_long(model: Any, requests: Sequence[SpanRequest]) -> None:
+        positions = most_positions(model.config.get_text_config())
+        longest = max([0, *(len(request.token_ids) for request in requests)])
+        if positions is not None and longest > positions:
+            raise RunError(
+                f"scorer: a sequence of {longest} tokens is to be scored by a model of {positions} positions; shorten "
+                "the completions (sampling.max_new_tokens) or what the estimator or reward puts before them"
+            )
+
     def check(self) -> None:
-        """Compare the log-probs of both with an independent forward of their models; ConfigError if they differ."""
-        for name, model in {"policy": self._policy, "phi": self._phi}.items():
+        """Compare the log-probs of its models with an independent forward of theirs; ConfigError if they differ."""
+        models = {"policy": self._policy, "phi": self._phi, "reference": self._reference}
+        models = {name: model for name, model in models.items() if model is not None}
+        for name, model in models.items():
             own_model = unwrapped(model).model
             units = check_units(own_model)
             requests = [_request(row) for unit in units for row in unit]
@@ -208,8 +232,11 @@ def load_scorer(
     elif config.scorer.kind == "frozen":
         shared = reference is not None and config.scorer.path == config.reference
         phi = reference if shared else load_phi(config, policy, path=config.scorer.path or initial)
-    layouts = usable_layouts(config.batch.packing, [module] if phi is module else [module, phi])
-    scorer = Scorer(module, phi, token_budget=config.batch.token_budget, decay=decay, layouts=layouts)
+    models = {id(model): model for model in (module, phi, reference) if model is not None}
+    layouts = usable_layouts(config.batch.packing, list(models.values()))
+    scorer = Scorer(
+        module, phi, token_budget=config.batch.token_budget, decay=decay, layouts=layouts, reference=reference
+    )
     scorer.check()
     return scorer
 

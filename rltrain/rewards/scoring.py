@@ -57,8 +57,10 @@ def score(
     """Groups with ``rewards_G`` (float64, the weighted sum) and ``reward_parts`` (unweighted, by name), and metrics.
 
     A reward that abstains on a whole group does not apply to it and is left out of the sum. Where a reward abstains on
-    some completions of a group, or fails, these completions get NaN.
+    some completions of a group, or fails, these completions get NaN. Without any reward the groups stay as they are.
     """
+    if not rewards:
+        return list(groups), {}
     parts = {name: _scored(name, config, groups, context) for name, config in rewards.items()}
     scored = [
         replace(

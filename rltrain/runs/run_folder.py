@@ -189,7 +189,7 @@ def sample_rows(
     names = sorted(set().union(*notes))
     rows = []
     for p, group in enumerate(groups):
-        assert group.rewards_G is not None
+        rewards_G = group.rewards_G
         for g, completion in enumerate(group.completions):
             rows.append(
                 {
@@ -201,7 +201,7 @@ def sample_rows(
                     "completion": completion.text,
                     "answer": group.prompt.problem.answer,
                     "finish": completion.finish,
-                    "reward": float(group.rewards_G[g]),
+                    "reward": None if rewards_G is None else float(rewards_G[g]),
                     **{f"reward/{name}": float(values_G[g]) for name, values_G in group.reward_parts.items()},
                     "token_ids": list(completion.token_ids),
                     "tokens": [tokenizer.decode([token]) for token in completion.token_ids],

@@ -257,7 +257,7 @@ def _groups(entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor])
     facts = [fact for entry in entries for fact in entry["completions"]]
     sampled = iter(completions.restored(facts, tensors["completion_ids"], tensors["sampler_logprobs"]))
     parts = {n.removeprefix("reward/"): iter(v.split(sizes)) for n, v in tensors.items() if n.startswith("reward/")}
-    rewards = iter(tensors["rewards"].split(sizes))
+    rewarded = iter(tensors["rewards"].split(sizes) if len(tensors["rewards"]) else [None] * len(sizes))
     return [
         Group(
             prompt=Prompt(
@@ -265,7 +265,7 @@ def _groups(entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor])
                 token_ids=tuple(next(prompts).tolist()),
             ),
             completions=tuple(next(sampled) for _ in entry["completions"]),
-            rewards_G=next(rewards),
+            rewards_G=next(rewarded),
             reward_parts={name: next(values) for name, values in parts.items()},
         )
         for entry in entries

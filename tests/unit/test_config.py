@@ -23,9 +23,17 @@ def overrides_for(group: str, name: str) -> list[str]:
     return [f"reward@rewards.answer={name}" if group == "reward" else f"{group}={name}"]
 
 
+# What a preset must be told, or refuses of some experiments.
+MORE = {
+    "opd": ["scorer.kind=frozen", "scorer.path=teacher", "sampling.temperature=1"],
+    "sdpo": ["sampling.temperature=1"],
+    "implicit_reward": ["scorer.kind=ema"],
+}
+
+
 @pytest.mark.parametrize(("group", "name"), PRESETS, ids=[f"{group}-{name}" for group, name in PRESETS])
 def test_every_yaml_composes_to_a_valid_run(group, name):
-    config = cli.compose(overrides_for(group, name))
+    config = cli.compose([*overrides_for(group, name), *(MORE.get(name, []) if group == "algorithm" else [])])
     assert part_of(config.model).group == "model"
     assert part_of(config.advantage).group == "advantage"
 
@@ -39,7 +47,7 @@ def test_no_preset_is_named_like_a_node():
 @pytest.mark.parametrize("experiment", [path.stem for path in (CONFIGS / "experiment").glob("*.yaml")])
 @pytest.mark.parametrize("algorithm", [path.stem for path in (CONFIGS / "algorithm").glob("*.yaml")])
 def test_every_experiment_takes_every_algorithm(experiment, algorithm):
-    cli.compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
+    cli.compose([f"+experiment={experiment}", f"algorithm={algorithm}", *MORE.get(algorithm, [])])
 
 
 ALGORITHMS = {
