@@ -392,11 +392,13 @@ class Context:
     ``Need`` was declared. ``tokenizer`` is None where there is no model, as in the bench. ``encode`` gives the ids of a
     text or of chat messages as those of a prompt: through the chat template where the run's problems go through it.
     ``state_of`` gives the state of a part by its key. Outside a run each call of a part has a fresh one.
+    ``reward_weights`` are by a reward's name.
     """
 
     step: int = 0
     seed: int = 0
     max_new_tokens: int = 0
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
     rollout: RolloutServices = field(default_factory=RolloutServices)
     encode: Callable[[str | Sequence[Message]], tuple[int, ...]] = _no_encoder

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rltrain.advantages.prefix_tree import prefix_scales
+from rltrain.advantages.rewards import as_rewards as as_rewards
 from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
@@ -17,29 +19,24 @@ from rltrain.types import Advantages, Context, Group
 
 @dataclass(kw_only=True)
 class GroupConfig(AdvantageConfig):
-    """See :func:`group_advantages`."""
+    """See :func:`group_advantages`, and for ``prefix_scale`` :func:`prefix_scales`."""
 
     baseline: str = "mean"  # subtracted from the reward: mean of the group, or leave_one_out
     scale: str = "std"  # std divides by the group's std + eps, none does not
     eps: float = 1e-6  # added to the std
+    prefix_scale: bool = False  # times (2n - 1)/n, n completions sharing the prefix
 
     def __post_init__(self) -> None:
         _check(self.baseline, self.scale, self.eps)
+        defined = self.baseline == "leave_one_out" or not self.prefix_scale
+        remedy = "set advantage.baseline=leave_one_out"
+        require(defined, f"advantage.prefix_scale=true with advantage.baseline={self.baseline}: undefined; {remedy}")
 
 
 def _check(baseline: str, scale: str, eps: float) -> None:
     require(baseline in ("mean", "leave_one_out"), f"advantage.baseline={baseline}: unknown; set mean or leave_one_out")
     require(scale in ("std", "none"), f"advantage.scale={scale}: unknown; set std or none")
     require(eps >= 0, f"advantage.eps={eps}: must be >= 0")
-
-
-def as_rewards(rewards: Sequence[float | None] | Tensor | None) -> Tensor:
-    """Rewards as float64 on the CPU, shape [G], with NaN for None. None in place of the whole group is a ValueError."""
-    if rewards is None:
-        raise ValueError("the group has no rewards; score it before asking for advantages")
-    if isinstance(rewards, Tensor):
-        return rewards.detach().to("cpu", torch.float64)
-    return torch.tensor([torch.nan if reward is None else float(reward) for reward in rewards], dtype=torch.float64)
 
 
 def per_token(advantages_G: Tensor, completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -75,15 +72,15 @@ def group_advantages(
 
 @register("advantage", "group", GroupConfig)
 def group(groups: Sequence[Group], config: GroupConfig, context: Context) -> Advantages:
-    """Spread :func:`group_advantages` over the tokens of each completion."""
-    return Advantages(
-        values=[
-            per_token(
-                group_advantages(
-                    as_rewards(group.rewards_G), baseline=config.baseline, scale=config.scale, eps=config.eps
-                ),
-                group.completion_ids,
-            )
-            for group in groups
-        ]
-    )
+    """Spread :func:`group_advantages` over the tokens of each completion, with ``prefix_scale`` times a scale."""
+    return Advantages(values=[_of_group(group, config) for group in groups])
+
+
+def _of_group(group: Group, config: GroupConfig) -> list[Tensor]:
+    rewards_G = as_rewards(group.rewards_G)
+    advantages_G = group_advantages(rewards_G, baseline=config.baseline, scale=config.scale, eps=config.eps)
+    rows = per_token(advantages_G, group.completion_ids)
+    if not config.prefix_scale:
+        return rows
+    scales = prefix_scales(group.completion_ids, rewards_G)
+    return [row_T * scale_T for row_T, scale_T in zip(rows, scales, strict=True)]

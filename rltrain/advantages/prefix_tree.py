@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rltrain.advantages.group import as_rewards
+from rltrain.advantages.rewards import as_rewards
 from rltrain.types import Mean
 
 TokenIds = Sequence[int] | Tensor
@@ -108,3 +108,47 @@ def prefix_values(completion_ids: Sequence[TokenIds], rewards: Sequence[float | 
     NaN or None rewards abstain: those completions are not in the trie, and their own values are NaN.
     """
     return node_values(common_prefixes(completion_ids), as_rewards(rewards))
+
+
+def prefix_scales(completion_ids: Sequence[TokenIds], rewards_G: Tensor) -> list[Tensor]:
+    r"""``(2n - 1)/n`` per token, n completions whose reward counts through the prefix before it; float64, [T] each.
+
+    1 on a token that is alone, up to 2 on shared prefixes. It is the scale that TEMPO gives the gradient, in
+    expectation and on policy.
+    """
+    counts = leaf_counts(common_prefixes(completion_ids), ~rewards_G.isnan())
+    shared = [counts_T1[:-1].clamp(min=1).double() for counts_T1 in counts]  # none where nobody counts
+    return [(2 * n_T - 1) / n_T for n_T in shared]
+
+
+def leave_one_out_values(common_GG: Tensor, rewards_G: Tensor, *, kappa: float = 1.0) -> list[Tensor]:
+    r"""T(s_t): the mean reward of the other completions through s_t, drawn to that of the prefix before.
+
+        T = R = mean of r_j, j != i             at the root
+        T <- (sum_{j != i through s_t} r_j + kappa·T) / (n(s_t) - 1 + kappa)     wherever the sharers become fewer
+
+    float64, one tensor [T] per completion, for the prefixes of t in 0..T-1 tokens. A completion that is alone keeps its
+    value. NaN rewards abstain: they are in no sum, and have NaN, as has a completion whose reward alone counts.
+    """
+    depth_GG, rewards = common_GG.numpy(), rewards_G.numpy()
+    counted = ~np.isnan(rewards)
+    rows = []
+    for i, tokens in enumerate(common_GG.diagonal().tolist()):
+        others = counted & (np.arange(len(counted)) != i)
+        known = bool(counted[i]) and bool(others.any())
+        pair = depth_GG[i, others], rewards[others]
+        row = _leave_one_out_row(*pair, tokens, kappa) if known else np.full(tokens, np.nan)
+        rows.append(torch.from_numpy(row))
+    return rows
+
+
+def _leave_one_out_row(
+    depth_O: NDArray[np.int64], reward_O: NDArray[np.float64], tokens: int, kappa: float
+) -> NDArray[np.float64]:
+    value = reward_O.mean()
+    row = np.full(tokens, value)
+    for depth in np.unique(depth_O):  # who shares so many tokens and no more is gone from the next prefix on
+        through = depth_O > depth
+        value = (reward_O[through].sum() + kappa * value) / (through.sum() + kappa)
+        row[depth + 1 :] = value
+    return row

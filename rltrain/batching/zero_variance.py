@@ -1,4 +1,6 @@
-"""Zero-variance groups, whose rewards are all equal: every advantage in them is 0, so nothing is learnt from them."""
+"""Zero-variance groups, whose rewards are all equal: nothing is learnt from them by most estimators, which give them
+advantages of 0. Those that learn from them say so in their config (``learns_from_equal_rewards``).
+"""
 
 from __future__ import annotations
 
