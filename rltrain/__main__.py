@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "memory per rank, before anything is started",
     "audit": "a data set before training: references, splits, rewards",
     "compress": "shorter reasoning traces, with a trained compressor",
+    "export": "a run's policy as a transformers folder, or on the hub, with a model card",
     "report.panels": "a wandb workspace with the report's panels",
 }
 

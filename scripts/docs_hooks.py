@@ -1,5 +1,6 @@
-"""Hooks of the docs site: includes of README and other files, links to sources, roles that only Sphinx reads."""
+"""Hooks of the docs site: MathJax, includes of other files, links to sources, roles that only Sphinx reads."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,19 @@ def on_config(config: Any, **_: object) -> Any:
     if rest:
         config["nav"].append({"More": sorted(rest)})
     return config
+
+
+def on_files(files: Any, *, config: Any, **_: object) -> Any:
+    """MathJax and its licence become files of the site, so that formulas need no network."""
+    from mkdocs.structure.files import File
+
+    package = importlib.util.find_spec("mathjax")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("no package mathjax; pip install '.[docs]' brings it (make docs)")
+    source = Path(next(iter(package.submodule_search_locations))) / "static/mathjax"
+    for name, path in (("tex-svg.js", source / "es5/tex-svg.js"), ("LICENSE", source / "LICENSE")):
+        files.append(File.generated(config, f"mathjax/{name}", abs_src_path=str(path)))
+    return files
 
 
 def listed(entry: Any) -> list[str]:

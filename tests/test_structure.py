@@ -30,7 +30,7 @@ LAYERS = [
     {"build"},
     {"update"},
     {"trainer"},
-    {"__main__", "train", "audit", "compress", "compare/", "report/", "plan/", "compat/"},
+    {"__main__", "train", "audit", "compress", "compare/", "report/", "export/", "plan/", "compat/"},
 ]
 LAYER_OF = {name.removesuffix("/"): level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"advantages", "rewards", "kernels", "loss", "batching"}

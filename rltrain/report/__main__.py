@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from rltrain import cli
@@ -14,9 +15,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rltrain.report", description="A self-contained HTML page about runs."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of runs")
     parser.add_argument(
-        "--out", type=Path, help="the file to write (default: report.html, in the folder of a sole run)"
+        "--out", type=Path, help="the file to write (default: report.html, in the folder if only one is given)"
     )
     parser.add_argument(
         "--estimators", default="", metavar="A,B", help="show the sampled groups under these algorithms side by side"
@@ -31,15 +32,29 @@ def main() -> None:
 
 def write(flags: argparse.Namespace) -> None:
     """Check the flags, build, write."""
-    from rltrain.report import estimators, page
+    from rltrain.compare.folders import run_folders
+    from rltrain.report import estimators, index, page
 
     for folder in flags.runs:
-        require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run")
+        require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run, or of several")
     require(flags.groups >= 1, f"--groups {flags.groups}: set at least 1")
     names = [name for name in flags.estimators.split(",") if name]
     estimators.check(names)
     out = flags.out or (flags.runs[0] if len(flags.runs) == 1 else Path()) / "report.html"
-    html = page.build(flags.runs, estimators=names, groups=flags.groups, step=flags.step)
+    build = partial(page.build, estimators=names, groups=flags.groups, step=flags.step)
+    found = {folder: run_folders(folder) for folder in flags.runs}
+    if all(runs in ([], [folder]) for folder, runs in found.items()):  # one without any run is a page of notes
+        _save(out, build(flags.runs))
+        return
+    folders = list(dict.fromkeys(run for runs in found.values() for run in runs))
+    reports = [folder / "report.html" for folder in folders]
+    for folder, report in zip(folders, reports, strict=True):
+        _save(report, build([folder]))
+    title = ", ".join(folder.resolve().name for folder in flags.runs)
+    _save(out, index.build(folders, reports, out=out, title=title))
+
+
+def _save(out: Path, html: str) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(html, encoding="utf-8")

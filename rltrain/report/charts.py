@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
 
+from rltrain.report import curves
 from rltrain.runs.summary import MetricRows, series, smoothed
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class Chart:
     """A line chart. Ticks are (position, text), ``words`` says per run where it starts and ends."""
 
     title: str
+    says: str
     lines: Sequence[Line]
     ticks_x: Sequence[tuple[float, str]]
     ticks_y: Sequence[tuple[float, str]]
@@ -48,12 +50,13 @@ class Scale:
     def __call__(self, value: float) -> float:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
-    def ticks(self, most: int) -> list[tuple[float, str]]:
-        """Round numbers within the scale."""
+    def ticks(self, most: int, *, share: bool = False) -> list[tuple[float, str]]:
+        """Round numbers within the scale, in percent where they are shares."""
         from matplotlib.ticker import MaxNLocator
 
         values = MaxNLocator(nbins=most).tick_values(self.low, self.high)
-        return [(self(value), f"{value:.6g}") for value in values if self.low <= value <= self.high]
+        inside = [value for value in values if self.low <= value <= self.high]
+        return [(self(value), f"{100 * value:.6g} %" if share else f"{value:.6g}") for value in inside]
 
 
 def scale(values: Sequence[float], *, start: float, end: float, margin: float = 0.0) -> Scale:
@@ -72,16 +75,17 @@ def thinned(points: Sequence[T], most: int) -> list[T]:
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def line_chart(title: str, runs: Mapping[str, MetricRows], name: str, *, most_points: int) -> Chart | None:
+def line_chart(curve: curves.Curve, runs: Mapping[str, MetricRows], name: str, *, most_points: int) -> Chart | None:
     """A metric against steps, one line per run, smoothed over ten steps where there are many. None if no run has it."""
-    curves = {label: series(rows, name) for label, rows in runs.items()}
-    if not any(values for _, values in curves.values()):
+    recorded = {label: series(rows, name) for label, rows in runs.items()}
+    if not any(values for _, values in recorded.values()):
         return None
-    x = scale([step for steps, _ in curves.values() for step in steps], start=LEFT, end=WIDTH - RIGHT)
-    all_values = [value for _, values in curves.values() for value in values]
+    share = curves.is_share(name)
+    x = scale([step for steps, _ in recorded.values() for step in steps], start=LEFT, end=WIDTH - RIGHT)
+    all_values = [value for _, values in recorded.values() for value in values]
     y = scale(all_values, start=HEIGHT - BOTTOM, end=TOP, margin=0.05)
-    lines, words = [], []
-    for colour, (label, (steps, values)) in enumerate(curves.items()):
+    lines, words, count = [], [], 1
+    for colour, (label, (steps, values)) in enumerate(recorded.items()):
         if not values:
             continue
         noisy = len(values) > NOISY_FROM
@@ -90,8 +94,17 @@ def line_chart(title: str, runs: Mapping[str, MetricRows], name: str, *, most_po
         lines += [_line(raw, colour, most_points, faint=True)] if noisy else []
         lines.append(_line(mean if noisy else raw, colour, most_points))
         count = WINDOW if noisy else 1
-        words.append(f"{label}: {fmean(values[:count]):.4g} → {fmean(values[-count:]):.4g}")
-    return Chart(title=title, lines=lines, ticks_x=x.ticks(4), ticks_y=y.ticks(4), words=words)
+        ends = [curves.shown(fmean(end), share=share) for end in (values[:count], values[-count:])]
+        words.append(" → ".join(ends) if len(runs) == 1 else f"{label}: {' → '.join(ends)}")
+    averaged = f" Means of {WINDOW} steps, first → last:" if count > 1 else " First → last:"
+    return Chart(
+        title=curve.title,
+        says=f"{curve.says}{averaged}".strip(),
+        lines=lines,
+        ticks_x=x.ticks(4),
+        ticks_y=y.ticks(4, share=share),
+        words=words,
+    )
 
 
 def _line(points: Sequence[tuple[float, float]], colour: int, most_points: int, *, faint: bool = False) -> Line:

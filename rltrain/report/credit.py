@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rltrain.advantages.prefix_tree import prefix_values
+from rltrain.report import labels
 from rltrain.report.charts import thinned
 from rltrain.report.estimators import Estimate, SampledStep
 from rltrain.report.folder import RecordedRun
@@ -33,10 +34,12 @@ def credit(
     if not any(estimate.is_recorded for estimate in estimates):
         estimates = [sampled.recorded(), *estimates]
     gains = thinned([point for group in sampled_groups for point in _gains(group)], MOST_GAINS)
+    previews = labels.shortened([str(rows[0].get("prompt") or "") for rows in sampled_groups])
     shown, spent = [], 0
     for index in _by_spread(sampled_groups)[:groups]:
         most_tokens = most_bytes // (BYTES_PER_NUMBER * (3 + len(estimates)) * len(sampled_groups[index]))
-        group = _group(run, step, sampled_groups[index], estimates, index, most_tokens)
+        title = f"step {step} · {labels.outcome(sampled_groups[index])} · {previews[index]}"
+        group = _group(f"{run.label} · {title}", sampled_groups[index], estimates, index, most_tokens)
         spent += len(json.dumps(group))
         if spent > most_bytes and shown:
             run.notes.append(f"{len(shown)} sampled groups are shown, more do not fit into the page")
@@ -68,7 +71,7 @@ def _by_spread(groups: Sequence[Sequence[SampleRow]]) -> list[int]:
 
 
 def _group(
-    run: RecordedRun, step: int, rows: Sequence[SampleRow], estimates: Sequence[Estimate], index: int, most_tokens: int
+    title: str, rows: Sequence[SampleRow], estimates: Sequence[Estimate], index: int, most_tokens: int
 ) -> dict[str, Any]:
     """A group, with at most ``most_tokens`` of each completion."""
     group = as_group(rows)
@@ -77,13 +80,14 @@ def _group(
     rewards = [reward(row) for row in rows]
     values = prefix_values(group.completion_ids, rewards) if has_ids else []
     return {
-        "title": f"{run.label} · step {step} · {group.prompt.problem.id}",
+        "title": title,
+        "problem": group.prompt.problem.id,
         "prompt": group.prompt.problem.prompt,
         "answer": group.prompt.problem.answer,
         "completions": [
             {
                 "reward": _short(reward(row)),
-                "parts": {key.removeprefix("reward/"): _short(row[key]) for key in row if key.startswith("reward/")},
+                "parts": {key.replace("/", ".", 1): _short(row[key]) for key in row if key.startswith("reward/")},
                 "finish": row.get("finish") or "",
                 "length": len(texts),
                 "tokens": texts[:most_tokens],

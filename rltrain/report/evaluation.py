@@ -1,26 +1,70 @@
-"""Held-out metrics at the first and the last evaluation, and the problems that became right or wrong."""
+"""Held-out metrics at the first and the last evaluation with intervals, and the problems that turned right or wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+from rltrain.compare.statistics import Interval
+from rltrain.report import curves, intervals
 from rltrain.report.folder import HELD_OUT, RecordedRun
-from rltrain.report.samples import SampleRow
-from rltrain.runs.summary import MetricRows, series
+from rltrain.report.samples import SampleRow, by_group, right_part
+from rltrain.runs.summary import held_out_metric
 from rltrain.types import is_right
 
 TAIL_CHARACTERS = 600
+Problems = Mapping[Any, Sequence[SampleRow]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricChange:
-    """A held-out metric at the first and the last evaluation."""
+    """A held-out metric at the first and the last evaluation.
+
+    ``is_in_samples``: the recorded completions give both values. Else, or for one problem, there is no interval.
+    """
 
     name: str
     first: float
     last: float
+    first_interval: Interval | None = None
+    last_interval: Interval | None = None
+    change_interval: Interval | None = None
+    is_in_samples: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name without ``eval_``, with places where a line may break."""
+        return self.name.removeprefix("eval_").replace("/", "/\u200b").replace("_", "_\u200b")
+
+    @property
+    def before(self) -> tuple[str, str]:
+        """Value and ends of its interval in words, the latter empty without one."""
+        return self._shown(self.first), self._ends(self.first_interval, self._shown)
+
+    @property
+    def after(self) -> tuple[str, str]:
+        """The same at the last evaluation."""
+        return self._shown(self.last), self._ends(self.last_interval, self._shown)
+
+    @property
+    def change(self) -> tuple[str, str]:
+        """The difference, which is in points for shares."""
+        return self._moved(self.last - self.first), self._ends(self.change_interval, self._moved)
+
+    def _shown(self, value: float) -> str:
+        return curves.shown(value, share=curves.is_share(self.name))
+
+    def _moved(self, value: float) -> str:
+        return curves.difference(value, share=curves.is_share(self.name))
+
+    def _ends(self, interval: Interval | None, worded: Callable[[float], str]) -> str:
+        if interval is None:
+            return ""
+        low, high = (worded(end).removesuffix(" %").removesuffix(" points") for end in (interval.low, interval.high))
+        return f"{low} to {high}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +85,9 @@ class Evaluation:
     first_step: int
     last_step: int
     changes: Sequence[MetricChange]
+    main: MetricChange | None
+    problems: int | None = None
+    samples: int = 1
     fixed: int | None = None
     broken: int | None = None
     examples: Sequence[TurnedProblem] = ()
@@ -48,57 +95,90 @@ class Evaluation:
 
 def evaluation(run: RecordedRun) -> Evaluation | None:
     """None without an evaluation in the metrics."""
-    steps, accuracies = series(run.rows, "eval_accuracy")
-    if not steps:
+    evaluations = [row for row in run.rows if row.get("eval_accuracy") is not None]
+    if not evaluations:
         return None
-    first, last = steps[0], steps[-1]
-    changes = before_and_after(run.rows)
-    plain = Evaluation(first_step=first, last_step=last, changes=changes)
-    recorded = run.sampled_steps(HELD_OUT)
-    if first == last or first not in recorded or last not in recorded:
-        return plain
-    before, after = _first_samples(run.samples(first, HELD_OUT)), _first_samples(run.samples(last, HELD_OUT))
-    if not (_tells(before, accuracies[0]) and _tells(after, accuracies[-1])):
-        return plain
-    turned = [
-        _turned(before[name], after[name])
-        for name in before.keys() & after.keys()
-        if _right(before[name]) != _right(after[name])
-    ]
-    fixed = [problem for problem in turned if problem.right]
-    broken = [problem for problem in turned if not problem.right]
+    first, last = evaluations[0], evaluations[-1]
+    before, after = _problems(run, first["step"]), _problems(run, last["step"])
+    names = [name for name in last if name.startswith("eval_") and None not in (first.get(name), last[name])]
+    changes = [_change(name, first[name], last[name], before, after) for name in names]
+    main = held_out_metric({run.label: run.rows})
+    turned = _turned_problems(before, after) if _tells(changes) and first["step"] != last["step"] else None
     return Evaluation(
-        first_step=first,
-        last_step=last,
+        first_step=first["step"],
+        last_step=last["step"],
         changes=changes,
-        fixed=len(fixed),
-        broken=len(broken),
-        examples=[*sorted(fixed, key=_order)[:2], *sorted(broken, key=_order)[:2]],
+        main=next((change for change in changes if change.name == main), None),
+        problems=len(after) or None,
+        samples=max(map(len, after.values()), default=1),
+        **_counted(turned),
     )
 
 
-def before_and_after(rows: MetricRows) -> list[MetricChange]:
-    """Every ``eval_`` metric that both the first and the last evaluation have."""
-    evaluations = [row for row in rows if row.get("eval_accuracy") is not None]
-    first, last = evaluations[0], evaluations[-1]
-    names = [name for name in last if name.startswith("eval_") and first.get(name) is not None]
-    return [MetricChange(name=name, first=first[name], last=last[name]) for name in names if last[name] is not None]
+def _problems(run: RecordedRun, step: int) -> Problems:
+    """The completions of each held-out problem at a step, empty where none were recorded."""
+    if step not in run.sampled_steps(HELD_OUT):
+        return {}
+    seen: Counter[Any] = Counter()
+    problems = {}
+    for rows in by_group(run.samples(step, HELD_OUT)):
+        name = rows[0].get("problem_id")
+        problems[name, seen[name]] = rows
+        seen[name] += 1
+    return problems
 
 
-def _first_samples(rows: Sequence[SampleRow]) -> dict[Any, SampleRow]:
-    return {row.get("problem_id"): row for row in rows if row.get("sample") == 0}
+def _right(row: SampleRow) -> float:
+    return float(is_right(row.get(right_part(row)) or 0.0))
 
 
-def _right(row: SampleRow) -> bool:
-    """As :func:`rltrain.evaluate.correct_G` has it: the reward ``answer``, else the first part, is at least 1."""
-    parts = [key for key in row if key.startswith("reward/")]
-    name = "reward/answer" if "reward/answer" in parts else next(iter(parts), "reward")
-    return is_right(row.get(name) or 0.0)
+# How a metric is read off a completion, by a word of its name.
+PER_COMPLETION: Mapping[str, Callable[[SampleRow], float]] = {
+    "accuracy": _right,
+    "reward": lambda row: float(row.get("reward") or 0.0),
+    "length": lambda row: float(len(row.get("token_ids") or ())),
+    "clipped": lambda row: float(row.get("finish") == "length"),
+}
 
 
-def _tells(samples: Mapping[Any, SampleRow], accuracy: float) -> bool:
+def _change(name: str, first: float, last: float, before: Problems, after: Problems) -> MetricChange:
+    """With intervals where the samples of both evaluations give the recorded values."""
+    plain = MetricChange(name=name, first=first, last=last)
+    values = next((read for word, read in PER_COMPLETION.items() if word in name), None)
+    if values is None or not before or before.keys() != after.keys():
+        return plain
+    # A metric of an extreme (max_length) or of several completions (pass@k) is no mean over them, and does not agree.
+    old, new = ([fmean(map(values, rows)) for rows in problems.values()] for problems in (before, after))
+    if abs(fmean(old) - first) > 1e-4 * max(1, abs(first)) or abs(fmean(new) - last) > 1e-4 * max(1, abs(last)):
+        return plain
+    return MetricChange(
+        name=name,
+        first=first,
+        last=last,
+        first_interval=intervals.of_mean(old),
+        last_interval=intervals.of_mean(new),
+        change_interval=intervals.of_change(old, new),
+        is_in_samples=True,
+    )
+
+
+def _tells(changes: Sequence[MetricChange]) -> bool:
     """Whether the samples give the recorded accuracy. They do not where a reward has its own rule of right."""
-    return bool(samples) and abs(sum(map(_right, samples.values())) / len(samples) - accuracy) < 1e-6
+    return any(change.name == "eval_accuracy" and change.is_in_samples for change in changes)
+
+
+def _turned_problems(before: Problems, after: Problems) -> list[TurnedProblem]:
+    """The problems whose first completion is right at only one of the two."""
+    pairs = [(before[name][0], after[name][0]) for name in before.keys() & after.keys()]
+    return [_turned(old, new) for old, new in pairs if _right(old) != _right(new)]
+
+
+def _counted(turned: Sequence[TurnedProblem] | None) -> dict[str, Any]:
+    if turned is None:
+        return {}
+    fixed = sorted((problem for problem in turned if problem.right), key=_order)
+    broken = sorted((problem for problem in turned if not problem.right), key=_order)
+    return {"fixed": len(fixed), "broken": len(broken), "examples": [*fixed[:2], *broken[:2]]}
 
 
 def _turned(before: SampleRow, after: SampleRow) -> TurnedProblem:
@@ -107,7 +187,7 @@ def _turned(before: SampleRow, after: SampleRow) -> TurnedProblem:
         answer=str(before.get("answer") or ""),
         before=(before.get("completion") or "")[-TAIL_CHARACTERS:],
         after=(after.get("completion") or "")[-TAIL_CHARACTERS:],
-        right=_right(after),
+        right=_right(after) > 0,
     )
 
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rltrain.report import charts
+from rltrain.report import charts, curves
 from rltrain.report.credit import credit
 from rltrain.report.evaluation import Evaluation, evaluation
 from rltrain.report.folder import RecordedRun, read_run
@@ -20,17 +20,6 @@ from rltrain.runs.summary import MetricRows
 
 # Limits that keep the page below 5 MB.
 CREDIT_BYTES, CURVE_POINTS, POINTS_OF_A_LINE = 2_500_000, 30_000, 240
-CURVES = {
-    "reward": "reward",
-    "accuracy": "accuracy of training samples",
-    "eval_accuracy": "held-out accuracy",
-    "completions/mean_length": "mean length, tokens",
-    "entropy": "entropy, nats a token",
-    "kl": "KL to the reference",
-    "grad_norm": "gradient norm",
-    "frac_reward_zero_std": "share of zero-variance groups",
-    "completions/clipped_ratio": "share of completions cut off",
-}
 # Metrics shown in other sections.
 NOT_CURVES = ("step", "timing_s/")
 
@@ -65,6 +54,16 @@ class RunView:
         }
         return {name: str(value) for name, value in known.items() if value not in (None, "")}
 
+    @property
+    def judged(self) -> str:
+        """What the held-out numbers are means of."""
+        held_out, temperature = self.evaluation, self.run.part("evaluation").get("temperature")
+        if held_out is None or held_out.problems is None:
+            return ""
+        each = "1 completion" if held_out.samples == 1 else f"{held_out.samples} completions"
+        how = {None: "", 0: ", greedy"}.get(temperature, f", sampled at temperature {temperature}")
+        return f"{held_out.problems} held-out problems, {each} each{how}"
+
 
 def _kind(part: Any) -> str:
     return str(part.get("kind", "?")) if isinstance(part, Mapping) else str(part)
@@ -80,15 +79,16 @@ def build(folders: Sequence[Path], *, estimators: Sequence[str] = (), groups: in
         for group in credit(run, estimators=estimators, groups=groups, step=step, most_bytes=budget)
     ]
     rows = {run.label: run.rows for run in runs}
-    views, script = [_view(run) for run in runs], _asset("viewer.js")
+    views, script = [view_of(run) for run in runs], asset("viewer.js")
     stages = dict.fromkeys(stage.name for view in views for stage in view.stages)
-    return _template().render(
+    return template("page.html").render(
         views=views,
         stage_colours={name: index for index, name in enumerate(stages)},
-        curves=_charts(rows, CURVES),
+        results=_charts(rows, curves.RESULTS),
+        training=_charts(rows, curves.TRAINING),
         others=_charts(rows, _others(rows.values())),
         credit=sampled,
-        style=_asset("page.css"),
+        style=asset("page.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         chart=charts,
@@ -105,7 +105,8 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return [f"{names[-1]} ({index + 1})" for index, names in enumerate(parts)]
 
 
-def _view(run: RecordedRun) -> RunView:
+def view_of(run: RecordedRun) -> RunView:
+    """What a page says about a run, but its credit."""
     import yaml
 
     held_out = run.part("evaluation")
@@ -120,22 +121,25 @@ def _view(run: RecordedRun) -> RunView:
     )
 
 
-def _charts(rows: Mapping[str, MetricRows], titles: Mapping[str, str]) -> list[charts.Chart]:
-    most_points = max(2, min(POINTS_OF_A_LINE, CURVE_POINTS // max(1, len(titles) * len(rows))))
-    drawn = [charts.line_chart(title, rows, name, most_points=most_points) for name, title in titles.items()]
+def _charts(rows: Mapping[str, MetricRows], chosen: Mapping[str, curves.Curve]) -> list[charts.Chart]:
+    most_points = max(2, min(POINTS_OF_A_LINE, CURVE_POINTS // max(1, len(chosen) * len(rows))))
+    drawn = [charts.line_chart(curve, rows, name, most_points=most_points) for name, curve in chosen.items()]
     return [chart for chart in drawn if chart is not None]
 
 
-def _others(runs: Iterable[MetricRows]) -> dict[str, str]:
+def _others(runs: Iterable[MetricRows]) -> dict[str, curves.Curve]:
     names = sorted({name for rows in runs for row in rows for name in row})
-    return {name: name for name in names if name not in CURVES and not name.startswith(NOT_CURVES)}
+    chosen = [name for name in names if name not in curves.CURVES and not name.startswith(NOT_CURVES)]
+    return {name: curves.Curve(title=name, says="") for name in chosen}
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of this folder."""
     return (files("rltrain.report") / name).read_text(encoding="utf-8")
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A template of this folder, whose values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -146,4 +150,4 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    return environment.get_template("page.html")
+    return environment.get_template(name)

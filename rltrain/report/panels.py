@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rltrain import cli
 from rltrain.config import TrackingConfig
 from rltrain.errors import RunError
-from rltrain.report.page import CURVES
+from rltrain.report.curves import CURVES
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace  # pyright: ignore[reportMissingImports]
@@ -38,7 +38,7 @@ def _stacked(title: str, prefix: str, *names: str) -> Panel:
 
 
 SECTIONS = {
-    "Learning": [Panel(title=title, metrics=[name]) for name, title in CURVES.items()],
+    "Learning": [Panel(title=curve.title, metrics=[name]) for name, curve in CURVES.items()],
     "Groups and time": [
         _stacked("groups right, mixed and wrong", "groups", "all_right", "mixed", "all_wrong"),
         _stacked("seconds per stage", "timing_s", "data", "rollout", "reward", "advantage", "collate", "train", "sync"),

@@ -31,6 +31,12 @@ def reward(row: SampleRow) -> float:
     return math.nan if value is None else float(value)
 
 
+def right_part(row: SampleRow) -> str:
+    """The column that says right or wrong, as :func:`rltrain.evaluate.correct_G` has it: ``answer``, else the first."""
+    parts = [key for key in row if key.startswith("reward/")]
+    return "reward/answer" if "reward/answer" in parts else next(iter(parts), "reward")
+
+
 def notes(rows: Sequence[SampleRow]) -> Notes:
     """The notes of the estimator and the rewards on a group."""
     names = sorted({name for row in rows for name in row if name.startswith(NOTE)})

@@ -6,6 +6,7 @@
   if (!viewer) return;
   const inspector = document.getElementById("inspector");
   const chooser = document.getElementById("group");
+  const ownScale = document.getElementById("own-scale");
   const SVG = "http://www.w3.org/2000/svg";
   const STRONGEST = 0.75; // opacity of the largest advantage: text on it stays readable
   let group = groups[0];
@@ -47,7 +48,7 @@
     const logprob = one.logprobs[t];
     const pairs = [
       ["token", make("code", {}, visible(one.tokens[t]))],
-      ["place", `${t + 1} of ${one.length}, completion ${c}`],
+      ["place", `${t + 1} of ${one.length}, ${called(equalTo(c))}`],
       ["log-prob", logprob === null || logprob === undefined ? "–" : `${number(logprob)} (p = ${number(Math.exp(logprob))})`],
     ];
     if (one.values.length) pairs.push(["value before → after", `${number(one.values[t])} → ${number(one.values[t + 1])}`]);
@@ -65,6 +66,27 @@
     for (const other of viewer.querySelectorAll(`[data-c="${c}"] [data-t="${t}"]`)) other.classList.add("here");
   }
 
+  // Completions with the same tokens, rewards and credit are shown once.
+  const called = (members) => `completion${members.length > 1 ? "s" : ""} ${members.join(", ")}`;
+  const equalTo = (c) => folded().find((members) => members.includes(c));
+  function folded() {
+    const byContent = new Map();
+    group.completions.forEach((one, c) => {
+      const credit = group.estimates.map((estimate) => estimate.advantages?.[c]);
+      const content = JSON.stringify([one.tokens, one.length, one.reward, one.parts, one.finish, credit]);
+      byContent.set(content, [...(byContent.get(content) ?? []), c]);
+    });
+    return [...byContent.values()];
+  }
+
+  // The reward as the run names it: its only part alone, else the sum and its parts.
+  function rewardOf(one) {
+    const parts = Object.entries(one.parts), value = (number_) => (number_ === null ? "none (abstains)" : number(number_));
+    if (parts.length === 1 && parts[0][1] === one.reward) return `${parts[0][0]} = ${value(one.reward)}`;
+    const listed = parts.map(([name, part]) => `${name} = ${value(part)}`).join(", ");
+    return `reward = ${value(one.reward)}${listed ? ` (${listed})` : ""}`;
+  }
+
   const largestOf = (estimate) => Math.max(0, ...estimate.advantages.flat().map((one) => Math.abs(one ?? 0)));
 
   function tokens(c, estimate, largest) {
@@ -78,24 +100,29 @@
     return box;
   }
 
-  function legend(estimate) {
-    const largest = number(largestOf(estimate));
-    return make("div", {}, make("h4", {}, estimate.name), make("small", {}, estimate.remark),
-      make("div", { class: "scale", role: "img", "aria-label": `colours from -${largest} to +${largest}` },
-        `−${largest}`, make("span", { class: "ramp" }), `+${largest}`));
+  function scales(shown) {
+    const own = shown.map(largestOf), common = Math.max(0, ...own);
+    return own.map((largest) => (ownScale.checked ? largest : common));
   }
 
-  function completions(shown) {
-    const largest = shown.map(largestOf);
-    return group.completions.map((one, c) => {
-      const parts = Object.entries(one.parts).map(([name, value]) => `${name} ${number(value)}`).join(", ");
+  function legend(estimate, largest) {
+    const end = number(largest);
+    return make("div", {}, make("h4", {}, estimate.name), make("small", {}, estimate.remark),
+      make("div", { class: "scale", role: "img", "aria-label": `colours from -${end} to +${end}` },
+        `−${end}`, make("span", { class: "ramp" }), `+${end}`));
+  }
+
+  function completions(shown, largest) {
+    return folded().map((members) => {
+      const c = members[0], one = group.completions[c];
       const cut = one.length > one.tokens.length ? `, the first ${one.tokens.length} shown` : "";
-      const words = ` ${parts ? `(${parts}) ` : ""}· ${one.finish} · ${one.length} tokens${cut}`;
+      const words = `${one.finish}${one.finish ? " · " : ""}${one.length} tokens${cut}`;
+      const count = members.length > 1 ? [make("span", { class: "count" }, `${members.length} ×`)] : [];
       const columns = shown.map((estimate, e) => make("div", {},
         ...(shown.length > 1 ? [make("h5", {}, estimate.name)] : []),
         estimate.advantages[c].length ? tokens(c, estimate, largest[e]) : make("p", { class: "note" }, "no credit recorded")));
       return make("article", { class: "completion", id: `completion-${c}` },
-        make("h4", {}, `completion ${c}: reward ${one.reward === null ? "none (abstains)" : number(one.reward)}`, make("small", {}, words)),
+        make("h4", {}, ...count, `${called(members)}: ${rewardOf(one)} `, make("small", {}, `· ${words}`)),
         make("div", { class: "estimates" }, ...columns));
     });
   }
@@ -209,12 +236,14 @@
     chooser.value = index;
     const shown = group.estimates.filter((one) => one.advantages);
     const missing = group.estimates.filter((one) => !one.advantages);
+    const largest = scales(shown);
+    ownScale.parentElement.hidden = shown.length < 2;
     const answer = group.answer ? [make("p", {}, "Reference answer: ", make("code", {}, group.answer))] : [];
     viewer.replaceChildren(
       make("h3", {}, "Prompt"), make("pre", {}, group.prompt), ...answer,
       ...missing.map((one) => make("p", { class: "note" }, `${one.name}: ${one.remark}`)),
-      make("div", { class: "estimates" }, ...shown.map(legend)),
-      ...completions(shown), make("div", { id: "drawings" }));
+      make("div", { class: "estimates" }, ...shown.map((estimate, e) => legend(estimate, largest[e]))),
+      ...completions(shown, largest), make("div", { id: "drawings" }));
     inspector.replaceChildren(make("p", { class: "hint" }, "Point at a token."));
     drawings();
   }
@@ -249,6 +278,7 @@
 
   groups.forEach((one, index) => chooser.append(make("option", { value: index }, one.title)));
   chooser.addEventListener("change", () => show(Number(chooser.value)));
+  ownScale.addEventListener("change", () => show(groups.indexOf(group)));
   const turn = (by) => show((groups.indexOf(group) + by + groups.length) % groups.length);
   document.getElementById("previous").addEventListener("click", () => turn(-1));
   document.getElementById("next").addEventListener("click", () => turn(1));

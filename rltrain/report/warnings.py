@@ -129,7 +129,7 @@ def zero_variance_groups(rows: MetricRows, *, most: float = 0.7) -> str | None:
     share = _last_fifth(rows, "frac_reward_zero_std")
     if share is None or share <= most:
         return None
-    return f"{share:.0%} of the groups had equal rewards and taught nothing: the problems are too easy or too hard"
+    return f"{share:.0%} of the groups were zero-variance groups, which teach nothing: problems too easy or too hard"
 
 
 def verifier_trouble(rows: MetricRows) -> str | None:

@@ -145,8 +145,8 @@ def test_nothing_in_a_checkpoint_is_pickled(trained):
     assert files == saved.manifest["files"].keys() | {"manifest.json"}
 
 
-def export(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "export_hf.py"), *map(str, arguments)]
+def export(run, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rltrain.export", *map(str, [run, "--to", *arguments])]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

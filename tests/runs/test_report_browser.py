@@ -55,6 +55,7 @@ def samples():
         row("first", 2, 0.0, TOKENS[::-1]),
         row("second", 0, 1.0, long, **gains, **{"note/target_gain": [0.5]}),
         row("second", 1, 0.5, long[:40], **gains, **{"note/target_gain": [-1.25]}),
+        *(row("third", sample, 0.0, TOKENS[:6] if sample == 1 else TOKENS) for sample in range(4)),
     ]
 
 
@@ -181,7 +182,7 @@ def test_pointing_at_a_token_shows_its_numbers(opened):
 
 
 def test_arrow_keys_go_through_tokens_and_completions(opened):
-    opened.page.focus("#next")
+    opened.page.focus("#own-scale")
     opened.page.keyboard.press("Tab")
     assert opened.focused() == ["0", "0"]
     for key, place in (("ArrowRight", "1"), ("ArrowRight", "2"), ("ArrowLeft", "1"), ("End", "6"), ("ArrowRight", "6")):
@@ -225,8 +226,30 @@ def test_information_gain_is_shown_per_thought_and_position(opened):
     assert cells == ["+0.5", "+0.5", "-1.25", "-1.25"]
     assert opened.page.locator(".gains th code").all_text_contents() == [HOSTILE]
     assert opened.page.locator("[aria-label^='gain against'] circle").count() == 2
-    opened.page.click("#next")
-    assert opened.page.input_value("#group") == "0"
+    for group in ("2", "0"):
+        opened.page.click("#next")
+        assert opened.page.input_value("#group") == group
+
+
+def test_equal_completions_are_shown_once(opened):
+    opened.page.select_option("#group", "2")
+    assert opened.page.locator("#group option >> nth=2").text_content().split(" · ")[1:3] == ["step 8", "0 of 4 right"]
+    headings = [one.text_content() for one in opened.page.locator(".completion h4").all()]
+    assert headings == [
+        "3 ×completions 0, 2, 3: reward.answer = 0 · stop · 7 tokens",
+        "completion 1: reward.answer = 0 · stop · 6 tokens",
+    ]
+    opened.page.hover('[data-c="0"] [data-t="2"] >> nth=0')
+    assert opened.panel()["place"] == "3 of 7, completions 0, 2, 3"
+
+
+def test_estimators_share_a_scale_unless_asked_otherwise(opened):
+    scales = opened.page.locator(".scale")
+    assert [one.get_attribute("aria-label") for one in scales.all()] == ["colours from -2.02 to +2.02"] * 3
+    opened.page.check("#own-scale")
+    assert [one.get_attribute("aria-label") for one in scales.all()] == [
+        f"colours from -{largest} to +{largest}" for largest in ("1.5", "1.15", "2.02")
+    ]
 
 
 def test_model_output_is_text(opened):

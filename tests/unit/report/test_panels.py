@@ -9,7 +9,7 @@ from tiny_run import config
 from rltrain import trainer
 from rltrain.errors import RunError
 from rltrain.report import panels
-from rltrain.report.page import CURVES
+from rltrain.report.curves import CURVES
 
 PACKAGE = importlib.util.find_spec("wandb_workspaces")
 

@@ -18,10 +18,9 @@ from rltrain.advantages.prefix_tree import prefix_values
 from rltrain.advantages.tempo import tempo_advantages
 from rltrain.errors import ConfigError
 from rltrain.report import __main__ as command
-from rltrain.report import charts, estimators, page
+from rltrain.report import charts, curves, estimators, page
 from rltrain.report.credit import credit
 from rltrain.report.estimators import SampledStep
-from rltrain.report.evaluation import evaluation
 from rltrain.report.folder import read_run
 from rltrain.report.provenance import origin, preset_differences
 from rltrain.report.samples import by_group
@@ -110,17 +109,28 @@ def test_thinning_keeps_both_ends():
     assert charts.thinned(range(3), 5) == [0, 1, 2]
 
 
+REWARD = curves.Curve(title="reward", says="What training raises.")
+
+
 def test_line_chart_smooths_long_series_and_says_its_ends():
     rows = [{"step": i, "reward": float(i % 2)} for i in range(40)]
-    found = charts.line_chart("reward", {"a": rows, "b": []}, "reward", most_points=100)
+    found = charts.line_chart(REWARD, {"a": rows, "b": []}, "reward", most_points=100)
     assert [line.faint for line in found.lines] == [True, False]
     last_y = [float(line.points.split()[-1].split(",")[1]) for line in found.lines]
     top, bottom = charts.TOP, charts.HEIGHT - charts.BOTTOM
     # The scale has a twentieth to spare on both sides; the mean of ten is 0.5, in the middle.
     assert last_y == pytest.approx([top + 0.05 / 1.1 * (bottom - top), (top + bottom) / 2], abs=0.1)
     assert found.words == ["a: 0.5 → 0.5"]
-    assert charts.line_chart("reward", {"a": rows[:4]}, "reward", most_points=100).words == ["a: 0 → 1"]
-    assert charts.line_chart("kl", {"a": rows}, "kl", most_points=100) is None
+    assert found.says == "What training raises. Means of 10 steps, first → last:"
+    assert charts.line_chart(REWARD, {"a": rows[:4]}, "reward", most_points=100).words == ["0 → 1"]
+    assert charts.line_chart(REWARD, {"a": rows}, "kl", most_points=100) is None
+
+
+def test_shares_have_percent_axes():
+    rows = [{"step": 0, "eval_accuracy": 0.25}, {"step": 4, "eval_accuracy": 0.75}]
+    found = charts.line_chart(REWARD, {"a": rows}, "eval_accuracy", most_points=100)
+    assert [text for _, text in found.ticks_y] == ["30 %", "45 %", "60 %", "75 %"]
+    assert found.words == ["25.0 % → 75.0 %"]
 
 
 def test_stages_are_means_per_step_and_probes_are_taken_out_of_the_advantage():
@@ -134,7 +144,7 @@ def test_stages_are_means_per_step_and_probes_are_taken_out_of_the_advantage():
     assert charts.stages([]) == []
 
 
-# Provenance and evaluation
+# Provenance
 
 
 def test_config_differences_by_key():
@@ -167,36 +177,6 @@ def test_an_unknown_preset_is_a_remark(grpo_run, tmp_path):
     (folder / "run.json").write_text(json.dumps({"command": ["python", "-m", "rltrain.train", "+experiment=gone"]}))
     found = origin(read_run(folder, label="run"))
     assert found.differences == [] and "+experiment=gone cannot be composed" in found.remark
-
-
-def held_out_file(folder, step, rights):
-    rows = [
-        {"step": step, "problem_id": f"p{i}", "sample": 0, "prompt": "q", "completion": f"{step}", "answer": "1",
-         "reward": right, "reward/answer": right}
-        for i, right in enumerate(rights)
-    ]  # fmt: skip
-    run_folder.write_samples(folder, f"eval_step_{step:06d}", rows)
-
-
-def test_held_out_problems_that_turned(tmp_path):
-    rows = [{"step": 0, "eval_accuracy": 0.5, "eval_x": 1.0}, {"step": 4, "eval_accuracy": 0.75, "eval_x": 3.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out_file(tmp_path, 0, [1.0, 1.0, 0.0, 0.0])
-    held_out_file(tmp_path, 4, [0.0, 1.0, 1.0, 1.0])
-    found = evaluation(read_run(tmp_path, label="run"))
-    assert (found.first_step, found.last_step, found.fixed, found.broken) == (0, 4, 2, 1)
-    assert [(one.name, one.first, one.last) for one in found.changes] == [
-        ("eval_accuracy", 0.5, 0.75),
-        ("eval_x", 1.0, 3.0),
-    ]
-    assert [(one.right, one.before, one.after) for one in found.examples] == [
-        (True, "0", "4"),
-        (True, "0", "4"),
-        (False, "0", "4"),
-    ]
-    # Where right and wrong cannot be read off the samples, nothing is said about single problems.
-    held_out_file(tmp_path, 4, [0.0, 0.9, 0.9, 0.9])
-    assert evaluation(read_run(tmp_path, label="run")).fixed is None
 
 
 # Estimators
@@ -321,7 +301,7 @@ def test_credit_holds_tokens_values_and_tree(grpo_run):
         rows[row["problem_id"]].append(row)
     assert len(shown) == 2
     for group in shown:
-        mine = rows[group["title"].split(" · ")[2]]
+        mine = rows[group["problem"]]
         values = prefix_values([row["token_ids"] for row in mine], [row["reward"] for row in mine])
         for one, row, value in zip(group["completions"], mine, values, strict=True):
             assert one["tokens"] == row["tokens"] and one["reward"] == row["reward"]
@@ -412,7 +392,7 @@ def test_a_damaged_file_is_a_note_and_the_rest_is_shown(grpo_run, tmp_path, name
         assert any(note.startswith(name.split(" ")[0]) for note in notes_of(html)), notes_of(html)
     assert credit_of(html), "the samples of the step before are shown"
     if name != "metrics.jsonl":
-        assert "reward: " in html
+        assert 'aria-label="reward. ' in html
 
 
 def test_a_torn_last_line_is_counted(grpo_run, tmp_path):

@@ -1,0 +1,55 @@
+"""What the metrics of a run are called, what they show, and which of them are shares, given in percent."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A learning curve's title, and a sentence on what it shows."""
+
+    title: str
+    says: str
+
+
+RESULTS = {
+    "eval_accuracy": Curve(title="held-out accuracy", says="Share of held-out completions that are right."),
+    "reward": Curve(title="reward", says="Mean reward of the step's completions, what training raises."),
+}
+TRAINING = {
+    "accuracy": Curve(title="training accuracy", says="Share of the step's completions that are right."),
+    "completions/mean_length": Curve(title="length, tokens", says="Mean tokens of the step's completions."),
+    "entropy": Curve(title="entropy, nats a token", says="How undecided the policy is at its own tokens."),
+    "kl": Curve(title="KL to the reference", says="Distance from the reference policy, nats a token."),
+    "grad_norm": Curve(title="gradient norm", says="L2 norm of the gradient before clipping."),
+    "frac_reward_zero_std": Curve(
+        title="zero-variance groups", says="Share of groups whose rewards are all equal: they teach nothing."
+    ),
+    "completions/clipped_ratio": Curve(
+        title="completions cut off", says="Share of completions that ran into sampling.max_new_tokens."
+    ),
+}
+CURVES = RESULTS | TRAINING
+
+SHARE = re.compile(
+    r"accuracy|(^|_)(pass|maj|avg)@|(^|/)clipped_ratio|clip_ratio/|(^|_)frac_|_share$|^groups/|^answered$"
+    r"|^rewards/.*/(errors|timeouts|abstained)$"
+)
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric of this name is a part of a whole."""
+    return bool(SHARE.search(name))
+
+
+def shown(value: float, *, share: bool, signed: bool = False) -> str:
+    """A value for a reader: four digits, or percent to a tenth."""
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f} %" if share else f"{value:{sign}.4g}"
+
+
+def difference(value: float, *, share: bool) -> str:
+    """A difference with its sign: of shares in points."""
+    return f"{100 * value:+.1f} points" if share else f"{value:+.3g}"
