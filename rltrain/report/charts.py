@@ -75,7 +75,9 @@ def thinned(points: Sequence[T], most: int) -> list[T]:
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def line_chart(curve: curves.Curve, runs: Mapping[str, MetricRows], name: str, *, most_points: int) -> Chart | None:
+def line_chart(
+    curve: curves.CurveWords, runs: Mapping[str, MetricRows], name: str, *, most_points: int
+) -> Chart | None:
     """A metric against steps, one line per run, smoothed over ten steps where there are many. None if no run has it."""
     recorded = {label: series(rows, name) for label, rows in runs.items()}
     if not any(values for _, values in recorded.values()):

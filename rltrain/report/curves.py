@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class CurveWords:
     """A learning curve's title, and a sentence on what it shows."""
 
     title: str
@@ -15,19 +15,19 @@ class Curve:
 
 
 RESULTS = {
-    "eval_accuracy": Curve(title="held-out accuracy", says="Share of held-out completions that are right."),
-    "reward": Curve(title="reward", says="Mean reward of the step's completions, what training raises."),
+    "eval_accuracy": CurveWords(title="held-out accuracy", says="Share of held-out completions that are right."),
+    "reward": CurveWords(title="reward", says="Mean reward of the step's completions, what training raises."),
 }
 TRAINING = {
-    "accuracy": Curve(title="training accuracy", says="Share of the step's completions that are right."),
-    "completions/mean_length": Curve(title="length, tokens", says="Mean tokens of the step's completions."),
-    "entropy": Curve(title="entropy, nats a token", says="How undecided the policy is at its own tokens."),
-    "kl": Curve(title="KL to the reference", says="Distance from the reference policy, nats a token."),
-    "grad_norm": Curve(title="gradient norm", says="L2 norm of the gradient before clipping."),
-    "frac_reward_zero_std": Curve(
+    "accuracy": CurveWords(title="training accuracy", says="Share of the step's completions that are right."),
+    "completions/mean_length": CurveWords(title="length, tokens", says="Mean tokens of the step's completions."),
+    "entropy": CurveWords(title="entropy, nats a token", says="How undecided the policy is at its own tokens."),
+    "kl": CurveWords(title="KL to the reference", says="Distance from the reference policy, nats a token."),
+    "grad_norm": CurveWords(title="gradient norm", says="L2 norm of the gradient before clipping."),
+    "frac_reward_zero_std": CurveWords(
         title="zero-variance groups", says="Share of groups whose rewards are all equal: they teach nothing."
     ),
-    "completions/clipped_ratio": Curve(
+    "completions/clipped_ratio": CurveWords(
         title="completions cut off", says="Share of completions that ran into sampling.max_new_tokens."
     ),
 }

@@ -121,16 +121,16 @@ def view_of(run: RecordedRun) -> RunView:
     )
 
 
-def _charts(rows: Mapping[str, MetricRows], chosen: Mapping[str, curves.Curve]) -> list[charts.Chart]:
+def _charts(rows: Mapping[str, MetricRows], chosen: Mapping[str, curves.CurveWords]) -> list[charts.Chart]:
     most_points = max(2, min(POINTS_OF_A_LINE, CURVE_POINTS // max(1, len(chosen) * len(rows))))
     drawn = [charts.line_chart(curve, rows, name, most_points=most_points) for name, curve in chosen.items()]
     return [chart for chart in drawn if chart is not None]
 
 
-def _others(runs: Iterable[MetricRows]) -> dict[str, curves.Curve]:
+def _others(runs: Iterable[MetricRows]) -> dict[str, curves.CurveWords]:
     names = sorted({name for rows in runs for row in rows for name in row})
     chosen = [name for name in names if name not in curves.CURVES and not name.startswith(NOT_CURVES)]
-    return {name: curves.Curve(title=name, says="") for name in chosen}
+    return {name: curves.CurveWords(title=name, says="") for name in chosen}
 
 
 def asset(name: str) -> str:

@@ -109,7 +109,7 @@ def test_thinning_keeps_both_ends():
     assert charts.thinned(range(3), 5) == [0, 1, 2]
 
 
-REWARD = curves.Curve(title="reward", says="What training raises.")
+REWARD = curves.CurveWords(title="reward", says="What training raises.")
 
 
 def test_line_chart_smooths_long_series_and_says_its_ends():
