@@ -24,6 +24,7 @@ from rltrain.policy.layout_check import usable_layouts
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import Scorer, load_reference, load_scorer
+from rltrain.registry import part_of
 from rltrain.rewards.grading import with_grades
 from rltrain.rollout import Rollout, ahead, engine_of
 from rltrain.rollout.ahead import Ahead, check_rollout
@@ -84,13 +85,14 @@ class Run:
         """Where the log-probs before the update come from.
 
         The ``sampler``'s, where its distribution is the trainer's. Else the trainer's own: in the only update of a step
-        they are the ``current`` ones, because no weight moves before its last micro-batch; of several updates they are
-        the ``trainer``'s in a pass of their own.
+        they are the ``current`` ones, because no weight moves before its last micro-batch; of several updates, or for a
+        loss that reads them before the first, they are the ``trainer``'s in a pass of their own.
         """
         sampling = self.config.sampling
         if self.rollout.same_distribution and sampling.top_k == 0 and sampling.top_p == 1:
             return "sampler"
-        return "trainer" if self.config.batch.updates > 1 else "current"
+        several = self.config.batch.updates > 1 or self.config.loss.needs_old_logprobs()
+        return "trainer" if several else "current"
 
     @cached_property
     def entropies(self) -> SampledEntropies:
@@ -208,7 +210,7 @@ def build(config: RunConfig) -> Run:
     rollout = ahead.load_rollout(config, policy, engine.full_parameters, initial=initial)
     if isinstance(rollout, Ahead) and saved is not None:
         rollout.restore(saved.step, parts.get("ahead", {}), tensors, source.next(saved.step)[0])
-    _log_correction(config)
+    _log_loss(config)
     run = Run(
         config=config,
         policy=policy,
@@ -237,11 +239,19 @@ def _refuse_unequal_shares(config: RunConfig) -> None:
         )
 
 
-def _log_correction(config: RunConfig) -> None:
-    """Say which correction ``loss.importance_correction=auto`` became, or was set to."""
-    if config.loss.corrects_importance and dist.is_main():
+def _log_loss(config: RunConfig) -> None:
+    """Say which correction ``loss.importance_correction=auto`` became, or was set to, and of a loss that is idle."""
+    if not dist.is_main():
+        return
+    if config.loss.corrects_importance:
         log.info(
             "loss.importance_correction=%s: each token's loss is weighted by pi_train / pi_sampler, capped at %g",
             config.loss.importance_correction,
             config.loss.importance_cap,
+        )
+    if config.loss.idle_at_ratio_one() and config.batch.updates == 1:
+        log.warning(
+            "loss=%s: with one optimiser step per rollout all ratios are 1, where it is a plain policy gradient; set "
+            "batch.minibatches or batch.update_epochs above 1",
+            part_of(config.loss).name,
         )

@@ -11,6 +11,8 @@ from typing import Any
 from rltrain.errors import ConfigError as ConfigError
 from rltrain.errors import RunError as RunError
 from rltrain.errors import require, require_date, require_one_of
+from rltrain.losses.config import LossConfig as LossConfig
+from rltrain.registry import MISSING as MISSING
 from rltrain.registry import needs_of
 from rltrain.registry import register as register  # where estimators of users have it from
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
@@ -18,7 +20,6 @@ from rltrain.runtime.records import DebugConfig, TrackingConfig
 from rltrain.runtime.watchdog import WatchdogConfig
 from rltrain.types import Need
 
-MISSING: Any = "???"
 SCHEDULES = ("constant", "linear", "cosine")
 
 # What ``apply_chat_template`` gets from us.
@@ -153,60 +154,6 @@ class SamplingConfig:
         for key in ("max_new_tokens", "max_prompt_tokens"):
             require(getattr(self, key) >= 1, f"sampling.{key}={getattr(self, key)}: set at least 1")
         require(all(self.stop), "sampling.stop: holds an empty string, which stops at once; remove it")
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """The policy loss; presets are the YAML files of ``configs/algorithm``. See :mod:`rltrain.loss`.
-
-    ``importance_correction=auto`` becomes what the rollout engine needs; without one it is ``none``.
-    """
-
-    ratio: str = "token"  # of probabilities new/old, by token or by sequence (GSPO)
-    surrogate: str = "clip"  # clip (PPO), cispo, or reinforce
-    clip_low: float = 0.2  # the ratio counts from 1 - clip_low on
-    clip_high: float = 0.2  # the ratio counts up to 1 + clip_high
-    dual_clip: float | None = None  # cap of the ratio where the advantage is negative; null: none
-    aggregation: str = "sequence"  # mean per sequence, over tokens, by a constant, or sum per sequence
-    kl_coef: float = 0.0  # weight of the KL to the reference; 0: no reference is loaded
-    kl_estimator: str = "k3"  # k2 or k3 (k1 only without weight)
-    entropy_coef: float = 0.0  # weight of the entropy bonus
-    importance_correction: str = "auto"  # for a sampler that is not the policy: auto, none, truncate or mask
-    importance_cap: float = 2.0  # largest pi_train/pi_sampler of a token
-
-    def __post_init__(self) -> None:
-        choices = {
-            "ratio": ("token", "sequence"),
-            "surrogate": ("clip", "cispo", "reinforce"),
-            "aggregation": ("sequence", "token", "constant", "sequence_sum"),
-            "kl_estimator": ("k1", "k2", "k3"),
-            "importance_correction": ("auto", "none", "truncate", "mask"),
-        }
-        for key, allowed in choices.items():
-            require_one_of(allowed, f"loss.{key}", getattr(self, key))
-        require(
-            not (self.ratio == "sequence" and self.surrogate != "clip"),
-            f"loss.ratio=sequence with loss.surrogate={self.surrogate}: undefined; set loss.surrogate=clip",
-        )
-        require(0 <= self.clip_low < 1, f"loss.clip_low={self.clip_low}: must lie in [0, 1)")
-        require(self.clip_high >= 0, f"loss.clip_high={self.clip_high}: must be >= 0")
-        require(
-            self.dual_clip is None or self.dual_clip > 1,
-            f"loss.dual_clip={self.dual_clip}: must be > 1 (3.0 is usual), or null to turn it off",
-        )
-        require(
-            self.kl_coef == 0 or self.kl_estimator != "k1",
-            f"loss.kl_estimator=k1 with loss.kl_coef={self.kl_coef}: in a loss its gradient is the score function, "
-            "whose mean is zero, so it does not pull towards the reference; set loss.kl_estimator=k3 (or k2)",
-        )
-        require(0 <= self.kl_coef < math.inf, f"loss.kl_coef={self.kl_coef}: must be >= 0 and finite; 0 turns it off")
-        require(self.entropy_coef >= 0, f"loss.entropy_coef={self.entropy_coef}: must be >= 0; 0 adds no entropy bonus")
-        require(self.importance_cap >= 1, f"loss.importance_cap={self.importance_cap}: must be >= 1; 2.0 is usual")
-
-    @property
-    def corrects_importance(self) -> bool:
-        """Whether a token's loss is multiplied by pi_train / pi_sampler."""
-        return self.importance_correction in ("truncate", "mask")
 
 
 @dataclass(kw_only=True)
@@ -382,7 +329,7 @@ class RunConfig:
     rewards: dict[str, RewardConfig] = field(default_factory=dict)  # named rewards, whose weighted sum is trained on
     eval_rewards: dict[str, RewardConfig] = field(default_factory=dict)  # rewards of the evaluation; none: rewards
     advantage: AdvantageConfig = MISSING  # the estimator: rewards to one value per token
-    loss: LossConfig = field(default_factory=LossConfig)  # the policy loss: ratio, clip, KL, entropy
+    loss: LossConfig = MISSING  # the policy loss: its term of a token, KL, entropy, importance correction
     rollout: RolloutConfig = MISSING  # the engine that samples completions
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the distribution that completions are drawn from
     batch: BatchConfig = field(default_factory=BatchConfig)  # what makes a step, and what a micro-batch holds

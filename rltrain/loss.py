@@ -1,7 +1,8 @@
-"""The policy loss: ratios, clips, KL estimators, importance correction. Pure functions of a micro-batch.
+"""What all losses share: weights, KL, entropy, importance correction. Pure functions of a micro-batch.
 
-Every per-token term is multiplied by ``batch.weights_N``, which was set over the whole optimiser batch (see
-:mod:`rltrain.batching.collate`), so the losses of all micro-batches and ranks add up to the loss of the step.
+The losses themselves are the files of :mod:`rltrain.losses`. Every per-token term is multiplied by ``batch.weights_N``,
+which was set over the whole optimiser batch (see :mod:`rltrain.batching.collate`), so the losses of all micro-batches
+and ranks add up to the loss of the step.
 """
 
 from __future__ import annotations
@@ -9,43 +10,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rltrain.config import LossConfig
+from rltrain.losses.config import LossConfig
+from rltrain.losses.ratios import old_logprobs, over_sequences
+from rltrain.losses.terms import LossTerms
+from rltrain.registry import part_of
 from rltrain.types import LossOutput, Mean, Metrics, Sum, TokenBatch
 
 
 def policy_loss(
     logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, *, entropy_N: Tensor | None = None
 ) -> LossOutput:
-    """``sum_n w_n · (correction_n · surrogate_n + kl_coef · KL_n - entropy_coef · H_n)`` and its metrics.
+    """``sum_n w_n · (correction_n · term_n + kl_coef · KL_n - entropy_coef · H_n)`` and its metrics.
 
     ``logprobs_N`` are the current policy's log-probs of ``batch.targets_N``; gradients flow through them (and through
-    ``entropy_N`` when ``entropy_coef > 0``).
+    ``entropy_N`` when ``entropy_coef > 0``). ``term_n`` is the loss's own (:func:`loss_terms`).
     """
-    loss = token_losses(logprobs_N, batch, config, entropy_N=entropy_N).sum()
-    return loss_output(loss, logprobs_N, batch, config, entropy_N=entropy_N)
-
-
-def loss_output(
-    loss: Tensor, logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, *, entropy_N: Tensor | None
-) -> LossOutput:
-    """A loss with its metrics and the log-probs that it was computed from."""
-    metrics = policy_metrics(loss, logprobs_N, batch, config, entropy_N=entropy_N)
-    return LossOutput(loss=loss, metrics=metrics, logprobs_N=logprobs_N.detach())
-
-
-def is_separable(config: LossConfig) -> bool:
-    """Whether a token's loss depends on that token alone: not where a sequence's tokens share a ratio."""
-    return config.ratio == "token"
+    terms = loss_terms(logprobs_N, batch, config)
+    loss = _weighted(terms.loss_N, logprobs_N, batch, config, entropy_N).sum()
+    return _output(loss, terms, logprobs_N, batch, config, entropy_N)
 
 
 def token_losses(
     logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, *, entropy_N: Tensor | None = None
 ) -> Tensor:
-    """The terms of :func:`policy_loss`, weights included."""
-    log_ratio_N = log_ratios(logprobs_N, batch, config)
-    loss_N = surrogate(logprobs_N, log_ratio_N, batch.advantages_N, config)
+    """The terms of :func:`policy_loss`, weights included. Of some tokens alone, where the loss is separable."""
+    return _weighted(loss_terms(logprobs_N, batch, config).loss_N, logprobs_N, batch, config, entropy_N)
+
+
+def loss_output(
+    loss: Tensor, logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, *, entropy_N: Tensor | None
+) -> LossOutput:
+    """A loss that was made in pieces, with the metrics of the whole."""
+    with torch.no_grad():
+        terms = loss_terms(logprobs_N, batch, config)
+    return _output(loss, terms, logprobs_N, batch, config, entropy_N)
+
+
+def loss_terms(logprobs_N: Tensor, batch: TokenBatch, config: LossConfig) -> LossTerms:
+    """The policy-gradient term of each token, from the loss that the config belongs to."""
+    return part_of(config).function(logprobs_N, batch, config)
+
+
+def _weighted(
+    loss_N: Tensor, logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, entropy_N: Tensor | None
+) -> Tensor:
     if config.corrects_importance:
-        loss_N = loss_N * importance_weights(old_logprobs(logprobs_N, batch) - batch.sampler_logprobs_N, config)
+        loss_N = loss_N * importance_weights(log_importance(logprobs_N, batch, config), config)
     if config.kl_coef > 0:
         loss_N = loss_N + config.kl_coef * kl_estimate(logprobs_N, _reference(batch), config.kl_estimator)
     if config.entropy_coef > 0:
@@ -54,49 +64,25 @@ def token_losses(
     return loss_N * batch.weights_N
 
 
-def old_logprobs(logprobs_N: Tensor, batch: TokenBatch) -> Tensor:
-    """Log-probs of the policy before the update, which is the current one where the batch names no other."""
-    return logprobs_N.detach() if batch.old_logprobs_N is None else batch.old_logprobs_N
-
-
-def log_ratios(logprobs_N: Tensor, batch: TokenBatch, config: LossConfig) -> Tensor:
-    """``log pi - log pi_old`` of each token; with ``ratio="sequence"`` the sequence's mean (GSPO, 2507.18071)."""
-    log_ratio_N = logprobs_N - old_logprobs(logprobs_N, batch)
-    if config.ratio == "token":
-        return log_ratio_N
-    sequences = len(batch.boundaries_S1) - 1
-    totals_S = log_ratio_N.new_zeros(sequences).index_add(0, batch.sequence_N, log_ratio_N)
-    counts_S = log_ratio_N.new_zeros(sequences).index_add(0, batch.sequence_N, torch.ones_like(log_ratio_N))
-    return (totals_S / counts_S.clamp(min=1))[batch.sequence_N]
-
-
-def surrogate(logprobs_N: Tensor, log_ratio_N: Tensor, advantages_N: Tensor, config: LossConfig) -> Tensor:
-    """The per-token policy-gradient term, to be minimised.
-
-    ``clip``: -min(rho·A, clip(rho, 1 - clip_low, 1 + clip_high)·A), and with ``dual_clip`` c for A < 0:
-    -max(min(...), c·A). ``cispo`` (2506.13585): -sg(min(rho, 1 + clip_high))·A·log pi. ``reinforce``: -A·log pi.
-    """
-    if config.surrogate == "reinforce":
-        return -advantages_N * logprobs_N
-    ratio_N = log_ratio_N.exp()
-    if config.surrogate == "cispo":
-        return -ratio_N.detach().clamp(max=1 + config.clip_high) * advantages_N * logprobs_N
-    clipped_N = ratio_N.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-    if config.dual_clip is not None:
-        floor_N = torch.where(advantages_N < 0, config.dual_clip * advantages_N, -torch.inf)
-        objective_N = torch.maximum(objective_N, floor_N)
-    return -objective_N
-
-
 def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: str) -> Tensor:
-    """KL(pi || reference) per token from d = log ref - log pi: k1 = -d, k2 = d²/2, k3 = e^d - d - 1."""
+    """KL(pi || reference) per token from d = log ref - log pi: k1 = -d, k2 = d²/2, k3 = e^d - d - 1.
+
+    Averaged over draws from pi, the gradient of k2 is that of KL(pi || ref), and the gradient of k3 that of
+    KL(ref || pi): grad k3 = (1 - ref/pi)·grad log pi, whose mean is -sum_v ref_v·grad log pi_v.
+    """
     difference_N = reference_logprobs_N - logprobs_N
     if estimator == "k1":
         return -difference_N
     if estimator == "k2":
         return difference_N.square() / 2
     return torch.expm1(difference_N) - difference_N
+
+
+def log_importance(logprobs_N: Tensor, batch: TokenBatch, config: LossConfig) -> Tensor:
+    """``log pi_old - log pi_sampler`` of each token; of its whole completion with ``sequence_truncate|mask``."""
+    log_weight_N = old_logprobs(logprobs_N, batch) - batch.sampler_logprobs_N
+    per_sequence = config.importance_correction.startswith("sequence_")
+    return over_sequences(log_weight_N, batch) if per_sequence else log_weight_N
 
 
 def importance_weights(log_weight_N: Tensor, config: LossConfig) -> Tensor:
@@ -106,7 +92,7 @@ def importance_weights(log_weight_N: Tensor, config: LossConfig) -> Tensor:
     """
     weight_N = log_weight_N.detach().exp()
     cap = config.importance_cap
-    if config.importance_correction == "truncate":
+    if config.importance_correction.endswith("truncate"):
         return weight_N.clamp(max=cap)
     return torch.where((weight_N >= 1 / cap) & (weight_N <= cap), weight_N, 0.0)
 
@@ -119,22 +105,23 @@ def _reference(batch: TokenBatch) -> Tensor:
     return batch.reference_logprobs_N
 
 
+def _output(
+    loss: Tensor, terms: LossTerms, logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, entropy_N: Tensor | None
+) -> LossOutput:
+    metrics = _metrics(loss, terms, logprobs_N.detach(), batch, config, entropy_N)
+    return LossOutput(loss=loss, metrics=metrics, logprobs_N=logprobs_N.detach())
+
+
 @torch.no_grad()
-def policy_metrics(
-    loss: Tensor, logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, *, entropy_N: Tensor | None = None
+def _metrics(
+    loss: Tensor, terms: LossTerms, logprobs_N: Tensor, batch: TokenBatch, config: LossConfig, entropy_N: Tensor | None
 ) -> Metrics:
-    """Clip shares, entropy and KL over the tokens of non-zero weight."""
+    """What the loss measures, entropy and KL over the tokens of non-zero weight."""
     real_N = batch.weights_N > 0
-    log_ratio_N = log_ratios(logprobs_N, batch, config)
-    ratio_N, advantages_N = log_ratio_N[real_N].exp(), batch.advantages_N[real_N]
-    low_N = (ratio_N < 1 - config.clip_low) & (advantages_N < 0)
-    high_N = (ratio_N > 1 + config.clip_high) & (advantages_N > 0)
     metrics = {
         "loss": Sum(value=float(loss)),
-        "clip_ratio/low_mean": Mean.of(low_N),
-        "clip_ratio/high_mean": Mean.of(high_N),
-        "clip_ratio/region_mean": Mean.of(low_N | high_N),
         "policy_tokens": Sum(value=float(real_N.sum())),
+        **{name: Mean.of(values_N[real_N]) for name, values_N in terms.metrics_N.items()},
     }
     if entropy_N is not None:
         metrics["entropy"] = Mean.of(entropy_N[real_N])

@@ -455,6 +455,8 @@ class TokenBatch:
     its weight was set over the whole optimiser batch and all ranks, so the loss is a plain weighted sum.
 
     Without ``old_logprobs_N`` the policy before the update is the current one, as in the only update of a step.
+    ``selected_N`` are the tokens that the loss chose once a minibatch (``LossConfig.marked``). ``keys_N`` names a token
+    by its problem, sample and place, whatever the micro-batches and ranks.
 
     Without ``prefix_S`` the sequences are forwarded as padded rows; with it as they lie, end to end. Then sequence s
     continues sequence ``prefix_S[s]`` (a prompt that several completions share), or none (-1): it attends to the
@@ -472,11 +474,13 @@ class TokenBatch:
     sampler_logprobs_N: Tensor
     old_logprobs_N: Tensor | None = None
     reference_logprobs_N: Tensor | None = None
+    selected_N: Tensor | None = None
+    keys_N: Tensor | None = None
     prefix_S: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.targets_N)
-        for name in ("source_N", "sequence_N", "weights_N", "advantages_N", "old_logprobs_N", "sampler_logprobs_N"):
+        for name in (name for name in vars(self) if name.endswith("_N")):
             value = getattr(self, name)
             if value is not None and len(value) != count:
                 raise ValueError(f"TokenBatch: {name} has {len(value)} entries, targets_N has {count}")

@@ -43,11 +43,13 @@ def make_minibatches(run: Run, scope: Scope, groups: Sequence[Group], advantages
     Their old log-probs are those before the first update. Advantages were estimated over the whole rollout.
     """
     made = []
-    for part in split(len(groups), run.config.batch.minibatches, seed=run.config.seed, step=scope.step):
+    parts = split(len(groups), run.config.batch.minibatches, seed=run.config.seed, step=scope.step)
+    for index, part in enumerate(parts):
         some, values = [groups[i] for i in part], [advantages.values[i] for i in part]
         batches, denominators = micro_batches(run, some, values)
         scope.metrics.add({"padding_share": padding_share(batches)})
         batches = with_fixed_logprobs(run, batches)
+        batches = run.config.loss.marked(batches, f"{run.config.seed:d}/{scope.step:d}/{index:d}")
         made.append(Minibatch(groups=some, advantages=values, batches=batches, denominators=denominators))
     return made
 
@@ -63,7 +65,7 @@ def micro_batches(
         aggregation=config.loss.aggregation,
         token_budget=config.batch.token_budget,
         max_new_tokens=config.sampling.max_new_tokens,
-        keep_zero_advantages=config.loss.kl_coef > 0 or config.loss.entropy_coef > 0,
+        keep_zero_advantages=config.loss.keeps_zero_advantages(),
         layouts=run.layouts,
         hidden_size=run.policy.model.config.get_text_config().hidden_size,
     )

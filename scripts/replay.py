@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from rltrain import cli
-from rltrain.config import LossConfig
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, micro_batch_loss
@@ -194,7 +193,7 @@ def trainable(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def check_step(made: StepDump, policy: nn.Module, rounding: float) -> list[Check]:
     """Forward and backward over the micro-batches of all ranks: log-probs, losses, gradient norm."""
-    loss_config = typed(LossConfig, made.facts["config"]["loss"])
+    _, loss_config = part_config("loss", {"kind": "surrogate"} | made.facts["config"]["loss"])  # files of 0.1 name none
     logprobs, losses = [], []
     for rank, record in enumerate(made.records):
         torch.set_rng_state(record.generator_state)

@@ -18,6 +18,7 @@ LAYERS = [
     {"types", "errors"},
     {"runtime/"},
     {"registry"},
+    {"losses/"},
     {"config"},
     {"kernels/", "loss", "options/"},
     {"cli"},
@@ -33,7 +34,7 @@ LAYERS = [
     {"__main__", "train", "audit", "compress", "compare/", "report/", "export/", "plan/", "compat/"},
 ]
 LAYER_OF = {name.removesuffix("/"): level for level, names in enumerate(LAYERS) for name in names}
-PURE = {"advantages", "rewards", "kernels", "loss", "batching"}
+PURE = {"advantages", "rewards", "kernels", "loss", "losses", "batching"}
 ENGINES = {"deepspeed", "vllm", "hydra"}
 TOP_LEVEL = {"rltrain", "configs", "scripts", "slurm", "tests", "docs", ".ci", ".gitignore", ".pre-commit-config.yaml"}
 TOP_LEVEL |= {"pyproject.toml", "requirements.lock", "requirements-vllm.lock", "Makefile"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from rltrain.batching.bins import (
     padded_work,
 )
 from rltrain.runtime import dist
-from rltrain.types import Group, Mean, TokenBatch
+from rltrain.types import Group, Mean, Prompt, TokenBatch
 
 GroupLengths = tuple[int, tuple[int, ...]]  # tokens of a prompt, and fed tokens of each of its completions
 Unit = tuple["LossRow", ...]  # completions of one prompt that are forwarded together, and share it if they are several
@@ -35,6 +36,7 @@ class LossRow:
     completion_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
     advantages_T: Tensor
+    key: int = 0
 
     @property
     def fed_ids(self) -> tuple[int, ...]:
@@ -76,7 +78,9 @@ def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> 
     rows = []
     for group, values in zip(groups, advantages, strict=True):
         abstains = [False] * len(values) if group.rewards_G is None else group.rewards_G.isnan().tolist()
-        for completion, advantages_T, abstain in zip(group.completions, values, abstains, strict=True):
+        for sample, (completion, advantages_T, abstain) in enumerate(
+            zip(group.completions, values, abstains, strict=True)
+        ):
             if abstain or not completion.token_ids:
                 continue
             if len(advantages_T) != len(completion.token_ids):
@@ -86,6 +90,7 @@ def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> 
                 )
             rows.append(
                 LossRow(
+                    key=row_key(group.prompt, sample),
                     prompt_ids=group.prompt.token_ids,
                     completion_ids=completion.token_ids,
                     sampler_logprobs=tuple(completion.logprobs),
@@ -93,6 +98,12 @@ def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> 
                 )
             )
     return rows
+
+
+def row_key(prompt: Prompt, sample: int) -> int:
+    """A signed 64-bit name of a completion within its step, the same on every machine and number of ranks."""
+    name = f"{prompt.occurrence:d}/{sample:d}/{prompt.problem.id}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def denominators_of(rows: Sequence[LossRow]) -> Denominators:
@@ -268,6 +279,8 @@ def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> 
     rows = [row for unit in units for row in unit]
     completion_S = torch.tensor([len(row.completion_ids) for row in rows])
     weights_S = torch.tensor([weighting.of(row) for row in rows], dtype=torch.float32)
+    keys_S = torch.tensor([row.key for row in rows])
+    places_N = torch.cat([torch.arange(len(row.completion_ids)) for row in rows])
     sampler_logprobs_N = torch.tensor([value for row in rows for value in row.sampler_logprobs], dtype=torch.float32)
     return TokenBatch(
         input_ids_L=torch.tensor(ids),
@@ -281,6 +294,7 @@ def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> 
         advantages_N=torch.cat([row.advantages_T for row in rows]).float(),
         old_logprobs_N=sampler_logprobs_N,
         sampler_logprobs_N=sampler_logprobs_N,
+        keys_N=torch.repeat_interleave(keys_S, completion_S) + places_N,
     )
 
 
@@ -298,4 +312,5 @@ def empty_batch() -> TokenBatch:
         advantages_N=zero_N,
         old_logprobs_N=zero_N,
         sampler_logprobs_N=zero_N,
+        keys_N=torch.zeros(1, dtype=torch.long),
     )

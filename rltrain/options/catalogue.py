@@ -14,12 +14,20 @@ LISTS = (
     ("experiments", "+experiment=NAME", "experiment", None),
     ("algorithms", "algorithm=NAME", "algorithm", None),
     ("estimators", "advantage=NAME", None, "advantage"),
+    ("losses", "loss=NAME", None, "loss"),
     ("data", "data=NAME", "data", "data"),
     ("rewards", "reward@rewards.answer=NAME", "reward", "reward"),
     ("models", "model=NAME", "model", "model"),
     ("rollout engines", "rollout=NAME", None, "rollout"),
 )
-PACKAGES = {"model": "policy", "advantage": "advantages", "reward": "rewards", "data": "data", "rollout": "rollout"}
+PACKAGES = {
+    "model": "policy",
+    "advantage": "advantages",
+    "loss": "losses",
+    "reward": "rewards",
+    "data": "data",
+    "rollout": "rollout",
+}
 WIDTH = 120
 PACKAGE = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rltrain.config import LossConfig
 from rltrain.kernels import TokenLoss, fused_token_loss, prefers_fused, token_logprobs
 from rltrain.kernels.reference import head_logits, logits_logprobs
-from rltrain.loss import is_separable, loss_output, policy_loss, token_losses
+from rltrain.loss import loss_output, policy_loss, token_losses
 from rltrain.policy import packed_attention
 from rltrain.policy.capabilities import cannot_pack
 from rltrain.policy.head import head_options, is_plain, own_logits
@@ -144,10 +144,10 @@ def logprobs(model: Any, batch: TokenBatch, *, entropy: bool = True, temperature
 def micro_batch_loss(model: Any, batch: TokenBatch, config: LossConfig) -> LossOutput:
     """The policy loss of a micro-batch under a :class:`LogprobModel` or the engine that holds it.
 
-    Where the fused head is the faster path, and no tokens share a ratio, the head differentiates the loss itself.
+    Where the fused head is the faster path, and the loss is separable, the head differentiates the loss itself.
     """
     module, device = unwrapped(model), batch.targets_N.device
-    fits = is_separable(config) and not module.own_head
+    fits = config.separable and not module.own_head
     if fits and prefers_fused(len(batch.targets_N), module.vocabulary, device):
         return fused_micro_batch_loss(model, batch, config)
     head = logprobs(model, batch)

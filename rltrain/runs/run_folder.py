@@ -68,8 +68,14 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def with_new_keys(before: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """``before``, a resolved config, with the defaults of the keys that it lacks because rltrain was older."""
+    """``before``, a resolved config, with the defaults of the keys that it lacks because rltrain was older.
+
+    A group that became a choice of parts had no ``kind``: it is today's part if that has all of its keys.
+    """
     filled = dict(before)
+    kind = next((part.name for part in parts() if part.config is type(config)), None)
+    if kind is not None and "kind" not in before and set(before) <= {entry.name for entry in fields(config)}:
+        filled["kind"] = kind
     for entry in fields(config):
         value, old = getattr(config, entry.name), before.get(entry.name)
         if entry.name not in before and (default := _default(entry)) is not MISSING:

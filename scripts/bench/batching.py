@@ -41,8 +41,8 @@ from torch import Tensor
 from rltrain import kernels
 from rltrain.batching.bins import LAYOUTS, Layout
 from rltrain.batching.collate import collate, padding_share
-from rltrain.config import LossConfig
 from rltrain.loss import policy_loss
+from rltrain.losses.surrogate import SurrogateConfig
 from rltrain.policy.load import Policy, PretrainedConfig, load_policy
 from rltrain.policy.logprobs import LogprobModel, inference, loss_states, micro_batch_loss
 from rltrain.policy.tiny import TinyConfig
@@ -130,7 +130,7 @@ SIDES = (*HEADS, *LAYOUTS, "auto")
 
 def step_of(model: LogprobModel, batches: Sequence[TokenBatch], head: Head | None) -> Callable[[], None]:
     """Forward, loss and backward of an optimiser batch; the head as the trainer has it, or another."""
-    config = LossConfig()
+    config = SurrogateConfig()
 
     def run() -> None:
         model.zero_grad()

@@ -4,34 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from loss_batches import batch
 
-from rltrain.config import LossConfig
 from rltrain.errors import ConfigError
 from rltrain.loss import importance_weights, kl_estimate, policy_loss
-from rltrain.types import TokenBatch
-
-
-def batch(advantages, *, weights=None, old=None, sampler=None, reference=None, lengths=None) -> TokenBatch:
-    """Loss tokens alone: each sequence is one prompt token and its completion."""
-    count = len(advantages)
-    lengths = lengths or [count]
-    boundaries = torch.tensor([0, *[n + 1 for n in lengths]]).cumsum(0)
-    zeros = torch.zeros(count, dtype=torch.float64)
-    old = zeros if old is None else torch.as_tensor(old, dtype=torch.float64)
-    total = int(boundaries[-1])
-    return TokenBatch(
-        input_ids_L=torch.zeros(total, dtype=torch.long),
-        positions_L=torch.zeros(total, dtype=torch.long),
-        boundaries_S1=boundaries,
-        source_N=torch.zeros(count, dtype=torch.long),
-        sequence_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
-        targets_N=torch.zeros(count, dtype=torch.long),
-        weights_N=torch.as_tensor(weights or [1 / count] * count, dtype=torch.float64),
-        advantages_N=torch.as_tensor(advantages, dtype=torch.float64),
-        old_logprobs_N=old,
-        sampler_logprobs_N=old if sampler is None else torch.as_tensor(sampler, dtype=torch.float64),
-        reference_logprobs_N=None if reference is None else torch.as_tensor(reference, dtype=torch.float64),
-    )
+from rltrain.losses.surrogate import SurrogateConfig
 
 
 def gradient(logprobs, one_batch, config) -> torch.Tensor:
@@ -41,8 +18,8 @@ def gradient(logprobs, one_batch, config) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("config", [
-    LossConfig(), LossConfig(clip_high=0.28, dual_clip=3.0), LossConfig(surrogate="cispo", clip_high=4.0),
-    LossConfig(surrogate="reinforce"),
+    SurrogateConfig(), SurrogateConfig(clip_high=0.28, dual_clip=3.0),
+    SurrogateConfig(surrogate="cispo", clip_high=4.0), SurrogateConfig(surrogate="reinforce"),
 ])  # fmt: skip
 def test_at_ratio_one_the_gradient_is_minus_weighted_advantage(config):
     """d loss / d logprob_n = -w_n·A_n for every surrogate whose ratio is per token."""
@@ -55,14 +32,14 @@ def test_at_ratio_one_the_gradient_is_minus_weighted_advantage(config):
 def test_sequence_ratio_spreads_the_gradient_over_its_tokens():
     """GSPO at ratio 1: each token of a sequence gets -A/len of the sequence's total weight."""
     one = batch([2.0, 2.0, 2.0, -1.0], weights=[1 / 6] * 3 + [1 / 2], lengths=[3, 1])
-    config = LossConfig(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
+    config = SurrogateConfig(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
     expected = torch.tensor([-1 / 3] * 3 + [0.5], dtype=torch.float64)
     torch.testing.assert_close(gradient([0.0] * 4, one, config), expected)
 
 
 def test_sequence_ratio_is_the_geometric_mean():
     one = batch([1.0, 1.0], weights=[0.5, 0.5], lengths=[2])
-    config = LossConfig(ratio="sequence", clip_high=10.0)
+    config = SurrogateConfig(ratio="sequence", clip_high=10.0)
     loss = policy_loss(torch.tensor([0.3, 0.1], dtype=torch.float64), one, config).loss
     torch.testing.assert_close(loss, -torch.tensor(0.2, dtype=torch.float64).exp())
 
@@ -71,7 +48,7 @@ def test_clip_by_hand():
     """Ratios 1.5 and 0.5 with advantages of both signs: min(rho·A, clip(rho)·A)."""
     logprobs = torch.tensor([1.5, 1.5, 0.5, 0.5], dtype=torch.float64).log()
     one = batch([1.0, -1.0, 1.0, -1.0], weights=[1.0] * 4)
-    output = policy_loss(logprobs, one, LossConfig(clip_low=0.2, clip_high=0.28))
+    output = policy_loss(logprobs, one, SurrogateConfig(clip_low=0.2, clip_high=0.28))
     torch.testing.assert_close(output.loss, torch.tensor(-1.28 + 1.5 - 0.5 + 0.8, dtype=torch.float64))
     assert output.metrics["clip_ratio/high_mean"].total == 1
     assert output.metrics["clip_ratio/low_mean"].total == 1
@@ -81,13 +58,13 @@ def test_clip_by_hand():
 def test_clipped_tokens_have_no_gradient():
     logprobs = torch.tensor([1.5, 0.5], dtype=torch.float64).log()
     one = batch([1.0, -1.0], weights=[1.0, 1.0])
-    assert gradient(logprobs, one, LossConfig()).tolist() == [0.0, 0.0]
+    assert gradient(logprobs, one, SurrogateConfig()).tolist() == [0.0, 0.0]
 
 
 def test_dual_clip_bounds_the_loss_of_negative_advantages():
     logprobs = torch.tensor([5.0, 5.0], dtype=torch.float64).log()
     one = batch([-1.0, 1.0], weights=[1.0, 1.0])
-    loss = policy_loss(logprobs, one, LossConfig(dual_clip=3.0)).loss
+    loss = policy_loss(logprobs, one, SurrogateConfig(dual_clip=3.0)).loss
     torch.testing.assert_close(loss, torch.tensor(3.0 - 1.2, dtype=torch.float64))
 
 
@@ -96,7 +73,7 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
     logprobs = torch.tensor([8.0, 0.5], dtype=torch.float64).log()
     one = batch([1.0, -1.0], weights=[1.0, 1.0])
     expected = torch.tensor([-5.0, 0.5], dtype=torch.float64)
-    torch.testing.assert_close(gradient(logprobs, one, LossConfig(surrogate="cispo", clip_high=4.0)), expected)
+    torch.testing.assert_close(gradient(logprobs, one, SurrogateConfig(surrogate="cispo", clip_high=4.0)), expected)
 
 
 def test_kl_estimators_by_hand():
@@ -126,15 +103,15 @@ def test_kl_and_entropy_enter_with_their_coefficients():
     one = batch([0.0, 0.0], weights=[0.5, 0.5], reference=[-1.0, -1.0])
     logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64)
     entropy = torch.tensor([0.2, 0.4], dtype=torch.float64)
-    config = LossConfig(kl_coef=0.1, kl_estimator="k2", entropy_coef=0.01)
+    config = SurrogateConfig(kl_coef=0.1, kl_estimator="k2", entropy_coef=0.01)
     loss = policy_loss(logprobs, dataclasses.replace(one, old_logprobs_N=logprobs), config, entropy_N=entropy).loss
     torch.testing.assert_close(loss, torch.tensor(0.1 * (0 + 0.5) / 2 - 0.01 * 0.3, dtype=torch.float64))
 
 
 def test_importance_weights_truncate_and_mask():
     log_weights = torch.tensor([0.25, 1.0, 3.0], dtype=torch.float64).log()
-    truncated = importance_weights(log_weights, LossConfig(importance_correction="truncate", importance_cap=2.0))
-    masked = importance_weights(log_weights, LossConfig(importance_correction="mask", importance_cap=2.0))
+    truncated = importance_weights(log_weights, SurrogateConfig(importance_correction="truncate", importance_cap=2.0))
+    masked = importance_weights(log_weights, SurrogateConfig(importance_correction="mask", importance_cap=2.0))
     torch.testing.assert_close(truncated, torch.tensor([0.25, 1.0, 2.0], dtype=torch.float64))
     torch.testing.assert_close(masked, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
 
@@ -142,7 +119,7 @@ def test_importance_weights_truncate_and_mask():
 def test_correction_multiplies_the_surrogate_by_trainer_over_sampler():
     logs = torch.tensor([-1.0, -1.0], dtype=torch.float64)
     one = batch([1.0, 1.0], weights=[0.5, 0.5], old=logs, sampler=logs - torch.tensor([1.5, 4.0]).double().log())
-    config = LossConfig(importance_correction="truncate", importance_cap=2.0)
+    config = SurrogateConfig(importance_correction="truncate", importance_cap=2.0)
     torch.testing.assert_close(policy_loss(logs, one, config).loss, torch.tensor(-(1.5 + 2.0) / 2, dtype=torch.float64))
 
 
@@ -152,4 +129,4 @@ def test_correction_multiplies_the_surrogate_by_trainer_over_sampler():
 ])  # fmt: skip
 def test_impossible_loss_is_refused_by_name(key, value):
     with pytest.raises(ConfigError, match=f"loss.{key}={value}"):
-        LossConfig(**{key: value})
+        SurrogateConfig(**{key: value})

@@ -17,9 +17,10 @@ from rltrain.advantages.spae import SpaeConfig
 from rltrain.advantages.tempo import TempoConfig, tempo_advantages
 from rltrain.batching.collate import collate
 from rltrain.compat.trl import GRPOTrainer, check_hooks, resolve, sampled_logprobs
-from rltrain.config import AdvantageConfig, LossConfig
+from rltrain.config import AdvantageConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.loss import policy_loss
+from rltrain.losses.surrogate import SurrogateConfig
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.tiny import character_tokenizer
 from rltrain.registry import register
@@ -439,7 +440,7 @@ def test_loss_and_gradient_equal_trls(tmp_path, trl_options, loss, scale, micro_
         value.backward()
         theirs += float(value.detach())
 
-    model, config, ours = LogprobModel(tiny_model(), temperature=1.0), LossConfig(**loss), 0.0
+    model, config, ours = LogprobModel(tiny_model(), temperature=1.0), SurrogateConfig(**loss), 0.0
     clipped = 0.0
     values = [
         [one.expand(len(ids)) for one, ids in zip(advantages_G, group.completion_ids, strict=True)]

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rltrain import kernels
-from rltrain.config import LossConfig
 from rltrain.loss import policy_loss
+from rltrain.losses.surrogate import SurrogateConfig
 from rltrain.policy.logprobs import LogprobModel, inference, logprobs, loss_tokens, micro_batch_loss
 from rltrain.policy.scorer import span_values
 from rltrain.rollout import probes
@@ -49,7 +49,7 @@ def test_in_training_and_under_a_reference(layout):
     assert len(batch.targets_N) == 40
     assert len(batch.input_ids_L) >= 50
     with HeadRows(61) as head:
-        micro_batch_loss(model, batch, LossConfig()).loss.backward()
+        micro_batch_loss(model, batch, SurrogateConfig()).loss.backward()
     assert head.rows == 40
     with HeadRows(61) as head, torch.no_grad():
         model(batch, entropy=False)
@@ -80,9 +80,9 @@ def test_in_probes():
 
 
 @pytest.mark.parametrize("config", [
-    LossConfig(),
-    LossConfig(surrogate="cispo", kl_coef=0.1, entropy_coef=0.2),
-    LossConfig(importance_correction="mask"),
+    SurrogateConfig(),
+    SurrogateConfig(surrogate="cispo", kl_coef=0.1, entropy_coef=0.2),
+    SurrogateConfig(importance_correction="mask"),
 ], ids=["clip", "kl and entropy", "importance"])  # fmt: skip
 def test_the_gradient_that_is_made_in_the_forward(config):
     """40 rows of 30,000 logits are too many to keep, so the head is given the loss; GSPO's it is not."""
@@ -122,7 +122,7 @@ def test_many_logits_on_a_cpu_go_the_way_that_needs_three_products():
     assert not kernels.prefers_fused(5, *sizes)
     for ratio, rows in (("token", 4 * 40 * (30_000 // 4096)), ("sequence", 0)):
         with HeadRows(1024) as head:  # the fused path's blocks are four pieces so wide, the other's twice as wide
-            micro_batch_loss(model, batch, LossConfig(ratio=ratio)).loss.backward()
+            micro_batch_loss(model, batch, SurrogateConfig(ratio=ratio)).loss.backward()
         assert head.rows == rows
 
 

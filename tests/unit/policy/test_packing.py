@@ -28,9 +28,10 @@ from rltrain.batching.bins import (
     padded_work,
 )
 from rltrain.batching.collate import collate
-from rltrain.config import BatchConfig, LossConfig
+from rltrain.config import BatchConfig
 from rltrain.errors import ConfigError
 from rltrain.loss import policy_loss
+from rltrain.losses.surrogate import SurrogateConfig
 from rltrain.policy import packed_attention
 from rltrain.policy.capabilities import cannot_pack
 from rltrain.policy.layout_check import differences, usable_layouts
@@ -71,7 +72,7 @@ def plain_gradients(model, batches, config):
      ("GPT2", 1e-10)],
 )  # fmt: skip
 def test_gradients_of_every_layout_are_those_of_each_sequence_alone(name, atol):
-    model, config = tiny(name).eval(), LossConfig(entropy_coef=0.1)
+    model, config = tiny(name).eval(), SurrogateConfig(entropy_coef=0.1)
     assert cannot_pack(model) is None
     expected = plain_gradients(model, batches_of("padded"), config)
     assert max(value.abs().max() for value in expected.values()) > 0.01
@@ -83,7 +84,7 @@ def test_gradients_of_every_layout_are_those_of_each_sequence_alone(name, atol):
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_gradient_checkpointing_attends_the_same_way_again(layout):
-    model, config = tiny("Llama"), LossConfig()
+    model, config = tiny("Llama"), SurrogateConfig()
     batches = batches_of(layout)
     expected = gradients(model, batches, config)[1]
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -92,7 +93,7 @@ def test_gradient_checkpointing_attends_the_same_way_again(layout):
 
 def test_sequence_ratios_in_every_layout():
     """GSPO: a prompt that is shared is no sequence of its own in the loss."""
-    model, config = tiny("Qwen3"), LossConfig(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
+    model, config = tiny("Qwen3"), SurrogateConfig(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
     total, expected = gradients(model, batches_of("padded"), config)
     for layout in ("packed", "shared"):
         found_total, found = gradients(model, batches_of(layout), config)

@@ -9,8 +9,8 @@ import torch
 
 from rltrain.advantages.group import group_advantages
 from rltrain.batching.collate import collate
-from rltrain.config import LossConfig
 from rltrain.loss import policy_loss
+from rltrain.losses.surrogate import SurrogateConfig
 from rltrain.rewards.information_gain import information_gain
 from rltrain.types import Completion, Group, Problem, Prompt
 
@@ -46,7 +46,7 @@ def test_loss_of_the_vectors(case):
     batch = thought_batch(case)
     by_length = sorted(case["ratios"], key=lambda one: -len(one))  # packing puts the longest first
     ratios_N = torch.tensor([ratio for one in by_length for ratio in one])
-    loss = policy_loss(batch.old_logprobs_N + ratios_N.log(), batch, LossConfig(clip_low=0.2, clip_high=0.2)).loss
+    loss = policy_loss(batch.old_logprobs_N + ratios_N.log(), batch, SurrogateConfig(clip_low=0.2, clip_high=0.2)).loss
     assert float(loss) == pytest.approx(case["loss_clip_0.2"], abs=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_gradient_at_ratio_one_is_the_advantage_over_length_and_samples():
     case = CASES[0]
     batch = thought_batch(case)
     logprobs_N = batch.old_logprobs_N.clone().requires_grad_()
-    policy_loss(logprobs_N, batch, LossConfig()).loss.backward()
+    policy_loss(logprobs_N, batch, SurrogateConfig()).loss.backward()
     lengths_N = torch.bincount(batch.sequence_N)[batch.sequence_N]
     torch.testing.assert_close(logprobs_N.grad, -batch.advantages_N / (lengths_N * len(case["ratios"])))
 
