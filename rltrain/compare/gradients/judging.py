@@ -6,6 +6,7 @@ length weights are left aside. With m = E[estimate] and the true gradient g:
     cosine = cos(m, g)        scale = <m, g>/|g|²        bias = |m - g|/|g|
     variance = trace of the covariance of the estimate, times B
     SNR = (<m, g>/|g|)²/variance, what one completion is worth, whatever the scale
+    SNR per token = SNR over the tokens generated per completion, those of continuations included
 
 |m|² comes from pairs of different batches (a U-statistic), so that sampling noise does not pass for bias. Intervals are
 95 % bootstrap over batches. All estimators see the same samples at the same seed.
@@ -23,10 +24,10 @@ import torch
 
 from rltrain.advantages.estimator import Estimator, EstimatorLike, estimator_of
 from rltrain.compare.gradients.families import FAMILIES, Family, TabularPolicy, enumerated
-from rltrain.compare.gradients.services import PROVIDED, context_of
+from rltrain.compare.gradients.services import PROVIDED, Table
 from rltrain.compare.statistics import Interval
 from rltrain.errors import require
-from rltrain.types import Group, Problem, Prompt
+from rltrain.types import Group, Need, Problem, Prompt
 
 PROMPT = Prompt(problem=Problem(id="p", prompt="", answer="1"), token_ids=(1,))
 
@@ -60,6 +61,16 @@ class Judgement:
     bias: Interval
     variance: Interval
     snr: Interval
+    tokens: Interval
+    snr_per_token: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """One gradient estimate per batch, and the tokens generated for it per completion, continuations included."""
+
+    gradients_KD: np.ndarray
+    tokens_K: np.ndarray
 
 
 def judge(
@@ -90,37 +101,54 @@ def policy_of(family: Family, seed: int) -> TabularPolicy:
     return enumerated(family, seed)
 
 
+WARM_UP_BATCHES = 10  # an estimator that keeps a state is judged with one that has settled
+
+
 def judge_on(policy: TabularPolicy, estimator: Estimator, sampling: Sampling) -> Judgement:
     """One judgement."""
-    generator = np.random.default_rng([sampling.seed, sampling.group_size])
-    shape = sampling.completions // sampling.group_size, sampling.group_size
-    draws = generator.choice(len(policy.completions), shape, p=policy.probability_C)
-    estimates_KD = estimates(policy, estimator, draws, sampling.batch)
-    columns = measure(estimates_KD, policy.true_gradient, sampling.batch, sampling.resamples, sampling.seed)
+    missing = ", ".join(sorted(need.name for need in estimator.needs - PROVIDED))
+    require(not missing, f"{estimator.name}: needs {missing}, which a tabular policy does not give")
+    table = Table(policy=policy, seed=sampling.seed)
+    if Need.STATE in estimator.needs:
+        early = _draws(policy, sampling, WARM_UP_BATCHES * sampling.batch, stream=1)
+        estimates(table, estimator, early, sampling.batch)
+    found = estimates(table, estimator, _draws(policy, sampling, sampling.completions), sampling.batch)
+    columns = measure(found, policy.true_gradient, sampling.batch, sampling.resamples, sampling.seed)
     return Judgement(family=policy.family.name, group_size=sampling.group_size, **columns)
 
 
-def estimates(policy: TabularPolicy, estimator: Estimator, draws: np.ndarray, batch: int) -> np.ndarray:
-    """One gradient estimate per batch of ``batch`` completions, shape [K, D]; ``draws`` is [groups, G]."""
-    missing = ", ".join(sorted(need.name for need in estimator.needs - PROVIDED))
-    require(not missing, f"{estimator.name}: needs {missing}, which a tabular policy does not give")
-    context, rewards_C = context_of(policy), torch.from_numpy(policy.reward_C)
-    rows = []
+def _draws(policy: TabularPolicy, sampling: Sampling, completions: int, stream: int | None = None) -> np.ndarray:
+    """Indices of completions, [groups, G]."""
+    generator = np.random.default_rng([sampling.seed, sampling.group_size, *([stream] if stream else [])])
+    shape = completions // sampling.group_size, sampling.group_size
+    return generator.choice(len(policy.completions), shape, p=policy.probability_C)
+
+
+def estimates(table: Table, estimator: Estimator, draws: np.ndarray, batch: int) -> Estimates:
+    """The estimator on batches of ``batch`` completions; ``draws`` is [groups, G]."""
+    policy, rewards_C, generated = table.policy, torch.from_numpy(table.policy.reward_C), table.continuer.tokens
+    rows, tokens = [], []
     for drawn in draws.reshape(-1, batch // draws.shape[1], draws.shape[1]):
         groups = [
-            Group(prompt=PROMPT, completions=tuple(policy.sampled[i] for i in row), rewards_G=rewards_C[row])
+            Group(
+                prompt=PROMPT,
+                completions=tuple(policy.sampled[i] for i in row),
+                rewards_G=rewards_C[row],
+                reward_parts={"reward": rewards_C[row]},
+            )
             for row in drawn
         ]
-        values = estimator(groups, context).values
+        before = generated[0]
+        values = estimator(groups, table.context).values
         weights = torch.cat([row_T for group in values for row_T in group]).double().numpy() / batch
         rows.append(policy.gradient(drawn.ravel().tolist(), weights))
-    return np.array(rows)
+        tokens.append((len(weights) + generated[0] - before) / batch)
+    return Estimates(gradients_KD=np.array(rows), tokens_K=np.array(tokens))
 
 
-def measure(
-    estimates_KD: np.ndarray, truth_D: np.ndarray, batch: int, resamples: int, seed: int
-) -> dict[str, Interval]:
+def measure(found: Estimates, truth_D: np.ndarray, batch: int, resamples: int, seed: int) -> dict[str, Interval]:
     """The columns; weights_RK[0] is the sample itself, the others are bootstrap resamples of batches."""
+    estimates_KD = found.gradients_KD
     count = len(estimates_KD)
     generator = np.random.default_rng(seed)
     weights_RK = np.vstack([np.ones(count), generator.multinomial(count, np.full(count, 1 / count), resamples)]) / count
@@ -138,7 +166,9 @@ def measure(
         "bias": np.sqrt(np.maximum(norm2_R - 2 * along_R + truth2, 0) / truth2),
         "variance": variance_R,
         "snr": along_R**2 / truth2 / np.maximum(variance_R, 1e-300),
+        "tokens": weights_RK @ found.tokens_K,
     }
+    columns_R["snr_per_token"] = columns_R["snr"] / columns_R["tokens"]
     return {name: _interval(values_R) for name, values_R in columns_R.items()}
 
 

@@ -27,14 +27,15 @@ class Cell:
 
 
 def table(cells: Sequence[Cell], policies: Sequence[TabularPolicy]) -> str:
-    """One table per family; SNR in thousandths."""
+    """One table per family; SNR in thousandths. The tokens are those generated per completion."""
     lines = []
     for policy in policies:
         lines += [
             f"\n**{policy.family.name}**: {policy.family.says}; expected reward {policy.expected_reward:.3f}, "
             f"{len(policy.completions)} completions, {policy.policy_SV.size} parameters\n",
-            "| estimator | G | cosine | scale | bias | variance | SNR per completion, 1e-3 |",
-            "|---|---|---|---|---|---|---|",
+            "| estimator | G | cosine | scale | bias | variance | SNR per completion, 1e-3 | tokens | "
+            "SNR per token, 1e-3 |",
+            "|---|---|---|---|---|---|---|---|---|",
             *(_line(cell.label, cell.judgement) for cell in cells if cell.family == policy.family.name),
         ]
     reasons = sorted({f"{cell.label}: {cell.reason}" for cell in cells if cell.reason})
@@ -50,6 +51,8 @@ def _line(label: str, judged: Judgement | None) -> str:
         _shown(judged.bias),
         f"{judged.variance.estimate:.3g}",
         _shown(judged.snr, per=1e3),
+        f"{judged.tokens.estimate:.3g}",
+        _shown(judged.snr_per_token, per=1e3),
     ]
     return f"| {label} | {judged.group_size} | " + " | ".join(shown) + " |"
 
