@@ -34,7 +34,7 @@ from rltrain.runs import checkpoint, run_folder, trackers
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.part_states import PartStates, copies
 from rltrain.runs.scope import Scope
-from rltrain.runtime import dist
+from rltrain.runtime import dist, progress
 from rltrain.runtime.interrupts import EXIT_INTERRUPTED, Interrupted
 from rltrain.types import Context, Need, Prompt
 
@@ -173,6 +173,8 @@ class Run:
             return 0.0
         start = time.perf_counter()
         saved = self.save(step)
+        if dist.is_main():
+            progress.say("saving", f"step {step}: {saved.path}, took {progress.clock(time.perf_counter() - start)}")
         if signal_name and not last:
             if dist.is_main():
                 log.warning(
@@ -187,7 +189,7 @@ def build(config: RunConfig) -> Run:
     _refuse_unequal_shares(config)
     trackers.check(config.tracking)
     saved = checkpoint.resume_point(Path(config.run_dir), config)
-    initial = sft.cold_start(config) if config.cold_start.steps > 0 else None
+    initial = sft.cold_start(config) if config.cold_start.is_wanted else None
     with sharded_loading(config.deepspeed, dtype=config.model.dtype):
         policy = load_policy(config.model, path=initial)
     source = PromptSource(config, policy)

@@ -19,7 +19,7 @@ from rltrain.options import help as help_pages
 from rltrain.options import keys, overrides
 from rltrain.options.catalogue import config_folder as config_folder
 from rltrain.registry import discover, parts
-from rltrain.runtime import watchdog
+from rltrain.runtime import progress, watchdog
 
 # Lines of Hydra's and OmegaConf's messages that tell a user nothing.
 log = logging.getLogger(__name__)
@@ -106,10 +106,9 @@ def _first_lines(error: BaseException) -> str:
     return f"{named[0]}: {text}" if named and named[0] and named[0] not in text else text
 
 
-def setup_logging() -> None:
-    """Plain one-line logs on stderr; libraries speak only from warnings on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("rltrain").setLevel(logging.INFO)
+def setup_logging(*, verbose: bool = False) -> None:
+    """One-line logs on stderr under the time and the stage; libraries speak from errors on, or from warnings on."""
+    progress.start(verbose=verbose)
 
 
 @contextmanager
@@ -146,12 +145,15 @@ def run(task: Callable[[RunConfig], None]) -> None:
         print(help_pages.command(*_command()))
         return
 
+    progress.begin(shows=_is_first_process())
+    sys.argv[1:] = ["tracking.verbose=true" if word == "-v" else word for word in sys.argv[1:]]
+    setup_logging(verbose="tracking.verbose=true" in sys.argv)
+    progress.say("start", f"{_command()[0]}: reading the configuration")
     import hydra
     from omegaconf import DictConfig
 
     # With this set Hydra raises instead of printing a page; what is shown is then ours to decide.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    setup_logging()
     store_nodes()
 
     # Hydra prints a line of its own about whatever is raised inside it, so the work is done once it has returned.
@@ -224,6 +226,11 @@ def _leave() -> None:
             print(f"error: the process group did not end: {error}", file=sys.stderr)
 
 
+def _is_first_process() -> bool:
+    """Whether this is rank 0, before torch is imported, which :mod:`rltrain.runtime.dist` needs to know it."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def _command() -> tuple[str, str]:
     """The name and the docstring of the command that runs: those of the main module, train's for a script."""
     main = sys.modules["__main__"]
@@ -252,8 +259,8 @@ def _watched(task: Callable[[RunConfig], None], config: RunConfig) -> None:
     dist.refuse_tasks_without_srun()
     make_folder(Path(config.run_dir))
     dist.refuse_unused_gpu()
-    if dist.is_main():
-        log.info("device: %s", dist.device_in_words())
+    setup_logging(verbose=config.tracking.verbose)
+    progress.say("start", f"device: {dist.device_in_words()}")
     with watchdog.armed(Path(config.run_dir), rank=dist.rank()):
         task(config)
     dist.teardown()  # a sweep has another task

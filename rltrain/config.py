@@ -282,11 +282,18 @@ class ColdStartConfig:
     problems: int = 50_000  # at most so many of the training split
     max_length: int = 1024  # longer examples are left out, in tokens
     solution_field: str = "solution"  # the entry of problem.meta that holds the worked solution
+    path: str | None = None  # start RL from this trained cold start (a folder cold_start) instead of training it
+    share: bool = True  # take it from the folder cold_starts beside run_dir, and leave it there for other runs
 
     def __post_init__(self) -> None:
         require_one_of(SCHEDULES, "cold_start.schedule", self.schedule)
         require(self.steps >= 0, f"cold_start.steps={self.steps}: must be >= 0; 0 trains nothing before RL")
         require(self.batch_size >= 1, f"cold_start.batch_size={self.batch_size}: set at least 1")
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether RL starts from a fine-tuned model."""
+        return self.steps > 0 or self.path is not None
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,7 @@ from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
-from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, is_right
+from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, Std, Sum, is_right
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,10 @@ def evaluate(
     sampling: SamplingConfig,
     context: Context,
 ) -> tuple[dict[str, float], list[Group]]:
-    """Metrics named ``eval_…`` over all ranks, and this rank's scored groups."""
+    """Metrics named ``eval_…`` over all ranks, and this rank's scored groups.
+
+    ``accuracy_se`` is the standard error of the accuracy: the std (ddof 1) of the problems' accuracies over sqrt(n).
+    """
     mine = prompts[dist.rank() :: dist.world_size()]
     drawn = rollout.generate(
         mine, step=EVALUATION_STEP, group_size=config.samples, sampling=evaluation_sampling(sampling, config)
@@ -95,7 +98,9 @@ def evaluate(
     # A reward may know better what is right than "at least 1": the continuous ones count within a tolerance.
     if "accuracy" in scores:
         accumulator.replace("accuracy", scores["accuracy"])
-    return {f"eval_{name}": value for name, value in accumulator.reduce().items()}, groups
+    values = accumulator.reduce()
+    values["accuracy_se"] = values.pop("accuracy_std") / math.sqrt(max(1.0, values["problems"]))
+    return {f"eval_{name}": value for name, value in values.items()}, groups
 
 
 def _group_metrics(group: Group, samples: int) -> Metrics:
@@ -105,6 +110,8 @@ def _group_metrics(group: Group, samples: int) -> Metrics:
     ks = [k for k in (2**power for power in range(1, 11)) if k <= samples]
     metrics = {
         "accuracy": Mean(total=right, count=samples),
+        "accuracy_std": Std.of(torch.tensor([right / samples])),
+        "problems": Sum(value=1),
         "reward": Mean.of(rewards_G),
         "completions/mean_length": Mean.of([len(one.token_ids) for one in group.completions]),
         "completions/clipped_ratio": Mean.of([one.finish == "length" for one in group.completions]),

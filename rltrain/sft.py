@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,29 @@ from rltrain.errors import ConfigError, RunError
 from rltrain.policy.encode import encode_all, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.registry import part_of
-from rltrain.runs import run_folder
-from rltrain.runtime import dist, watchdog
+from rltrain.runs import cold_starts, run_folder
+from rltrain.runtime import dist, progress, watchdog
 from rltrain.types import Problem
 
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # the label that transformers leaves out of the loss
-DEPENDS_ON = ("seed", "model", "data", "cold_start_data", "cold_start")
+BETWEEN_LINES_S = 5.0  # where there is no terminal
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
 
 
 def cold_start(config: RunConfig) -> str:
-    """The folder of the fine-tuned model, ``run_dir/cold_start``. Trains it if there is none yet.
+    """The folder of the fine-tuned model: ``cold_start.path``, or ``run_dir/cold_start``.
 
-    ConfigError if the folder was made with another config. Training runs on rank 0 in a separate process, without the
-    launcher's variables and with its own random state. The other ranks wait.
+    Where there is none yet it is taken from another run (:mod:`rltrain.runs.cold_starts`), or trained: on rank 0, in a
+    separate process, without the launcher's variables and with its own random state. The other ranks wait.
+
+    ConfigError if the folder was made with another config.
     """
+    if config.cold_start.path is not None:
+        given = cold_starts.checked(config.cold_start.path, config)
+        progress.say("cold start", f"taken from {given} (cold_start.path)")
+        return str(given)
     folder = Path(config.run_dir) / "cold_start"
     dist.main_alone("cold start", lambda: _make(config, folder))
     return str(folder)
@@ -50,41 +57,93 @@ def cold_start(config: RunConfig) -> str:
 def _make(config: RunConfig, folder: Path) -> None:
     if folder.is_dir():
         _refuse_other_config(folder, config)
-    else:
+        progress.say("cold start", f"taken from {folder}")
+    elif not config.cold_start.share:
         _run_in_own_process(config, folder)
+    else:
+        _take_or_train(config, folder, shared=folder.parents[1] / cold_starts.FOLDER / cold_starts.key_of(config))
 
 
-def made_with(config: RunConfig) -> dict[str, Any]:
-    """The config keys on which a cold start depends."""
-    return {key: value for key, value in run_folder.resolved(config).items() if key in DEPENDS_ON}
+def _take_or_train(config: RunConfig, folder: Path, *, shared: Path) -> None:
+    """Take the shared cold start, or train it and share it."""
+    try:
+        shared.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.info("cold start: not shared, since %s cannot be written to (%s)", shared.parent, error.strerror)
+        _run_in_own_process(config, folder)
+        return
+    with cold_starts.alone(shared):
+        if cold_starts.is_complete(shared):
+            cold_starts.copied(shared, folder)
+            progress.say("cold start", f"taken from {shared}, trained before with the same settings")
+        else:
+            _run_in_own_process(config, folder)
+            cold_starts.copied(folder, shared)
 
 
 def _refuse_other_config(folder: Path, config: RunConfig) -> None:
     before = run_folder.with_new_keys(json.loads((folder / "sft.json").read_text())["config"], config)
-    if changes := run_folder.changes({key: before[key] for key in DEPENDS_ON}, made_with(config)):
+    held = {key: before[key] for key in cold_starts.DEPENDS_ON}
+    ignored = cold_starts.HOW_TO_GET_IT
+    if changes := run_folder.changes(held, cold_starts.made_with(config), ignored=ignored):
         raise ConfigError(
             f"{folder}: made with another config ({changes}); restore these keys, set another run_dir, or delete it"
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Telling:
+    """What the training process tells the one that waits: its step, its loss, and what it would print or log."""
+
+    steps: Any
+    loss: Any
+    records: Any
+
+    @classmethod
+    def made(cls, context: Any) -> _Telling:
+        return cls(steps=context.Value("q", 0), loss=context.Value("d", math.nan), records=context.SimpleQueue())
+
+    def pass_on(self) -> None:
+        """Log what it has logged since."""
+        while not self.records.empty():
+            record = self.records.get()
+            logging.getLogger(record.name).handle(record)
+
+
 def _run_in_own_process(config: RunConfig, folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    steps = context.Value("q", 0)
-    process = context.Process(target=_in_own_process, args=(config, folder, steps))
+    telling = _Telling.made(context)
+    process = context.Process(target=_in_own_process, args=(config, folder, telling))
+    start_s, settings = time.monotonic(), config.cold_start
+    progress.say("cold start", f"{settings.steps} steps of supervised fine-tuning, {settings.batch_size} examples each")
     process.start()
+    bars: list[progress.Bar] = []
+
+    def tell() -> None:
+        telling.pass_on()
+        if telling.steps.value:  # not before: an error that ends the process would be glued to the bar
+            bars[:] = bars or [progress.Bar("cold start", settings.steps, every_s=BETWEEN_LINES_S)]
+            loss = telling.loss.value
+            bars[0].update(telling.steps.value, [] if math.isnan(loss) else [f"loss {loss:.3f}"])
+
     try:
-        _wait_for(process, steps, config.deadline("train"))
+        _wait_for(process, telling.steps, config.deadline("train"), each_time=tell)
+        telling.pass_on()
     finally:
         process.kill()  # also when a signal ends the wait
+        for bar in bars:
+            bar.close()
     if process.exitcode != 0:
         raise RunError(f"cold start: failed with exit code {process.exitcode}; its message stands above")
+    progress.say("cold start", f"done, took {progress.clock(time.monotonic() - start_s)}")
 
 
-def _wait_for(process: Any, steps: Any, deadline_s: float) -> None:
-    """Wait for the process. DeadlineError if it makes no step within ``deadline_s``."""
+def _wait_for(process: Any, steps: Any, deadline_s: float, *, each_time: Callable[[], None] = lambda: None) -> None:
+    """Wait for the process. DeadlineError if it makes no step within ``deadline_s``. ``each_time`` is called often."""
     last_step, since_s = steps.value, time.monotonic()
     while process.is_alive():
         process.join(watchdog.POLL_S)
+        each_time()
         if steps.value != last_step:
             last_step, since_s = steps.value, time.monotonic()
         elif deadline_s and time.monotonic() - since_s > deadline_s:
@@ -93,13 +152,27 @@ def _wait_for(process: Any, steps: Any, deadline_s: float) -> None:
             )
 
 
-def _in_own_process(config: RunConfig, folder: Path, steps: Any) -> None:
+class _Passing(logging.Handler):
+    """Hands records to the process that waits, with their text made."""
+
+    def __init__(self, records: Any) -> None:
+        super().__init__()
+        self._records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        plain = logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, text, None, None)
+        self._records.put(plain)
+
+
+def _in_own_process(config: RunConfig, folder: Path, telling: _Telling) -> None:
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
-    cli.setup_logging()
+    cli.setup_logging(verbose=config.tracking.verbose)
+    logging.getLogger().handlers[:] = [_Passing(telling.records)]
     cli.discover()
     with cli.errors_in_one_line():
-        train(config, folder, steps)
+        train(config, folder, telling)
 
 
 def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> list[dict[str, list[int]]]:
@@ -136,9 +209,10 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
     return rows
 
 
-def train(config: RunConfig, folder: Path, steps: Any = None) -> None:
-    """Fine-tune and save a plain transformers folder. It appears complete or not at all. ``steps`` counts along."""
+def train(config: RunConfig, folder: Path, telling: _Telling | None = None) -> None:
+    """Fine-tune and save a plain transformers folder. It appears complete or not at all."""
     import datasets
+    from transformers import PrinterCallback
     from trl import SFTTrainer
 
     data = config.data if config.cold_start_data is None else config.cold_start_data
@@ -154,23 +228,27 @@ def train(config: RunConfig, folder: Path, steps: Any = None) -> None:
         processing_class=policy.tokenizer,
         args=_arguments(config.cold_start, writing, seed=config.seed, dtype=config.model.dtype),
         train_dataset=datasets.Dataset.from_list(rows),
-        callbacks=[] if steps is None else [_counting(steps)],
+        callbacks=[] if telling is None else [_counting(telling)],
     )
+    trainer.remove_callback(PrinterCallback)  # prints dictionaries
     result = trainer.train()
     _merged(policy.model).save_pretrained(writing)
     policy.tokenizer.save_pretrained(writing)
-    made = {"loss": result.training_loss, "examples": len(rows), "config": made_with(config)}
+    made = {"loss": result.training_loss, "examples": len(rows), "config": cold_starts.made_with(config)}
     (writing / "sft.json").write_text(json.dumps(made, indent=1))
     writing.replace(folder)
     log.info("cold start: loss %.4f after %d steps, saved to %s", result.training_loss, config.cold_start.steps, folder)
 
 
-def _counting(steps: Any) -> Any:
+def _counting(telling: _Telling) -> Any:
     from transformers import TrainerCallback
 
     class Counting(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            steps.value = state.global_step
+            telling.steps.value = state.global_step
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            telling.loss.value = float((logs or {}).get("loss", telling.loss.value))
 
     return Counting()
 
@@ -196,8 +274,8 @@ def _arguments(config: ColdStartConfig, folder: Path, *, seed: int, dtype: str) 
         data_seed=seed,
         save_strategy="no",
         report_to=[],
-        logging_steps=50,
-        disable_tqdm=not sys.stderr.isatty(),
+        logging_steps=10,
+        disable_tqdm=True,
         dataloader_pin_memory=False,
     )
     # With several GPUs in sight transformers wraps the model in DataParallel and multiplies the batch by their number.
@@ -212,8 +290,10 @@ def _merged(model: Any) -> Any:
 
 def main(config: RunConfig) -> None:
     """Fine-tune into ``run_dir/cold_start``."""
-    if config.cold_start.steps == 0:
-        raise ConfigError("cold_start.steps=0: nothing to do; set cold_start.steps, or name an experiment that does")
+    if config.cold_start.steps == 0 or config.cold_start.path is not None:
+        raise ConfigError(
+            "cold_start: nothing to train; set cold_start.steps and no cold_start.path, or name an experiment that does"
+        )
     with run_folder.opened(Path(config.run_dir)):
         print(f"saved to {cold_start(config)}")
 

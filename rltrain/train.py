@@ -13,17 +13,20 @@ from rltrain import cli
 from rltrain.config import RunConfig
 from rltrain.errors import ConfigError
 from rltrain.options import catalogue
+from rltrain.runtime import progress
 
 
 def main(config: RunConfig) -> None:
     """Train, alone in the run folder."""
     # Imported here so that --help and config errors need no more than torch.
+    progress.say("start", "loading the libraries")
     from rltrain.runs import run_folder
     from rltrain.runtime import dist
     from rltrain.trainer import fit
 
     dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
     with run_folder.opened(Path(config.run_dir)):
+        progress.say("start", f"{config.name}: {config.steps} steps, in {config.run_dir}")
         fit(config)
 
 

@@ -178,17 +178,18 @@ def first_values(run: Run, recorder: Recorder) -> dict[str, float]:
 
 def write(run: Run, scope: Scope, recorder: Recorder, step: int) -> dict[str, float]:
     """The metrics of a step with those of its evaluation."""
-    values = run.progress.unwritten | held_out_metrics(run, scope, step)
+    values = run.progress.unwritten | held_out_metrics(run, scope, recorder, step)
     run.progress.unwritten = {}
     recorder.write(step, values)
     return values
 
 
-def held_out_metrics(run: Run, scope: Scope, step: int) -> dict[str, float]:
+def held_out_metrics(run: Run, scope: Scope, recorder: Recorder, step: int) -> dict[str, float]:
     """The evaluation where one is due, and at the first and last step; remembers the best accuracy."""
     every = run.config.evaluation.every_steps
     if every == 0 or (step % every and step != run.config.steps):
         return {}
+    recorder.announce_evaluation(step, len(run.held_out))
     with dist.stage(f"evaluation after step {step}", scope.deadline_s("evaluation")), scope.whole_weights():
         rewards, context = evaluation_rewards(run.config), run.context(step)
         values, groups = evaluate(

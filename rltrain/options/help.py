@@ -32,6 +32,7 @@ READS = {
     "audit": "model data rewards sampling",
 }
 FLAGS = (
+    ("-v", "show the warnings of libraries, too (tracking.verbose=true)"),
     ("--config-dir FOLDER", "a folder of YAML of yours beside configs/"),
     ("--cfg job", "print the composed config instead of running"),
     ("--multirun key=A,B", "one run after the other for each value"),

@@ -13,11 +13,9 @@ from pathlib import Path
 from rltrain.errors import ConfigError, RunError
 from rltrain.runs import machine
 from rltrain.runtime import dist
+from rltrain.runtime.progress import shown
 
 FILE = "log.txt"
-# What the console shows without logging it: lines of steps, the table at the end.
-shown = logging.getLogger("rltrain.shown")
-shown.propagate = False
 
 
 class _FileHandler(logging.FileHandler):

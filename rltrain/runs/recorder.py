@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.config import RunConfig
-from rltrain.runs import lock, log_file, run_folder, summary, trackers
+from rltrain.runs import ending, lock, run_folder, trackers
 from rltrain.runs.console import Console
 from rltrain.runs.metrics import JsonlWriter, read_jsonl
 from rltrain.runs.trackers.base import TrackedRun
-from rltrain.runtime import dist
+from rltrain.runtime import dist, progress
 from rltrain.types import Advantages, Group
 
 
@@ -22,7 +22,7 @@ class Recorder:
         self._run_dir = run_dir
         self._every_steps, self._steps = config.tracking.samples_every_steps, config.steps
         self._tokenizer = tokenizer
-        self._console = Console(first_step=first_step, steps=config.steps)
+        self._console = Console(config, first_step=first_step)
         if dist.is_main():
             if first_step == 0:  # not before the models are loaded: what fails earlier leaves no config to differ from
                 run_folder.write_provenance(run_dir, config)
@@ -34,6 +34,10 @@ class Recorder:
             self._trackers = trackers.started(config.tracking, tracked)
             for tracker in self._trackers:
                 tracker.catch_up(read_jsonl(self._jsonl.path))
+
+    def announce_evaluation(self, step: int, problems: int) -> None:
+        """Say that an evaluation begins."""
+        self._console.announce_evaluation(step, problems)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of a step, everywhere."""
@@ -49,6 +53,7 @@ class Recorder:
 
         Every so many steps, and always of the first step and the last.
         """
+        self._console.show_samples(step, groups)
         if self._every_steps == 0 or (step % self._every_steps and step not in (1, self._steps)):
             return
         local = run_folder.sample_rows(step, groups, advantages, self._tokenizer)
@@ -61,12 +66,12 @@ class Recorder:
                 tracker.write_samples(step, fixed)
 
     def summarise(self) -> None:
-        """At the end: the learning curve as a picture, and the table of held-out metrics on standard output."""
+        """At the end: the learning curve as a picture, and the last lines on standard output."""
         self._console.close()
         if dist.is_main():
-            text = f"\n{summary.summarise(self._run_dir)}\n\nrun folder: {self._run_dir}"
+            text = f"\n{ending.last_lines(self._run_dir)}"
             print(text, flush=True)
-            log_file.shown.info("%s", text)
+            progress.shown.info("%s", text)
 
     def close(self) -> None:
         """Close the console and the trackers."""

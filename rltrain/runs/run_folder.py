@@ -19,7 +19,17 @@ from rltrain.runtime import dist
 from rltrain.types import Advantages, Group, Notes
 
 # Keys that do not change what training computes.
-FREE_KEYS = ("run_dir", "name", "tracking", "checkpoint", "deadline_s", "watchdog", "debug", "compress")
+FREE_KEYS = (
+    "run_dir",
+    "name",
+    "tracking",
+    "checkpoint",
+    "deadline_s",
+    "watchdog",
+    "debug",
+    "compress",
+    "cold_start.share",
+)
 # Where rollout servers are, how long they may take, and what memory an engine has.
 FREE_KEYS += tuple(
     f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests", "cache_gib", "zero_stage")

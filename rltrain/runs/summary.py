@@ -1,4 +1,4 @@
-"""The summary of a run: a table of held-out metrics before and after, and a picture of its learning curve."""
+"""The picture of a run's learning curve, and what it is drawn from."""
 
 from __future__ import annotations
 
@@ -6,34 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rltrain.runs.metrics import read_jsonl
-
 MetricRows = Sequence[Mapping[str, Any]]
-
-
-def summarise(run_dir: Path) -> str:
-    """Write ``learning_curve.png`` and return the table."""
-    rows = read_jsonl(run_dir / "metrics.jsonl")
-    plot_curves({run_dir.name: rows}, run_dir / "learning_curve.png")
-    return table(rows)
 
 
 def series(rows: MetricRows, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, where it was recorded."""
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def table(rows: MetricRows) -> str:
-    """Held-out metrics at the first and last evaluation, and their difference."""
-    evaluations = [row for row in rows if row.get("eval_accuracy") is not None]
-    if not evaluations:
-        return "no evaluation was run (evaluation.every_steps=0)"
-    first, last = evaluations[0], evaluations[-1]
-    head = f"{'held-out':34s}{'step ' + str(first['step']):>12s}{'step ' + str(last['step']):>12s}{'change':>12s}"
-    names = [name for name in last if name.startswith("eval_") and first.get(name) is not None]
-    lines = [f"{name:34s}{first[name]:12.4f}{last[name]:12.4f}{last[name] - first[name]:+12.4f}" for name in names]
-    return "\n".join([head, *lines])
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:

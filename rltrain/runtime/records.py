@@ -36,9 +36,12 @@ class TrackingConfig:
     group: str | None = None  # the wandb group
     entity: str | None = None  # the wandb user or team; null: your default
     samples_every_steps: int = 10  # steps between files of samples; 0: none
+    print_samples: int = 0  # show some completions with their rewards every so many steps; 0: none
+    verbose: bool = False  # show the warnings of libraries (also: -v); log.txt holds them anyway
 
     def __post_init__(self) -> None:
         require_one_of(("auto", "online", "offline", "disabled"), "tracking.wandb", self.wandb)
+        require(self.print_samples >= 0, f"tracking.print_samples={self.print_samples}: must be >= 0; 0 shows none")
 
 
 @dataclass(kw_only=True)

@@ -100,3 +100,30 @@ def test_a_cold_start_in_bf16_is_autocast_over_fp32_weights(tmp_path, monkeypatc
     options = ["+experiment=quickstart", "cold_start.steps=1", "cold_start.problems=4", f"model.dtype={dtype}"]
     sft.train(cli.compose([*options, f"run_dir={tmp_path}"]), tmp_path / "cold_start")
     assert trained == [(torch.float32, autocast)]
+
+
+def test_runs_of_one_cold_start_share_it_and_go_on_from_a_given_one(tmp_path, capsys, monkeypatch):
+    tiny = [
+        "model.hidden_size=32",
+        "model.layers=1",
+        "model.heads=2",
+        "model.intermediate_size=64",
+        "data=small_integers",
+    ]
+    options = [*tiny, "cold_start.steps=2", "cold_start.batch_size=2", "cold_start.problems=4"]
+
+    def run_config(name, *more):
+        return cli.compose([*options, f"run_dir={tmp_path / name}", *more])
+
+    first = sft.cold_start(run_config("first"))
+    assert "done, took" in capsys.readouterr().err
+    monkeypatch.setattr(sft, "_run_in_own_process", lambda *arguments: pytest.fail("trained again"))
+    second = sft.cold_start(run_config("second", "algorithm=dapo"))
+    (shared,) = (path for path in (tmp_path / "cold_starts").iterdir() if path.is_dir())
+    assert f"taken from {shared}, trained before with the same settings" in capsys.readouterr().err
+    weights = [(tmp_path / name / "cold_start/model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+    assert (first, second) == tuple(str(tmp_path / name / "cold_start") for name in ("first", "second"))
+    given = cli.compose([*tiny, "data=small_integers", f"cold_start.path={first}", f"run_dir={tmp_path / 'third'}"])
+    assert given.cold_start.is_wanted and sft.cold_start(given) == first
+    assert not (tmp_path / "third").exists()

