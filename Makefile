@@ -45,6 +45,7 @@ bench: $(installed)
 	$(python) scripts/bench/verifier.py --repeats 1
 	$(python) scripts/bench/rollout.py --rounds 3
 	$(python) scripts/bench/probes.py --short
+	$(python) scripts/bench/continuations.py --completions 2
 	$(python) scripts/bench/logprobs.py --shapes 256,64,4096 --rounds 1
 	$(python) scripts/bench/batching.py --rounds 3
 	$(python) scripts/bench/step.py --limits 32 --rounds 1 --sides trl trl-fast

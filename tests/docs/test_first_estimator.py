@@ -86,6 +86,9 @@ def test_the_page_from_top_to_bottom(folder):
     ]
     ratios = [one / following for one, following in itertools.pairwise(printed)]
     assert ratios == pytest.approx([0.9] * len(ratios), abs=0.01)
+    for line in metrics(folder / "runs/halves")[1:]:
+        assert line["continuations/requests"] == 4 * 4 and line["grad_norm"] > 0
+        assert 0 <= line["halves/middle"] <= 1
 
 
 def test_the_registered_form_gives_the_same_numbers(folder):
