@@ -16,7 +16,7 @@ from rltrain.errors import require
 from rltrain.rollout.continuation_types import ContinuationRequest, ContinuationSampling
 from rltrain.types import Advantages, Context, Group, Mean
 
-STARTS = ("group", "continuations")
+STARTS = ("others", "continuations")
 WHITENING_EPS = 1e-8
 
 
@@ -24,14 +24,14 @@ WHITENING_EPS = 1e-8
 class ContinuedValuesConfig(AdvantageConfig):
     """How values are estimated: the mean reward of ``draws`` continuations, at most ``max_states`` a completion.
 
-    ``start=group`` takes the mean reward of the group's other completions for the value of the prompt, and
+    ``start=others`` takes the mean reward of the group's other completions for the value of the prompt, and
     ``continuations`` asks for it too. ``temperature`` and ``top_p`` null are the run's own sampling; another one
     estimates the values of another policy.
     """
 
     draws: int = 9
     max_states: int = 20
-    start: str = "group"
+    start: str = "others"
     temperature: float | None = None
     top_p: float | None = None
     whiten: bool = True

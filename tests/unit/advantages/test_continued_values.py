@@ -135,7 +135,7 @@ def test_spo_asks_at_its_cuts():
     ("config", "fields", "message"),
     [
         (VinePPOConfig, {"draws": 0}, "advantage.draws=0: set at least 1 continuation a state"),
-        (VinePPOConfig, {"start": "mean"}, "advantage.start=mean: unknown; set one of group, continuations"),
+        (VinePPOConfig, {"start": "mean"}, "advantage.start=mean: unknown; set one of others, continuations"),
         (VinePPOConfig, {"top_p": 0.9}, "advantage.top_p=0.9 without advantage.temperature"),
         (VinePPOConfig, {"temperature": 0.6, "top_p": 2.0}, "advantage.temperature=0.6, top_p=2.0: must be"),
         (VinePPOConfig, {"delimiter": ""}, "advantage.delimiter is empty"),
