@@ -29,6 +29,10 @@ listens() {
 command -v "$python" >/dev/null || die "no $python: make vllm-env, or set VLLM_PYTHON"
 ! listens || die "port $port is taken; choose another"
 
+# With a GPU the trainer's weights come over NCCL. A CPU worker has no such engine.
+transfer=()
+[[ $(nvidia-smi -L 2>/dev/null) != GPU* ]] || transfer=(--weight-transfer-config '{"backend": "nccl"}')
+
 export VLLM_SERVER_DEV_MODE=1 # the calls that load weights
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 server=
@@ -44,7 +48,7 @@ for ((start = 0; start <= ${RESTARTS:-100}; start++)); do
         --model "$model" --host "$host" --port "$port" \
         --worker-extension-cls rltrain.rollout.vllm_worker.WeightReceiver --load-format dummy \
         --enable-scale-out --logprobs-mode processed_logprobs --generation-config vllm \
-        --disable-uvicorn-access-log "$@" &
+        --disable-uvicorn-access-log ${transfer[@]+"${transfer[@]}"} "$@" &
     server=$!
     while kill -0 "$server" 2>/dev/null; do
         ((answered)) || ! listens || answered=1

@@ -1,6 +1,7 @@
-"""Command line of the memory plan.
+"""Command line of the plan: memory of a rank under every sharding plan, and seconds of every stage of a step.
 
-python -m rltrain.plan +experiment=NAME [key=value …] [nodes=1] [gpus_per_node=1] [gpu_gib=80] [--json]
+python -m rltrain.plan +experiment=NAME [key=value …] [device=H200|H100|A100|L40S|4090|cpu] [nodes=1] [gpus_per_node=1]
+                       [gpu_gib=GIB] [prompt_tokens=MEAN] [new_tokens=MEAN] [--json]
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 from rltrain import cli
 from rltrain.config import RunConfig
 from rltrain.errors import ConfigError
+from rltrain.plan.devices import DEVICES, Device
 from rltrain.plan.memory import GIB, Cluster, Plan, as_json, naive_logits_bytes, plan
+from rltrain.plan.model_shape import architecture
+from rltrain.plan.time import Times, estimate, work_of
 
 COLUMNS = ("ZeRO", "offload", "checkpointing", "weights", "gradients", "optimiser", "frozen", "activations", "head")
-COLUMNS += ("buffers", "KV cache", "peak", "fits")
+COLUMNS += ("buffers", "sampler", "KV cache", "slack", "peak", "fits")
 
 
 def main() -> None:
@@ -47,11 +51,49 @@ def cluster_of(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
 
 def report(config: RunConfig, *, cluster: Cluster, as_text: bool) -> None:
     """Print the plan of a config."""
-    made = plan(config, cluster)
+    made = plan(config, cluster, on_gpu=cluster.device != "cpu")
+    device = device_for(config, made)
+    times = {count: estimate(config, made.shape, device, scaled) for count, scaled in wider(cluster)}
     if as_text:
         show(made)
+        show_times(times, cluster, device)
     else:
-        print(as_json(made))
+        print(as_json(made, times))
+
+
+def device_for(config: RunConfig, made: Plan) -> Device:
+    """The row of the table, or this CPU, measured for a second."""
+    if made.cluster.device != "cpu":
+        return DEVICES[made.cluster.device]
+    from rltrain.plan.calibration import this_cpu
+
+    load, work = made.load, work_of(config, made.cluster)
+    return this_cpu(
+        config.model, architecture(config.model), made.shape, work, rows=load.rows, tokens=load.tokens
+    )  # fmt: skip
+
+
+def wider(cluster: Cluster) -> list[tuple[int, Cluster]]:
+    """The cluster, and on GPUs powers of two up to 1,024 ranks in nodes of eight, each with a prompt at least."""
+    counts = [2**power for power in range(11)] if cluster.device != "cpu" else []
+    sizes = {count: dataclasses.replace(cluster, nodes=-(-count // 8), gpus_per_node=min(count, 8)) for count in counts}
+    sizes[cluster.ranks] = cluster
+    return sorted(sizes.items())
+
+
+def show_times(times: dict[int, Times], cluster: Cluster, device: Device) -> None:
+    """A line per number of ranks, the configured one marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"seconds a step by stage, {device.name}, lengths as stated, at stated shares of its peaks")
+    for name in ("ranks", *next(iter(times.values())).seconds, "step", "longest"):
+        table.add_column(name, justify="right")
+    for count, found in times.items():
+        mark = "*" if count == cluster.ranks else ""
+        cells = [f"{count}{mark}", *(f"{seconds:.2f}" for seconds in found.seconds.values()), f"{found.total:.2f}"]
+        table.add_row(*cells, found.dominant, style="bold" if mark else None)
+    Console(width=max(Console().width, 150)).print(table)
 
 
 def show(made: Plan) -> None:
@@ -80,7 +122,14 @@ def table_of(made: Plan) -> Any:
     for sharding, footprint in made.footprints.items():
         sizes = [
             *(footprint.weights, footprint.gradients, footprint.optimizer, footprint.frozen, footprint.activations),
-            *(footprint.head, footprint.buffers, footprint.kv_cache, footprint.peak),
+            *(
+                footprint.head,
+                footprint.buffers,
+                footprint.sampler,
+                footprint.kv_cache,
+                footprint.slack,
+                footprint.peak,
+            ),
         ]
         switches = ["yes" if flag else "" for flag in (sharding.offload_optimizer, sharding.gradient_checkpointing)]
         mark = "*" if sharding == made.chosen else ""

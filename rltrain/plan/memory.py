@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rltrain.config import Need, RunConfig
-from rltrain.errors import require
+from rltrain.errors import require, require_one_of
+from rltrain.plan.devices import DEVICES
 from rltrain.plan.model_shape import ModelShape, activation_bytes, architecture, measure
+from rltrain.rollout.vllm import VllmRolloutConfig
+from rltrain.rollout.vllm_colocated import CACHE_GIB
 
 GIB = 2**30
 STATE_BYTES = 12  # of AdamW, a parameter: an fp32 copy of the weight and two moments
@@ -21,25 +24,43 @@ FP32_BYTES = 4
 # Of DeepSpeed: elements of a gradient bucket, and of weights that ZeRO 3 keeps gathered at most.
 BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
-# CUDA's context, NCCL's buffers and what the allocator cannot use.
+# CUDA's context and NCCL's buffers.
 RESERVE_GIB = 2.0
+# Of what comes and goes on a GPU, activations, logits and cache: the blocks that its caching allocator cannot join.
+ALLOCATOR_SLACK = 0.06
+# Of a colocated vLLM, also while it sleeps: CUDA graphs, its compiled kernels and workspaces.
+VLLM_RESIDENT_GIB = 2.0
+VLLM_ROWS = 256  # vLLM's max_num_seqs on most cards
 SMALL_LOGITS = 2**20  # the most with which the head takes the plain path (rltrain.kernels)
 BLOCK_LOGITS = 2**20
 BLOCK_COLUMNS = 1024  # at least
+TRITON_COLUMNS = 8192  # of rltrain.kernels.triton: BACKWARD_COLUMNS, and the programs of a forward
+TRITON_SPLITS = 512
 CACHE_BLOCK = 16  # tokens by which the rollout's cache grows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The machines. ``gpu_gib`` is the memory of a GPU, which is one rank."""
+    """The machines. A GPU is one rank; ``gpu_gib`` is its memory, 0 for what ``device`` has.
+
+    ``prompt_tokens`` and ``new_tokens`` are the mean lengths that the time is estimated for; 0 for the limits.
+    """
 
     nodes: int = 1
     gpus_per_node: int = 1
-    gpu_gib: float = 80.0
+    gpu_gib: float = 0.0
+    device: str = "H100"
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            require(value > 0, f"{name}={value}: must be > 0")
+        for name in ("nodes", "gpus_per_node"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: must be > 0")
+        for name in ("gpu_gib", "prompt_tokens", "new_tokens"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must be >= 0; 0 is the default")
+        require_one_of((*DEVICES, "cpu"), "device", self.device)
+        if not self.gpu_gib:
+            object.__setattr__(self, "gpu_gib", DEVICES[self.device].memory_gib if self.device in DEVICES else 80.0)
 
     @property
     def ranks(self) -> int:
@@ -48,10 +69,16 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class RankLoad:
-    """The largest amounts that a rank handles at once: a micro-batch, and the completions in flight."""
+    """The largest amounts that a rank handles at once: a micro-batch, and the completions in flight.
+
+    A micro-batch is ``rows`` of ``tokens``, the longest. ``packed_tokens`` is what it holds without padding, and
+    ``gathered_tokens`` the keys that packed attention copies into rows, a shared prompt once for each completion.
+    """
 
     rows: int
     tokens: int
+    packed_tokens: int
+    gathered_tokens: int
     loss_tokens: int
     micro_batches: int
     prompts: int
@@ -73,9 +100,12 @@ class ShardingPlan:
 class Footprint:
     """Bytes per rank under one sharding plan. ``host`` is the memory of the node that offloading takes, per rank.
 
-    ``weights``, ``optimizer`` and ``frozen`` (reference, scorer) are always held. On top comes the largest of three
-    stages: training (gradients, activations, head, buffers), the optimiser step, and sampling (cache and logits).
-    Sampling needs another copy of the weights under ZeRO 3 or with ``rollout.dtype``.
+    ``weights``, ``optimizer``, ``frozen`` (reference, scorer) and ``sampler`` are always held. ``sampler`` is what a
+    rollout keeps while the rank trains: a second copy of the weights, a vLLM engine's resident part, or all of it.
+    On top comes the largest of three stages: training (gradients, activations, head, buffers), the optimiser step, and
+    sampling (cache and logits). With ``concurrent`` sampling goes on while the rank trains. Sampling needs another copy
+    of the weights under ZeRO 3, with ``rollout.dtype`` or by vLLM. ``slack`` is what the allocator cannot use while the
+    rank trains.
     """
 
     weights: int
@@ -90,14 +120,23 @@ class Footprint:
     kv_cache: int
     host: int
     accumulates: bool
+    sampler: int = 0
+    slack: int = 0
+    concurrent: bool = False
+
+    @property
+    def held(self) -> int:
+        """What is always there."""
+        return self.weights + self.optimizer + self.frozen + self.sampler
 
     @property
     def peak(self) -> int:
-        backward = self.activations + self.head
+        backward = self.activations + self.head + self.slack
         # With a single micro-batch, gradients are made while activations are freed.
         training = self.gradients + backward if self.accumulates else max(self.gradients, backward)
-        busiest = max(training + self.buffers, self.gradients + self.step, self.sampling)
-        return self.weights + self.optimizer + self.frozen + busiest
+        busiest = max(training + self.buffers, self.gradients + self.step)
+        busiest = busiest + self.sampling if self.concurrent else max(busiest, self.sampling)
+        return self.held + busiest
 
 
 def rank_load(config: RunConfig, ranks: int) -> RankLoad:
@@ -107,6 +146,7 @@ def rank_load(config: RunConfig, ranks: int) -> RankLoad:
     prompts = -(-batch.prompts_per_step // ranks)
     completions = prompts * batch.group_size
     rows = min(completions, batch.token_budget // longest)
+    packed, gathered, loss_tokens = _packed_load(config, rows, completions)
     evaluation = config.evaluation
     held_out = -(-evaluation.problems // ranks) * evaluation.samples if evaluation.every_steps else 0
     in_flight = config.rollout.rows_in_flight(max(completions, held_out))
@@ -114,7 +154,9 @@ def rank_load(config: RunConfig, ranks: int) -> RankLoad:
     return RankLoad(
         rows=rows,
         tokens=longest,
-        loss_tokens=rows * sampling.max_new_tokens,
+        packed_tokens=packed,
+        gathered_tokens=gathered,
+        loss_tokens=loss_tokens,
         micro_batches=-(-completions // rows),
         prompts=-(-in_flight // share),
         prompt_tokens=sampling.max_prompt_tokens,
@@ -123,13 +165,57 @@ def rank_load(config: RunConfig, ranks: int) -> RankLoad:
     )
 
 
-def head_bytes(shape: ModelShape, loss_tokens: int) -> int:
-    """The fused head: hidden states and their gradient, blocks of logits, and dW before it joins the gradient."""
+def _packed_load(config: RunConfig, rows: int, completions: int) -> tuple[int, int, int]:
+    """Tokens of a micro-batch, keys that its attention gathers, and tokens with a loss, in the largest layout allowed.
+
+    Padded: ``rows`` of the longest. Packed: rows that fill the budget. Shared: a prompt, and as many of its completions
+    as fit beside it, each of which attends to a copy of the prompt's keys.
+    """
+    sampling, batch = config.sampling, config.batch
+    longest = sampling.max_prompt_tokens + sampling.max_new_tokens
+    padded = rows * longest, 0, rows * sampling.max_new_tokens
+    if batch.packing in ("padded", "auto"):
+        return padded
+    if batch.packing == "packed":
+        tokens = min(batch.token_budget, completions * longest)
+        return tokens, tokens, max(padded[2], tokens - rows * sampling.max_prompt_tokens)
+    beside = max(1, min(batch.group_size, (batch.token_budget - sampling.max_prompt_tokens) // sampling.max_new_tokens))
+    loss_tokens = beside * sampling.max_new_tokens
+    return sampling.max_prompt_tokens + loss_tokens, sampling.max_prompt_tokens + beside * longest, loss_tokens
+
+
+def head_bytes(shape: ModelShape, loss_tokens: int, *, on_gpu: bool = False) -> int:
+    """The fused head: hidden states and their gradient, blocks of logits, and dW before it joins the gradient.
+
+    On a GPU Triton keeps dlogits [N, 8192] in the model's precision, and four statistics a split of the vocabulary.
+    """
     states = 2 * loss_tokens * shape.hidden_size * FP32_BYTES
     logits = loss_tokens * shape.vocabulary
+    weight = shape.vocabulary * shape.hidden_size * shape.dtype_bytes
     # The plain path holds logits, log-probs, probabilities, their product and gradients.
-    blocks = 6 * logits if logits <= SMALL_LOGITS else 2 * max(BLOCK_LOGITS, BLOCK_COLUMNS * loss_tokens)
-    return states + blocks * FP32_BYTES + shape.vocabulary * shape.hidden_size * shape.dtype_bytes
+    if logits <= SMALL_LOGITS:
+        return states + 6 * logits * FP32_BYTES + weight
+    if not on_gpu:
+        return states + 2 * max(BLOCK_LOGITS, BLOCK_COLUMNS * loss_tokens) * FP32_BYTES + weight
+    columns = min(TRITON_COLUMNS, shape.vocabulary)
+    splits = -(-TRITON_SPLITS // max(1, loss_tokens // 64))
+    return states + loss_tokens * (columns * shape.dtype_bytes + (4 * splits + 5) * FP32_BYTES) + weight
+
+
+def attention_bytes(config: RunConfig, shape: ModelShape, load: RankLoad, *, checkpointing: bool, on_gpu: bool) -> int:
+    """What attention holds beside the counted activations, in all layers, or in one with checkpointing.
+
+    Packed attention copies queries, keys and values into rows. torch's math kernel on a GPU, which takes over where
+    grouped heads meet fp32 or, in the shared layout, a mask, holds scores and probabilities [heads, Q, K] of each row.
+    """
+    layers = 1 if checkpointing else shape.layers
+    queries = load.packed_tokens if load.gathered_tokens else 0
+    gathered = (2 * shape.heads * queries + 2 * shape.kv_heads * load.gathered_tokens) * shape.head_dim
+    masked = config.batch.packing == "shared" and load.gathered_tokens > load.packed_tokens
+    takes_math = on_gpu and shape.heads != shape.kv_heads and (shape.dtype_bytes == FP32_BYTES or masked)
+    rows = max(load.rows, -(-load.packed_tokens // load.tokens))
+    scores = 2 * rows * shape.heads * load.tokens**2 if takes_math else 0
+    return layers * (gathered + scores) * shape.dtype_bytes
 
 
 def naive_logits_bytes(shape: ModelShape, loss_tokens: int) -> int:
@@ -139,7 +225,7 @@ def naive_logits_bytes(shape: ModelShape, loss_tokens: int) -> int:
 
 def kv_cache_bytes(shape: ModelShape, load: RankLoad) -> int:
     """The cache holds each prompt once and each completion at full length, and copies one layer while it grows."""
-    columns = math.ceil(load.new_tokens / CACHE_BLOCK) * CACHE_BLOCK
+    columns = -(-load.new_tokens // CACHE_BLOCK) * CACHE_BLOCK
     held = shape.kv_bytes(load.prompts * load.prompt_tokens + load.completions * columns)
     return held + held // shape.layers
 
@@ -149,6 +235,27 @@ def sampling_bytes(shape: ModelShape, load: RankLoad) -> int:
     prefill = load.prompts * load.prompt_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
     step = load.completions * shape.vocabulary * (shape.dtype_bytes + 2 * FP32_BYTES)
     return max(prefill * shape.dtype_bytes, step)
+
+
+def vllm_cache_bytes(shape: ModelShape, load: RankLoad, room: int) -> int:
+    """vLLM's cache: what the rows in flight need at full length, at most what is left, at least a single completion."""
+    longest = load.prompt_tokens + load.new_tokens
+    wanted = shape.kv_bytes(min(load.completions, VLLM_ROWS) * longest)
+    return min(wanted, max(room, shape.kv_bytes(longest)))
+
+
+def _sampler(config: RunConfig, shape: ModelShape) -> tuple[int, int, bool]:
+    """Bytes that the rollout holds while the rank trains, weights that sampling adds, and whether both overlap."""
+    rollout = config.rollout
+    if isinstance(rollout, VllmRolloutConfig):
+        if rollout.mode == "server":
+            return 0, 0, False
+        resident, weights = round(VLLM_RESIDENT_GIB * GIB), shape.parameters * shape.dtype_bytes
+        return (resident, weights, False) if rollout.sleep else (resident + weights, 0, True)
+    dtype_bytes = 2 if rollout.decode_dtype() == "bfloat16" else shape.dtype_bytes
+    if rollout.ahead:  # a whole model of its own, unless it lies on another GPU
+        return (0, 0, False) if rollout.device_offset else (shape.parameters * dtype_bytes, 0, True)
+    return (2 * shape.parameters if dtype_bytes != shape.dtype_bytes else 0), 0, False
 
 
 def frozen_bytes(config: RunConfig, shape: ModelShape, *, weight_share: int = 1) -> int:
@@ -200,28 +307,64 @@ def footprint(
     *,
     ranks: int,
     activations: int,
+    memory: float = 1e18,
     on_gpu: bool = True,
 ) -> Footprint:
-    """The bytes under one sharding plan, as ZeRO has it (1910.02054): 16 per parameter with bf16 weights and AdamW."""
+    """The bytes under one sharding plan, as ZeRO has it (1910.02054): 16 per parameter with bf16 weights and AdamW.
+
+    ``memory`` is the card's, which bounds the cache of a colocated vLLM.
+    """
     stage, offload = sharding.zero_stage, sharding.offload_optimizer
     share = ranks if stage else 1
     whole = shape.parameters * shape.dtype_bytes
-    states, kv_cache = optimizer_bytes(shape, stage, share), kv_cache_bytes(shape, load)
-    decodes_in_bf16 = config.rollout.decode_dtype() == "bfloat16" and shape.dtype_bytes != 2
-    return Footprint(
-        weights=(whole // ranks if stage == 3 else whole) + (2 * shape.parameters if decodes_in_bf16 else 0),
-        gradients=shape.trainable * shape.dtype_bytes // (share if stage >= 2 else 1),
+    states = optimizer_bytes(shape, stage, share)
+    sampler, sampling_weights, concurrent = _sampler(config, shape)
+    made = Footprint(
+        weights=whole // ranks if stage == 3 else whole,
+        gradients=shape.trainable * gradient_element_bytes(config, shape) // (share if stage >= 2 else 1),
         optimizer=0 if offload else states,
         frozen=frozen_bytes(config, shape, weight_share=ranks if stage == 3 else 1),
         activations=activations,
-        head=head_bytes(shape, load.loss_tokens),
+        head=head_bytes(shape, load.loss_tokens, on_gpu=on_gpu),
         buffers=buffer_bytes(config, shape, stage, on_gpu=on_gpu),
         step=0 if offload else step_bytes(shape, stage, share, on_gpu=on_gpu),
-        sampling=kv_cache + sampling_bytes(shape, load) + (whole if stage == 3 else 0),
-        kv_cache=kv_cache,
+        sampling=0,
+        kv_cache=0,
         accumulates=load.micro_batches > 1,
         host=states + shape.trainable // share * FP32_BYTES if offload else 0,
+        sampler=sampler,
+        concurrent=concurrent,
     )
+    room = round(memory - RESERVE_GIB * GIB) - made.held - sampling_weights
+    slack = ALLOCATOR_SLACK if on_gpu else 0.0
+    sampled = _sampling(config, shape, load, stage, room, extra_weights=sampling_weights, slack=slack)
+    return dataclasses.replace(made, slack=round(slack * (made.activations + made.head)), **sampled)
+
+
+def _sampling(
+    config: RunConfig, shape: ModelShape, load: RankLoad, stage: int, room: int, *, extra_weights: int, slack: float
+) -> dict[str, int]:
+    """The cache, and with it all that sampling takes beside what is held. vLLM takes its cache in a single piece."""
+    if isinstance(config.rollout, VllmRolloutConfig):
+        if config.rollout.mode == "server":
+            return {"kv_cache": 0, "sampling": 0}
+        if config.rollout.cache_gib or not config.rollout.sleep:
+            cache = round((config.rollout.cache_gib or CACHE_GIB) * GIB)
+        else:
+            cache = vllm_cache_bytes(shape, load, room)
+        return {"kv_cache": cache, "sampling": cache + extra_weights}
+    if config.rollout.ahead and config.rollout.device_offset:
+        return {"kv_cache": 0, "sampling": 0}  # on the other GPU
+    cache = kv_cache_bytes(shape, load)
+    gathered = shape.parameters * shape.dtype_bytes if stage == 3 and not config.rollout.ahead else 0
+    transient = cache + sampling_bytes(shape, load)
+    return {"kv_cache": cache, "sampling": transient + round(slack * transient) + gathered}
+
+
+def gradient_element_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """An element of the gradients that micro-batches add up in: fp32 where ``data_types.grad_accum_dtype`` says so."""
+    accumulated = config.deepspeed.extra.get("data_types", {}).get("grad_accum_dtype")
+    return FP32_BYTES if accumulated == "fp32" else shape.dtype_bytes
 
 
 def sharding_plans(stages: Sequence[int] = (0, 1, 2, 3)) -> list[ShardingPlan]:
@@ -262,6 +405,9 @@ def plan(config: RunConfig, cluster: Cluster, *, on_gpu: bool = True) -> Plan:
         checkpointing: activation_bytes(
             config.model, source, rows=load.rows, tokens=load.tokens, checkpointing=checkpointing
         )
+        * max(load.packed_tokens, load.rows * load.tokens)
+        // (load.rows * load.tokens)
+        + attention_bytes(config, shape, load, checkpointing=checkpointing, on_gpu=on_gpu)
         for checkpointing in (False, True)
     }
     footprints = {
@@ -272,6 +418,7 @@ def plan(config: RunConfig, cluster: Cluster, *, on_gpu: bool = True) -> Plan:
             sharding,
             ranks=ranks,
             activations=activations[sharding.gradient_checkpointing],
+            memory=cluster.gpu_gib * GIB,
             on_gpu=on_gpu,
         )
         for sharding in sharding_plans()
@@ -284,8 +431,8 @@ def plan(config: RunConfig, cluster: Cluster, *, on_gpu: bool = True) -> Plan:
     return Plan(cluster=cluster, shape=shape, load=load, chosen=chosen, footprints=footprints)
 
 
-def as_json(made: Plan) -> str:
-    """The plan as JSON, in bytes."""
+def as_json(made: Plan, times: Mapping[int, Any] | None = None) -> str:
+    """The plan as JSON, in bytes; ``times`` are those of :mod:`rltrain.plan.time`, by number of ranks, in seconds."""
     rows = [
         {
             **vars(sharding),
@@ -298,4 +445,8 @@ def as_json(made: Plan) -> str:
     ]
     facts = {"cluster": made.cluster, "shape": made.shape, "work": made.load}
     avoided = naive_logits_bytes(made.shape, made.load.loss_tokens)
-    return json.dumps({**facts, "logits_avoided": avoided, "layouts": rows}, indent=1, default=dataclasses.asdict)
+    return json.dumps(
+        {**facts, "logits_avoided": avoided, "layouts": rows, "times": times or {}},
+        indent=1,
+        default=dataclasses.asdict,
+    )

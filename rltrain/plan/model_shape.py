@@ -32,7 +32,10 @@ PROBED_LAYERS = (2, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Counts of a model's elements, unless the name says otherwise. ``dtype_bytes`` is the size of a weight."""
+    """Counts of a model's elements, unless the name says otherwise. ``dtype_bytes`` is the size of a weight.
+
+    ``tied``: the head is the embedding matrix.
+    """
 
     trainable: int
     frozen: int
@@ -41,9 +44,11 @@ class ModelShape:
     hidden_size: int
     intermediate_size: int
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     dtype_bytes: int
+    tied: bool
 
     @property
     def parameters(self) -> int:
@@ -104,9 +109,11 @@ def measure(config: ModelConfig, shape: Any) -> ModelShape:
         hidden_size=text.hidden_size,
         intermediate_size=capabilities.intermediate_size(text),
         layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
         kv_heads=capabilities.kv_heads(text),
         head_dim=capabilities.head_size(text),
         dtype_bytes=getattr(torch, config.dtype).itemsize,
+        tied=bool(shape.tie_word_embeddings),
     )
 
 
@@ -146,14 +153,15 @@ def activation_bytes(config: ModelConfig, shape: Any, *, rows: int, tokens: int,
     if layers <= PROBED_LAYERS[-1]:
         return _probe(config, shape, rows=rows, tokens=tokens, checkpointing=checkpointing)
     few, more = (
-        _probe(config, _with_layers(shape, count), rows=rows, tokens=tokens, checkpointing=checkpointing)
+        _probe(config, with_depth(shape, count), rows=rows, tokens=tokens, checkpointing=checkpointing)
         for count in PROBED_LAYERS
     )
     per_layer = (more - few) / (PROBED_LAYERS[1] - PROBED_LAYERS[0])
     return round(more + per_layer * (layers - PROBED_LAYERS[1]))
 
 
-def _with_layers(shape: Any, count: int) -> Any:
+def with_depth(shape: Any, count: int) -> Any:
+    """The transformers config with ``count`` layers."""
     cut = copy.deepcopy(shape)
     capabilities.with_layers(cut.get_text_config(), count)
     return cut

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.config import RolloutConfig, SamplingConfig
-from rltrain.errors import require
+from rltrain.errors import require, require_one_of
 from rltrain.registry import register
 from rltrain.rollout import probes
 from rltrain.rollout.continuation_types import ContinuationRequest
@@ -20,6 +20,7 @@ from rltrain.rollout.vllm_requests import Request, Sampled, SamplingEngine, requ
 from rltrain.types import Completion, Group, Prompt
 
 MODES = ("colocated", "server")
+ROUTES = ("auto", "nccl", "files")
 _instances = itertools.count()
 
 
@@ -27,9 +28,10 @@ _instances = itertools.count()
 class VllmRolloutConfig(RolloutConfig):
     """``colocated``: an engine in each rank's process. ``server``: `vllm serve` at ``urls``, shared by all ranks.
 
-    ``folder`` is where weights are handed to servers; trainer and servers must see it under the same path. One call to
-    a server takes at most ``request_s``; when none is left, the step waits ``restart_s`` for one to come back. A rank
-    has ``max_requests`` calls under way at once. A colocated engine keeps a cache of ``cache_gib``, 0 for
+    Weights go to servers by ``weights``: over ``nccl``, through ``files``, or ``auto``: NCCL where trainer and servers
+    have GPUs. ``folder`` is where files are handed over; trainer and servers must see it under the same path. One call
+    to a server takes at most ``request_s``; when none is left, the step waits ``restart_s`` for one to come back. A
+    rank has ``max_requests`` calls under way at once. A colocated engine keeps a cache of ``cache_gib``, 0 for
     what is free on a GPU less a reserve where the engine sleeps and 2 GiB elsewhere. It gives its memory
     back while the rank trains (``sleep``, on GPUs), and gets ``engine`` as further arguments of ``vllm.LLM``.
     ``zero_stage`` is the trainer's: above 0 the ranks share its moments out, and the reserve is for a share.
@@ -38,6 +40,7 @@ class VllmRolloutConfig(RolloutConfig):
 
     mode: str = "colocated"  # colocated (in the trainer's process) or server
     urls: list[str] = field(default_factory=list)
+    weights: str = "auto"
     folder: str = "${run_dir}/vllm"
     request_s: float = 600.0
     restart_s: float = 900.0
@@ -49,6 +52,7 @@ class VllmRolloutConfig(RolloutConfig):
 
     def __post_init__(self) -> None:
         require(self.mode in MODES, f"rollout.mode={self.mode}: unknown; set one of {', '.join(MODES)}")
+        require_one_of(ROUTES, "rollout.weights", self.weights)
         require(
             self.mode != "server" or bool(self.urls),
             "rollout.urls: empty; set the servers' addresses, for example rollout.urls=[http://node1:8000]",
@@ -164,6 +168,7 @@ def _engine(config: VllmRolloutConfig, policy: Any, *, longest: int) -> Sampling
             restart_s=config.restart_s,
             max_requests=config.max_requests,
             longest=longest,
+            weights=config.weights,
         )
     from rltrain.rollout.vllm_colocated import ColocatedEngine
 

@@ -1,8 +1,9 @@
 """`vllm serve` over HTTP: several servers that all ranks share, any of which may die and come back.
 
-A server is used only with the newest weights: each answer names the weights it was sampled with, and a server that was
-restarted gets them before it is asked again. Requests that a dead server took along are sent to the others; every call
-has a deadline. The endpoints are those of ``scripts/vllm_server.sh`` (docs/vllm.md).
+Weights go to them over NCCL (:mod:`rltrain.rollout.vllm_nccl`) or as files on shared storage. A server is used only
+with the newest weights: each answer names the weights it was sampled with, and a server that was restarted gets them
+before it is asked again. Requests that a dead server took along are sent to the others; every call has a deadline. The
+endpoints are those of ``scripts/vllm_server.sh`` (docs/vllm.md).
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rltrain.errors import RunError
 from rltrain.rollout import RolloutLost
+from rltrain.rollout.vllm_nccl import Channel, broadcast_all, takes_nccl
 from rltrain.rollout.vllm_requests import Request, Sampled
-from rltrain.rollout.vllm_weights import WeightFolder
+from rltrain.rollout.vllm_weights import Weight, WeightFolder, checkpoint_weights, list_weights
 from rltrain.runtime import dist
 
 log = logging.getLogger(__name__)
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 HEALTH_S = 10.0
 POLL_S = 1.0
 TOKENS_OF_A_DEADLINE = 4096  # that many new tokens are within rollout.request_s; more have longer, in proportion
+BYTES_OF_A_DEADLINE = 16 * 2**30  # so many bytes of weights are loaded within rollout.request_s
 MAX_FRUITLESS_PASSES = 3  # in a row: servers that say they are well and answer nothing
 
 # Straight to the server, whatever proxy the environment names.
@@ -66,16 +71,21 @@ class Server:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ServerDown(f"{self.url}{path}: {error or type(error).__name__}") from None
 
-    def ready(self, weights: Path) -> None:
-        """Healthy, and with these weights."""
+    def version(self) -> str:
+        """The name of the weights that a healthy server has."""
         self.call("/health", post=False, deadline_s=HEALTH_S)
-        if self.call("/weight_info", post=False)["weight_version"] != weights.name:
-            self.load(weights)
+        return self.call("/weight_info", post=False)["weight_version"]
 
-    def load(self, weights: Path) -> None:
+    def ready(self, weights: Path, *, nbytes: int) -> None:
+        """Healthy, and with these weights."""
+        if self.version() != weights.name:
+            self.load(weights, nbytes=nbytes)
+
+    def load(self, weights: Path, *, nbytes: int) -> None:
         """Put new weights in place between two batches, and forget what was cached under the old ones."""
         self.call("/pause?mode=wait")
-        self.call("/collective_rpc", {"method": "take_weights", "kwargs": {"weights_path": str(weights)}})
+        taken = {"method": "take_weights", "kwargs": {"weights_path": str(weights)}}
+        self.call("/collective_rpc", taken, deadline_s=self.loading_s(nbytes))
         if not self.call("/reset_prefix_cache")["success"]:
             raise ServerDown(f"{self.url}/reset_prefix_cache: blocks are still held")
         self.call("/update_weight_version", {"new_version": weights.name})
@@ -84,6 +94,10 @@ class Server:
     def completion_s(self, max_tokens: int) -> float:
         """The deadline of a completion of up to ``max_tokens`` tokens."""
         return self._request_s * max(1.0, max_tokens / TOKENS_OF_A_DEADLINE)
+
+    def loading_s(self, nbytes: int) -> float:
+        """The deadline of taking over weights of ``nbytes`` bytes."""
+        return self._request_s * max(1.0, nbytes / BYTES_OF_A_DEADLINE)
 
     def sample(self, request: Request, fields: dict[str, Any], version: str) -> Sampled:
         """One completion, sampled with the weights ``version`` from its first token to its last."""
@@ -121,7 +135,15 @@ class Servers:
     """The engine of ``rollout.mode=server``: ``sample`` on all servers that are up, ``push`` to every one."""
 
     def __init__(
-        self, urls: Sequence[str], folder: Path, *, request_s: float, restart_s: float, max_requests: int, longest: int
+        self,
+        urls: Sequence[str],
+        folder: Path,
+        *,
+        request_s: float,
+        restart_s: float,
+        max_requests: int,
+        longest: int,
+        weights: str = "files",
     ) -> None:
         self._servers = [Server(url, request_s=request_s) for url in urls]
         self._restart_s, self._max_requests, self._longest = restart_s, max_requests, longest
@@ -129,15 +151,73 @@ class Servers:
         self._checked: set[Server] = set()
         self._down: dict[Server, str] = {}
         self._lock = threading.Lock()  # continuations may be asked for while a thread samples ahead
+        self._route, self._nbytes = weights, 0
+        self._channels: dict[Server, Channel] = {}
 
     def push(self, model: Any) -> None:
-        """Write the weights once and have every server read them; one that cannot is named and asked again later."""
-        self._weights = self._folder.write(model)
-        self._down = dict.fromkeys(self._servers, "has not been asked")
+        """Hand the weights to every server; one that cannot take them is named and asked again later."""
+        weights = list_weights(model)
+        self._nbytes = sum(weight.nbytes for weight in weights)
+        self._decide_route()
+        before = dict.fromkeys(self._servers, "has not been asked")
+        if self._route == "nccl":
+            self._weights, self._down = self._folder.next_version(), before
+            self._broadcast(model, weights)
+        else:
+            self._weights, self._down = self._folder.write(model), before
         if dist.is_main():
             self._bring_up()
-            self._folder.keep_only(self._weights)
+            if self._route == "files":
+                self._folder.keep_only(self._weights)
         dist.barrier("weights pushed to the vLLM servers")
+
+    def _decide_route(self) -> None:
+        """Turn ``auto`` into a route, for the whole run: NCCL where trainer and every server that answers can."""
+        if self._route != "auto":
+            return
+        over_nccl = dist.is_main() and torch.cuda.is_available() and all(map(self._takes_nccl, self._servers))
+        self._route = "nccl" if dist.gather_objects(over_nccl, name="the route of the weights")[0] else "files"
+        if dist.is_main():
+            log.info("weights go to the vLLM servers %s", "over NCCL" if self._route == "nccl" else "as files")
+
+    def _takes_nccl(self, server: Server) -> bool:
+        try:
+            return takes_nccl(server)
+        except (ServerDown, RunError):
+            return False
+
+    def _broadcast(self, model: Any, weights: Sequence[Weight]) -> None:
+        """Rank 0 sends each weight to the servers that are up while all ranks hold it whole."""
+        channels = self._join() if dist.is_main() else []
+        with ThreadPoolExecutor(max(1, len(channels))) as pool:
+            started = [channel for channel in channels if self._tried(channel, channel.start, pool, weights)]
+            broadcast_all(started, weights, checkpoint_weights(model))
+            for channel in started:
+                self._tried(channel, channel.finish, self._weights.name)
+
+    def _join(self) -> list[Channel]:
+        """The channels to all servers that are up. A server that has lost its weights was restarted, and joins anew."""
+        for server in self._servers:
+            try:
+                joined = self._channels.get(server)
+                if joined is None or server.version() != joined.version:
+                    self._channels.pop(server, None)
+                    server.version()  # healthy, or joining would wait for it
+                    self._channels[server] = Channel(server, deadline_s=server.loading_s(self._nbytes))
+            except ServerDown as error:
+                self._mark(server, error)
+        return [channel for server, channel in self._channels.items() if self._down[server] == "has not been asked"]
+
+    def _tried(self, channel: Channel, call: Callable[..., None], *arguments: Any) -> bool:
+        """Whether a call to a channel's server succeeded; else the server is down, and joins anew at the next push."""
+        try:
+            call(*arguments)
+        except ServerDown as error:
+            server = next(server for server, found in self._channels.items() if found is channel)
+            del self._channels[server]
+            self._mark(server, error)
+            return False
+        return True
 
     def sample(self, requests: Sequence[Request], fields: dict[str, Any]) -> list[Sampled]:
         """One answer per request, in order. :class:`RolloutLost` on every rank if any of them found no server."""
@@ -201,7 +281,10 @@ class Servers:
 
     def _try(self, server: Server) -> None:
         try:
-            server.ready(self._weights)
+            if self._route == "nccl":
+                self._refuse_old(server)
+            else:
+                server.ready(self._weights, nbytes=self._nbytes)
             if server not in self._checked:
                 server.refuse_unfit(longest=self._longest)
                 self._checked.add(server)
@@ -209,6 +292,11 @@ class Servers:
             self._mark(server, error)
         else:
             self._down.pop(server, None)
+
+    def _refuse_old(self, server: Server) -> None:
+        """No file holds the weights, so a server that was restarted waits for those of the next step."""
+        if server.version() != self._weights.name:
+            raise ServerDown(f"{server.url}: has other weights, and gets new ones over NCCL with the next push")
 
     def _mark(self, server: Server, error: ServerDown) -> None:
         """Note that a server is down, and why; say so once."""

@@ -25,7 +25,10 @@ class WeightReceiver:
         On a CPU vLLM multiplies by a repacked copy of each matrix. Its own reload forgets the copy of an output head
         that is tied to the embeddings (seen in 0.32), so heads are packed once more here.
         """
-        self.vllm_config.load_config.load_format = "auto"  # a server may have started from dummy weights
+        load = self.vllm_config.load_config
+        load.load_format = "auto"  # a server may have started from dummy weights
+        if weights_path and not load.model_loader_extra_config and load.safetensors_load_strategy in (None, "lazy"):
+            load.model_loader_extra_config = {"enable_multithread_load": True}  # several files at once
         self.reload_weights(weights_path=weights_path, weights_iterator=weights_iterator, is_checkpoint_format=True)
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # pyright: ignore[reportMissingImports]
         from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]

@@ -32,7 +32,8 @@ FREE_KEYS = (
 )
 # Where rollout servers are, how long they may take, and what memory an engine has.
 FREE_KEYS += tuple(
-    f"rollout.{key}" for key in ("urls", "folder", "request_s", "restart_s", "max_requests", "cache_gib", "zero_stage")
+    f"rollout.{key}"
+    for key in ("urls", "folder", "request_s", "restart_s", "max_requests", "cache_gib", "zero_stage", "weights")
 )
 # Why a run cannot go on, or into a folder that is in use, when a key of this group has changed.
 WHY = {

@@ -1,8 +1,11 @@
 """A server with the endpoints of `vllm serve` that the trainer calls. It samples with the weights that were pushed."""
 
+import base64
 import functools
 import json
+import queue
 import threading
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +23,33 @@ def tiny_model():
     return config(Path("unused")).model
 
 
+WIRES = {}
+
+
+class Nccl:
+    """Stands in for ``torch.cuda.nccl`` within a process: a communicator is a queue that both sides know by its id."""
+
+    @staticmethod
+    def unique_id():
+        made = uuid.uuid4().bytes * 8
+        WIRES[made] = queue.Queue()
+        return made
+
+    @staticmethod
+    def init_rank(ranks, unique_id, rank):
+        assert (ranks, rank) == (2, 0)
+        return WIRES[unique_id]
+
+    @staticmethod
+    def all_reduce(tensors, comms):
+        comms[0].put(tensors[0].clone())
+
+    @staticmethod
+    def broadcast(tensors, root, comms):
+        assert root == 0
+        comms[0].put(tensors[0].clone())
+
+
 class StandIn(ThreadingHTTPServer):
     """Serves ``model`` on a port of its own (or ``port``, to come back there) in a thread.
 
@@ -29,12 +59,13 @@ class StandIn(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, model, *, port=0, answers=10**9, max_model_len=512, raw_logprobs=False, mute=False):
+    def __init__(self, model, *, port=0, answers=10**9, max_model_len=512, raw_logprobs=False, mute=False, gpu=False):
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.lock = model.eval(), threading.Lock()
         self.answers, self.max_model_len, self.raw_logprobs, self.mute = answers, max_model_len, raw_logprobs, mute
         self.failing, self.closing = False, threading.Event()
         self.version, self.paused, self.pushes, self.served = UNKNOWN, False, [], []
+        self.gpu, self.workers, self.wire, self.updating = gpu, 1, None, False
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
@@ -58,6 +89,33 @@ class StandIn(ThreadingHTTPServer):
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
         self.pushes.append(Path(folder).name)
+
+    def join(self, info):
+        """Take part in a communicator of the stand-in for NCCL, which begins with a sum of one number."""
+        assert (info["rank_offset"], info["world_size"], info["packed"]) == (1, 1 + self.workers, False)
+        self.wire = WIRES[base64.b64decode(info["nccl_unique_id_b64"])]
+        assert self.wire.get(timeout=20).shape == (1,)
+
+    def receive(self, update):
+        """Every weight in the declared order, as NCCL would hand it over."""
+        assert self.paused and self.updating, "weights were sent to a server at work"
+        with torch.no_grad():
+            for name, dtype, shape in zip(update["names"], update["dtype_names"], update["shapes"], strict=True):
+                tensor = self.wire.get(timeout=20)
+                assert (str(tensor.dtype), list(tensor.shape)) == (f"torch.{dtype}", shape), name
+                self.model.get_parameter(name).copy_(tensor)
+
+    def weight_update(self, path, body):
+        """The calls of vLLM's weight-transfer protocol."""
+        if path == "/init_weight_transfer_engine":
+            self.join(body["init_info"])
+        elif path == "/start_weight_update":
+            self.updating = True
+        elif path == "/update_weights":
+            self.receive(body["update_info"])
+        elif path == "/finish_weight_update":
+            self.updating, self.version = False, body["weight_version"]
+            self.pushes.append(self.version)
 
     @torch.no_grad()
     def generate(self, asked):
@@ -100,6 +158,10 @@ class Handler(BaseHTTPRequestHandler):
                 "/health": None,
                 "/weight_info": {"weight_version": self.server.version},
                 "/v1/models": {"data": [{"max_model_len": self.server.max_model_len}]},
+                "/get_world_size": {"world_size": self.server.workers},
+                "/server_info?config_format=json": {
+                    "vllm_config": {"weight_transfer_config": {"backend": "nccl"} if self.server.gpu else None}
+                },
             }[self.path]
         )
 
@@ -114,6 +176,9 @@ class Handler(BaseHTTPRequestHandler):
             assert body["method"] == "take_weights"
             server.load(body["kwargs"]["weights_path"])
             self.reply({"results": [None]})
+        elif self.path.endswith(("_weight_update", "_weights", "_weight_transfer_engine")):
+            server.weight_update(self.path, body)
+            self.reply({})
         elif self.path == "/reset_prefix_cache":
             self.reply({"success": True})
         elif self.path == "/update_weight_version":

@@ -110,7 +110,7 @@ def test_an_answer_is_cut_by_the_local_rule(policy, text, end, finish):
 
 def test_pushed_weights_are_those_of_a_saved_folder(policy, tmp_path):
     policy.model.save_pretrained(tmp_path / "saved")
-    write_files(tmp_path, checkpoint_weights(policy.model), file_bytes=20_000)
+    write_files(tmp_path, policy.model, file_bytes=20_000)
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2
     pushed = {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -4,6 +4,7 @@ import pytest
 
 from rltrain import cli
 from rltrain.engine.deepspeed import deepspeed_dict
+from rltrain.plan.memory import Cluster, ShardingPlan, plan
 from rltrain.plan.model_shape import architecture, measure
 
 PARAMETERS = {"gsm8k_qwen": 596_049_920, "math_qwen_node": 8_190_735_360}  # of the models' cards
@@ -28,3 +29,16 @@ def test_the_planner_knows_the_models_of_the_presets_without_a_network(experimen
     model = cli.compose([f"+experiment={experiment}"]).model
     shape = measure(model, architecture(model))
     assert shape.trainable == PARAMETERS[experiment] and (shape.vocabulary, shape.kv_heads) == (151936, 8)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "gpus", "without"),
+    [("gsm8k_qwen", 1, True), ("math_qwen_node", 8, False)],
+)
+def test_a_preset_fits_80_gib_and_recomputes_activations_only_where_it_must(experiment, gpus, without):
+    made = plan(cli.compose([f"+experiment={experiment}"]), Cluster(gpus_per_node=gpus, gpu_gib=80))
+    assert made.fits(made.chosen)
+    kept = ShardingPlan(
+        zero_stage=made.chosen.zero_stage, offload_optimizer=False, gradient_checkpointing=False
+    )  # fmt: skip
+    assert made.fits(kept) == without
