@@ -40,7 +40,7 @@ class VllmRolloutConfig(RolloutConfig):
 
     mode: str = "colocated"  # colocated (in the trainer's process) or server
     urls: list[str] = field(default_factory=list)
-    weights: str = "auto"
+    weights: str = "auto"  # how weights go to servers: auto, nccl or files
     folder: str = "${run_dir}/vllm"
     request_s: float = 600.0
     restart_s: float = 900.0
