@@ -199,7 +199,8 @@ def build(config: RunConfig) -> Run:
     reference = load_reference(config, path=config.reference or initial)
     scorer = None
     if Need.SCORER in config.needs():
-        scorer = load_scorer(config, policy, engine, initial=initial, reference=reference)
+        trained = sft.scorer_cold_start(config) if config.scorer.cold_start.steps > 0 else None
+        scorer = load_scorer(config, policy, engine, initial=initial, reference=reference, trained=trained)
         scorer.start(engine.full_parameters())
     progress, states, parts, tensors = Progress(), PartStates(), {}, {}
     if saved is not None:

@@ -69,6 +69,34 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class TreeConfig:
+    """A group as trees, with any engine: see :mod:`rltrain.rollout.tree`."""
+
+    rounds: int = 0  # of branching after the chains; 0 samples no tree
+    chains: int = 6  # completions of a prompt that are sampled from its start, a tree each
+    places: int = 2  # cuts of each tree in a round, before its tokens of the largest -log p
+    branches: int = 2  # continuations from each cut
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, f"rollout.tree.rounds={self.rounds}: must be >= 0; 0 samples no tree")
+        for key in ("chains", "places", "branches"):
+            require(getattr(self, key) >= 1, f"rollout.tree.{key}={getattr(self, key)}: set at least 1")
+
+    @property
+    def leaves(self) -> int:
+        """The completions of a group."""
+        return self.chains * (1 + self.rounds * self.places * self.branches)
+
+    def check(self, group_size: int) -> None:
+        """``ConfigError`` unless a group has as many completions as there are leaves."""
+        require(
+            self.rounds == 0 or group_size == self.leaves,
+            f"batch.group_size={group_size}: rollout.tree makes chains·(1 + rounds·places·branches) = {self.leaves} "
+            f"completions of a prompt; set batch.group_size={self.leaves}, or rollout.tree.rounds=0",
+        )
+
+
+@dataclass(kw_only=True)
 class RolloutConfig:
     """Base of every rollout engine's config; the class is built as ``Engine(config, sampling, policy, seed)``.
 
@@ -78,6 +106,7 @@ class RolloutConfig:
 
     ahead: bool = False  # sample the next batch while this one is trained on
     device_offset: int = 0  # GPUs between the rank's and its sampling copy of the policy
+    tree: TreeConfig = field(default_factory=TreeConfig)
 
     def needed_correction(self) -> str:
         """What ``loss.importance_correction=auto`` becomes: ``truncate`` where the sampler's weights are older."""
@@ -226,27 +255,6 @@ class BatchConfig:
 
 
 @dataclass(kw_only=True)
-class ScorerConfig:
-    """The model phi that rewards read likelihoods from: the ``policy``, a ``frozen`` model, or the policy's ``ema``.
-
-    Frozen is the initial policy, or the model at ``path``, which must share the policy's vocabulary. The EMA is kept in
-    fp32: ``phi <- decay·phi + (1 - decay)·theta`` after each optimiser step.
-    """
-
-    kind: str = "frozen"  # policy, frozen, or ema
-    path: str | None = None  # of a frozen model that shares the policy's vocabulary; null: the initial policy
-    decay: float = 0.999  # of the EMA
-
-    def __post_init__(self) -> None:
-        require_one_of(("policy", "frozen", "ema"), "scorer.kind", self.kind)
-        require(0 <= self.decay < 1, f"scorer.decay={self.decay}: must lie in [0, 1); 0.999 is usual")
-        require(
-            self.path is None or self.kind == "frozen",
-            f"scorer.path with scorer.kind={self.kind}: has no effect; set scorer.kind=frozen or leave the path out",
-        )
-
-
-@dataclass(kw_only=True)
 class EvaluationConfig:
     """Held-out evaluation: ``samples`` completions of each of ``problems`` problems; every 0 steps means never."""
 
@@ -294,6 +302,39 @@ class ColdStartConfig:
     def is_wanted(self) -> bool:
         """Whether RL starts from a fine-tuned model."""
         return self.steps > 0 or self.path is not None
+
+
+@dataclass(kw_only=True)
+class ScorerConfig:
+    """The model phi that rewards read likelihoods from: the ``policy``, a ``frozen`` model, or the policy's ``ema``.
+
+    Frozen is the initial policy, or the model at ``path``, which must share the policy's vocabulary, or one that the
+    run trains first, in ``run_dir/scorer``, by a ``cold_start`` of its own from the weights of ``model``. The EMA is
+    kept in fp32: ``phi <- decay·phi + (1 - decay)·theta`` after each optimiser step.
+    """
+
+    kind: str = "frozen"  # policy, frozen, or ema
+    path: str | None = None  # of a frozen model that shares the policy's vocabulary; null: the initial policy
+    decay: float = 0.999  # of the EMA
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+
+    def __post_init__(self) -> None:
+        require_one_of(("policy", "frozen", "ema"), "scorer.kind", self.kind)
+        require(0 <= self.decay < 1, f"scorer.decay={self.decay}: must lie in [0, 1); 0.999 is usual")
+        require(
+            self.path is None or self.kind == "frozen",
+            f"scorer.path with scorer.kind={self.kind}: has no effect; set scorer.kind=frozen or leave the path out",
+        )
+        require(
+            self.cold_start.steps == 0 or (self.kind == "frozen" and self.path is None),
+            f"scorer.cold_start.steps={self.cold_start.steps} with scorer.kind={self.kind}, scorer.path={self.path}: "
+            "has no effect; set scorer.kind=frozen and no path, or scorer.cold_start.steps=0",
+        )
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether a frozen phi is the initial policy."""
+        return self.path is None and self.cold_start.steps == 0
 
 
 @dataclass(kw_only=True)
@@ -371,6 +412,7 @@ class RunConfig:
         if self.loss.importance_correction == "auto":
             self.loss = copy.copy(self.loss)  # keeps a key that + added, which is refused later
             self.loss.importance_correction = self.rollout.needed_correction()
+        self.rollout.tree.check(self.batch.group_size)
         self._check_rewards()
         self.advantage.check_run(self)
         require(

@@ -37,8 +37,13 @@ BETWEEN_LINES_S = 5.0  # where there is no terminal
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
 
 
-def cold_start(config: RunConfig) -> str:
-    """The folder of the fine-tuned model: ``cold_start.path``, or ``run_dir/cold_start``.
+def scorer_cold_start(config: RunConfig) -> str:
+    """The folder of phi where ``scorer.cold_start`` trains it: ``run_dir/scorer``. See :func:`cold_start`."""
+    return cold_start(dataclasses.replace(config, cold_start=config.scorer.cold_start), name="scorer")
+
+
+def cold_start(config: RunConfig, *, name: str = "cold_start") -> str:
+    """The folder of the fine-tuned model: ``cold_start.path``, or ``name`` in ``run_dir``.
 
     Where there is none yet it is taken from another run (:mod:`rltrain.runs.cold_starts`), or trained: on rank 0, in a
     separate process, without the launcher's variables and with its own random state. The other ranks wait.
@@ -49,7 +54,7 @@ def cold_start(config: RunConfig) -> str:
         given = cold_starts.checked(config.cold_start.path, config)
         progress.say("cold start", f"taken from {given} (cold_start.path)")
         return str(given)
-    folder = Path(config.run_dir) / "cold_start"
+    folder = Path(config.run_dir) / name
     dist.main_alone("cold start", lambda: _make(config, folder))
     return str(folder)
 

@@ -35,8 +35,9 @@ class ImplicitRewardConfig(AdvantageConfig):
     def check_run(self, run: RunConfig) -> None:
         starts_at = None if run.cold_start.steps else vars(run.model).get("path")
         reference = run.reference or starts_at
+        phi = run.scorer.path or starts_at
         require(
-            run.scorer.kind != "frozen" or (run.scorer.path or starts_at) != reference,
+            run.scorer.kind != "frozen" or run.scorer.cold_start.steps > 0 or phi != reference,
             f"scorer.kind=frozen, scorer.path={run.scorer.path}: phi and the reference are one model, whose log-ratio "
             "is 0; set scorer.kind=ema, or scorer.path to a better checkpoint",
         )

@@ -40,7 +40,7 @@ class OPDConfig(AdvantageConfig):
 
     def check_run(self, run: RunConfig) -> None:
         require(
-            run.scorer.kind == "frozen" and run.scorer.path is not None,
+            run.scorer.kind == "frozen" and not run.scorer.is_initial,
             f"scorer.kind={run.scorer.kind}, scorer.path={run.scorer.path}: distillation has no teacher; set "
             "scorer.kind=frozen and scorer.path=FOLDER of a model with the policy's vocabulary",
         )

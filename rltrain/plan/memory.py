@@ -266,7 +266,7 @@ def frozen_bytes(config: RunConfig, shape: ModelShape, *, weight_share: int = 1)
         return reference
     if config.scorer.kind == "ema":
         return reference + shape.parameters * FP32_BYTES
-    shared = reference and config.scorer.path == config.reference
+    shared = reference and config.scorer.path == config.reference and config.scorer.cold_start.steps == 0
     return reference + (0 if shared else whole)
 
 

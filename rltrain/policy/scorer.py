@@ -219,19 +219,27 @@ class Scorer:
 
 
 def load_scorer(
-    config: RunConfig, policy: Policy, module: Any, *, initial: str | None = None, reference: Any = None
+    config: RunConfig,
+    policy: Policy,
+    module: Any,
+    *,
+    initial: str | None = None,
+    reference: Any = None,
+    trained: str | None = None,
 ) -> Scorer:
     """The scorer of a run, an EMA not yet started.
 
     ``module`` is the engine, or the :class:`LogprobModel`, that holds the policy. ``initial`` is where the policy's
-    first weights are. Phi is the ``reference`` model if both have the same weights.
+    first weights are, ``trained`` those of a phi that the run trained. Phi is the ``reference`` model if both have the
+    same weights.
     """
     phi, decay = module, None
     if config.scorer.kind == "ema":
         phi, decay = load_shadow(config, initial), config.scorer.decay
     elif config.scorer.kind == "frozen":
-        shared = reference is not None and config.scorer.path == config.reference
-        phi = reference if shared else load_phi(config, policy, path=config.scorer.path or initial)
+        chosen = config.scorer.path or trained
+        shared = reference is not None and chosen == config.reference
+        phi = reference if shared else load_phi(config, policy, path=chosen or initial)
     models = {id(model): model for model in (module, phi, reference) if model is not None}
     layouts = usable_layouts(config.batch.packing, list(models.values()))
     scorer = Scorer(

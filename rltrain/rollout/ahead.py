@@ -29,6 +29,7 @@ from rltrain.rollout import Rollout, RolloutLost, build_engine, engine_of, probe
 from rltrain.rollout.continuation_types import ContinuationRequest
 from rltrain.rollout.local import LocalRollout
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
+from rltrain.rollout.tree import TreeRollout
 from rltrain.runs import completions
 from rltrain.runtime import dist
 from rltrain.types import Completion, Group, Mean, Metric, Metrics, Need, Prompt
@@ -231,7 +232,7 @@ def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, i
     weights are.
     """
     if not config.rollout.ahead:
-        return build_engine(config.rollout, config.sampling, policy, seed=config.seed)
+        return _sampler(config, policy)
     # The library's tokenizers are not made for two threads.
     own, present = dataclasses.replace(policy, tokenizer=copy.deepcopy(policy.tokenizer)), None
     if engine_of(config.rollout).uses_policy:
@@ -239,16 +240,23 @@ def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, i
         renew(own, policy, parameters)
         if Need.CONTINUATIONS in config.needs():
             present = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
-    inner = build_engine(config.rollout, config.sampling, own, seed=config.seed)
+    inner = _sampler(config, own)
     deadline_s = config.deadline("rollout")
     updates = config.batch.updates
     return Ahead(inner, policy, own, parameters, present=present, updates=updates, deadline_s=deadline_s)
 
 
+def _sampler(config: RunConfig, policy: Policy) -> Rollout:
+    """The engine of the config, around it the trees that it asks for."""
+    engine, tree = build_engine(config.rollout, config.sampling, policy, seed=config.seed), config.rollout.tree
+    return TreeRollout(engine, tree, config.sampling, policy) if tree.rounds else engine
+
+
 def check_rollout(rollout: Rollout) -> None:
     """Compare what decodes in this process with the model's own forward; all ranks call this with whole weights."""
-    if isinstance(rollout, (Ahead, LocalRollout)):
-        rollout.check()
+    inner = rollout.engine if isinstance(rollout, TreeRollout) else rollout
+    if isinstance(inner, (Ahead, LocalRollout)):
+        inner.check()
 
 
 def load_copy(config: RunConfig, initial: str | None) -> Any:

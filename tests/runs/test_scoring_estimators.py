@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
 from tiny_run import OVERRIDES, config, metrics
 from two_ranks import assert_same_run
 from whole_runs import assert_same_weights, final_weights
 
-from rltrain import trainer
-from rltrain.policy.load import load_policy, save_policy
+from rltrain import sft, trainer
+from rltrain.policy.load import load_policy
+from rltrain.policy.logprobs import LogprobModel
+from rltrain.policy.scorer import Scorer, load_scorer
 from rltrain.runs import step_dump
+from rltrain.types import SpanRequest
 
 ROOT = Path(__file__).parents[2]
 NO_REWARD = ["~rewards.answer", "+reward@eval_rewards.answer=random"]
@@ -23,11 +27,34 @@ SHORT = ["steps=3", "debug.bundle_steps=[1]"]
 METHODS = ("opd", "sdpo", "implicit_reward")
 
 
+COLD = ["steps=2", "batch_size=2", "max_length=80"]
+
+
 @pytest.fixture(scope="module")
-def overrides(tmp_path_factory):
-    """Of each method; the teacher is the same architecture with other weights."""
-    teacher = tmp_path_factory.mktemp("teacher")
-    save_policy(load_policy(config(teacher, "model.init_seed=3").model), teacher)
+def teacher(tmp_path_factory):
+    """What ``scorer.cold_start`` makes."""
+    own = ["algorithm=opd", *(f"scorer.cold_start.{setting}" for setting in COLD), "model.init_seed=3"]
+    run_config = config(tmp_path_factory.mktemp("teacher") / "run", *own)
+    folder = sft.scorer_cold_start(run_config)
+    assert folder == f"{run_config.run_dir}/scorer" and sft.scorer_cold_start(run_config) == folder
+    return folder
+
+
+def test_a_run_scores_with_the_phi_that_it_trained(teacher, tmp_path):
+    policy, request = load_policy(config(tmp_path).model), SpanRequest(token_ids=(5, 9, 12, 40), spans=((1, 4),))
+    module = LogprobModel(policy.model, temperature=1.0)
+    found = [
+        load_scorer(config(tmp_path, "algorithm=opd", *overrides), policy, module, trained=trained).phi([request])
+        for overrides, trained in ((["scorer.cold_start.steps=2"], teacher), ([f"scorer.path={teacher}"], None))
+    ]
+    expected = LogprobModel(load_policy(config(tmp_path).model, path=teacher).model.eval(), temperature=1.0)
+    scored = Scorer(module, expected, token_budget=64).phi([request])
+    assert all(torch.equal(phi[0][0], scored[0][0]) for phi in found)
+    assert not torch.equal(scored[0][0], Scorer(module, module, token_budget=64).phi([request])[0][0])
+
+
+@pytest.fixture(scope="module")
+def overrides(teacher):
     return {
         "opd": ["algorithm=opd", f"scorer.path={teacher}", *NO_REWARD, *SHORT],
         "sdpo": ["algorithm=sdpo", "scorer.decay=0.5", *SHORT],

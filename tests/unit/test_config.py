@@ -25,9 +25,10 @@ def overrides_for(group: str, name: str) -> list[str]:
 
 # What a preset must be told, or refuses of some experiments.
 MORE = {
-    "opd": ["scorer.kind=frozen", "scorer.path=teacher", "sampling.temperature=1"],
-    "sdpo": ["sampling.temperature=1"],
-    "implicit_reward": ["scorer.kind=ema"],
+    "opd": ["scorer.kind=frozen", "scorer.path=teacher", "scorer.cold_start.steps=0", "sampling.temperature=1"],
+    "sdpo": ["scorer.cold_start.steps=0", "sampling.temperature=1"],
+    "sdpo_lines": ["scorer.cold_start.steps=0", "sampling.temperature=1"],
+    "implicit_reward": ["scorer.kind=ema", "scorer.cold_start.steps=0"],
 }
 
 

@@ -10,7 +10,7 @@ from packed_models import tiny
 from tiny_run import config, metrics
 
 from rltrain import cli, trainer
-from rltrain.config import ScorerConfig
+from rltrain.config import ColdStartConfig, ScorerConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, inference
@@ -243,6 +243,7 @@ def test_a_scorer_with_fewer_embeddings_than_tokens_is_refused(policy):
     ({"kind": "teacher"}, "set one of policy, frozen, ema"),
     ({"decay": 1.0}, r"scorer.decay=1.0: must lie in \[0, 1\)"),
     ({"kind": "ema", "path": "x"}, "set scorer.kind=frozen or leave the path out"),
+    ({"path": "x", "cold_start": ColdStartConfig(steps=1)}, "has no effect; set scorer.kind=frozen and no path, or"),
 ])  # fmt: skip
 def test_impossible_scorers_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
@@ -262,3 +263,19 @@ def test_the_checkpoint_holds_no_tensors_without_an_ema(tmp_path):
     (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
     assert checkpoint.load_tensors(saved) == {}
     assert "scorer/ema_distance" not in metrics(tmp_path / "run")[1]
+
+
+def test_a_sequence_of_more_tokens_than_positions_is_named(policy):
+    model = LogprobModel(policy.model, temperature=1.0)
+    request = SpanRequest(token_ids=(5,) * 513, spans=((1, 2),))
+    with pytest.raises(RunError, match="a sequence of 513 tokens is to be scored by a model of 512 positions; shorten"):
+        Scorer(model, model, token_budget=1000).phi([request])
+
+
+def test_the_reference_is_scored_where_it_was_asked_for(policy):
+    model, other = LogprobModel(policy.model, temperature=0.3), load_policy(dataclasses.replace(SMALL, init_seed=1))
+    reference = LogprobModel(other.model, temperature=0.3)
+    found = Scorer(model, model, token_budget=100, reference=reference).reference(REQUESTS)
+    torch.testing.assert_close(found[0][1], naive(other.model, REQUESTS[0].token_ids, 4, 6), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RunError, match="needs={Need.SCORER, Need.REFERENCE_LOGPROBS}"):
+        Scorer(model, model, token_budget=100).reference(REQUESTS)
