@@ -24,7 +24,12 @@ from rltrain.types import Advantages, Context, Group, Need
 
 @dataclass(kw_only=True)
 class SPOConfig(ContinuedValuesConfig):
-    """See :func:`spo_advantages` and :func:`segment_borders`."""
+    """See :func:`spo_advantages` and :func:`segment_borders`.
+
+    A token of a probability below ``threshold`` is uncertain, and every ``interval``-th of them begins a segment.
+    At most ``max_states`` cuts of a completion are asked, evenly spaced, the last one kept.
+    The value of the prompt is that of continuations, or with ``start=others`` the other completions' mean reward.
+    """
 
     max_states: int = 64
     start: str = "continuations"
