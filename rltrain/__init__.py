@@ -1,3 +1,3 @@
 """rltrain: reinforcement-learning post-training for language models, built around credit assignment."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

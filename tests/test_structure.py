@@ -39,6 +39,7 @@ ENGINES = {"deepspeed", "vllm", "hydra"}
 TOP_LEVEL = {"rltrain", "configs", "scripts", "slurm", "tests", "docs", ".ci", ".gitignore", ".pre-commit-config.yaml"}
 TOP_LEVEL |= {"pyproject.toml", "requirements.lock", "requirements-vllm.lock", "Makefile"}
 TOP_LEVEL |= {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml"}
+TOP_LEVEL |= {"CITATION.cff", "containers", ".github"}  # how to cite, images for Docker and Apptainer, hosted CI
 EVALUATORS = {"eval", "sympify", "parse_expr"}
 SANDBOX = "rltrain.rewards.sandbox.child"  # the killable process in which submitted programs run
 

@@ -36,7 +36,7 @@ def plot(comparison: Comparison, curves: Sequence[Curve], path: Path) -> None:
         axes.set(xlabel=unit, ylabel=comparison.metric)
         axes.grid(alpha=0.3)
     left.set_title("interquartile mean, 95 % bootstrap band", fontsize=10)
-    left.legend(loc="best")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(colours), 6))
     _forest(right, comparison, colours)
     figure.savefig(path, dpi=110)
     plt.close(figure)

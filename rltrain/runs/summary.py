@@ -33,6 +33,7 @@ def plot_curves(runs: Mapping[str, MetricRows], path: Path, *, metric: str | Non
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import PercentFormatter
 
     metric = metric or held_out_metric(runs)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -47,6 +48,9 @@ def plot_curves(runs: Mapping[str, MetricRows], path: Path, *, metric: str | Non
         axes.grid(alpha=0.3)
         if axes.dataLim.ymin >= 0:
             axes.set_ylim(bottom=0)
-    right.legend(loc="best")
+    if metric.endswith("accuracy"):
+        right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if len(runs) > 1:
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 6))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -40,7 +40,7 @@ def hooks():
 
 def page_of_the_site(hooks, path: Path) -> str:
     """The Markdown that the site makes of a page."""
-    page = SimpleNamespace(file=SimpleNamespace(abs_src_path=str(path)))
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=path.relative_to(DOCS).as_posix()))
     return hooks.on_page_markdown(path.read_text(encoding="utf-8"), page=page, config={"docs_dir": str(DOCS)})
 
 
@@ -73,13 +73,30 @@ def test_index_holds_the_head_of_the_readme(hooks):
     first = readme.split("\n\n")[1].splitlines()[0]
     assert first in text and "make quickstart " in text and "](images/quickstart.png)" in text
     assert "## Layout" in readme and "## Layout" not in text
-    assert [target for target in relative_links(text) if not (DOCS / target).exists()] == []
+    assert [target for target in relative_links(text) if not is_on_the_site(target)] == []
+    assert "[`train()`](source/rltrain/trainer.py.md)" in text
+
+
+def is_on_the_site(target: str) -> bool:
+    """A page below ``source/`` is made from a file of the checkout."""
+    made = re.fullmatch(r"source/(.+)\.md", target)
+    return (ROOT / made[1] if made else DOCS / target).exists()
 
 
 def test_the_page_on_slurm_is_the_folders_readme(hooks):
     text = page_of_the_site(hooks, DOCS / "slurm.md")
     assert "train.sbatch" in text and "](results/slurm.md)" in text
-    assert [target for target in relative_links(text) if not (DOCS / target).exists()] == []
+    assert [target for target in relative_links(text) if not is_on_the_site(target)] == []
+
+
+def test_paths_in_code_become_links_outside_fenced_blocks(hooks):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="results/x.md"))
+    text = "see `rltrain/loss.py`, `rltrain/gone.py`\n```\n`rltrain/loss.py`\n```\n[a](../../scripts/sweep.sh)"
+    assert hooks.on_page_markdown(text, page=page, config={"docs_dir": str(DOCS)}) == (
+        "see [`rltrain/loss.py`](../source/rltrain/loss.py.md), `rltrain/gone.py`\n```\n`rltrain/loss.py`\n```\n"
+        "[a](../source/scripts/sweep.sh.md)"
+    )
+    assert {Path("rltrain/trainer.py"), Path("scripts/sweep.sh")} <= hooks.linked_sources(DOCS)
 
 
 def test_an_include_takes_the_named_sections(hooks):

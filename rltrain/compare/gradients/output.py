@@ -71,7 +71,9 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     measured = [(cell.label, cell.judgement) for cell in cells if cell.judgement]
     names = list(dict.fromkeys(judged.family for _, judged in measured))
     group_sizes = sorted({judged.group_size for _, judged in measured})
-    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 6.5), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        2, len(names), figsize=(4 * len(names), 6.5), squeeze=False, sharex=True, layout="constrained"
+    )
     for column, name in enumerate(names):
         axes[0][column].set_title(name)
         axes[1][column].set_xlabel("group size")
@@ -84,8 +86,8 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("cosine with the true gradient")
     axes[1][0].set_ylabel("signal-to-noise per completion")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
