@@ -83,7 +83,7 @@ def implicit_reward(groups: Sequence[Group], config: ImplicitRewardConfig, conte
         token_rewards[p][g] = config.beta * (phi_T - reference_T)
     rewards = [as_rewards(group.rewards_G) for group in groups]
     values = [implicit_reward_returns(*pair) for pair in zip(token_rewards, rewards, strict=True)]
-    kept = [[bool((~row.isnan()).sum() > 1) and not one.isnan() for one in row] for row in rewards]
+    kept = [[bool((~row_G.isnan()).sum() > 1) and not reward.isnan() for reward in row_G] for row_G in rewards]
     if config.whiten:
         values = whiten_kept(values, kept, eps=config.eps, name="advantages of implicit rewards")
     return Advantages(values=values, metrics=_metrics(token_rewards, kept), notes=_notes(token_rewards))

@@ -81,7 +81,7 @@ def tree_po(groups: Sequence[Group], config: TreePOConfig, context: Context) -> 
         for group, rewards_G in zip(groups, rewards, strict=True)
     ]
     if config.whiten:
-        kept = [[not (is_zero_variance(row) or one.isnan()) for one in row] for row in rewards]
+        kept = [[not (is_zero_variance(row_G) or reward.isnan()) for reward in row_G] for row_G in rewards]
         values = whiten_kept(values, kept, eps=config.eps, name="TreePO's advantages")
     shared = leaves_per_token([group.completion_ids for group in groups])
     return Advantages(values=values, metrics={"tree/leaves_per_token": shared})
