@@ -206,6 +206,16 @@ def is_sharded(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Whether no weight is sharded at this moment: without ZeRO 3, or inside :meth:`Engine.whole_weights`."""
+    sharded: list[Any] = [parameter for parameter in module.parameters() if is_sharded(parameter)]
+    if not sharded:
+        return True
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in sharded)
+
+
 @contextmanager
 def gathered(parameters: Sequence[Any]) -> Iterator[None]:
     """Parameters that ZeRO 3 shards, whole while held, and with rank 0's changes afterwards; others as they are."""

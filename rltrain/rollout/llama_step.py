@@ -2,23 +2,30 @@
 
     x += O(attend(rope(norm_q(Q n(x))), rope(norm_k(K n(x))), V n(x)));   x += Down(act(Gate n(x)) * Up n(x))
 
-Plain projections read the modules' weights where they lie; all others are called as modules, so LoRA takes part.
+Plain projections read the modules' weights where they lie; all others are called as modules, so LoRA takes part. Q, K
+and V are one product: of small weights a copy is stacked, and large ones are where they lie end to end, as in the flat
+buffers of ZeRO 1 and 2. Rotations come from a table. A step reads nothing from the device, so a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from rltrain.engine.deepspeed import is_whole
+
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
+_LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types of transformers
 # See `linear_map`: rows of a weight in one matrix product, at most; the products of one batch, for each thread, so that
 # the whole of a large result never exists twice; the least weight for which all that pays.
 _BLOCK_ROWS = 2048
 _BATCHED_BLOCKS = 2
 _BLOCKED_ELEMENTS = 1 << 16
+# Weights whose stack has fewer elements are copied: a megabyte, once a rollout.
+_STACKED_ELEMENTS = 1 << 18
 
 # (layer index, query [B, H, D], key [B, H_kv, D], value [B, H_kv, D], scale, window) -> [B, H·D]
 Attend = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
@@ -68,9 +75,17 @@ def linear_map(module: nn.Module, *, keep: bool = False) -> Map:
     A product of few rows x with a large W is shared badly among threads, and slow on one where W has very many rows
     (docs/rollout.md).
     """
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+    if not _is_plain(module):
         return module
-    weight, bias = module.weight, module.bias
+    return _product(module.weight, module.bias, keep=keep)
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _product(weight: Tensor, bias: Tensor | None, *, keep: bool = False) -> Map:
+    """x -> x · W^T + b."""
     plain = weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _BLOCKED_ELEMENTS
     blocks = 1 if plain else _blocks(len(weight), torch.get_num_threads())
     if blocks == 1 or not weight.is_contiguous():
@@ -79,6 +94,29 @@ def linear_map(module: nn.Module, *, keep: bool = False) -> Map:
             return lambda x_BD: torch.mm(x_BD, weight_DN)
         return lambda x_BD: torch.addmm(bias, x_BD, weight_DN)
     return _BlockProduct(weight, bias, blocks, keep=keep)
+
+
+def stacked_map(modules: Sequence[nn.Module]) -> Map:
+    """The maps' results side by side: one product where the modules are plain, and their weights small or adjacent."""
+    plain = [module for module in modules if _is_plain(module)]
+    biases = [module.bias for module in plain if module.bias is not None]
+    if len(plain) == len(modules) and len(biases) in (0, len(modules)):
+        weight = _stacked([module.weight for module in plain])
+        if weight is not None:
+            return _product(weight, torch.cat([*biases]) if biases else None)
+    maps = [linear_map(module) for module in modules]
+    return lambda x_BD: torch.cat([apply(x_BD) for apply in maps], dim=-1)
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor | None:
+    """[sum of rows, D], a view where the weights lie end to end and a copy where they are small, else None."""
+    first, total = weights[0], sum(weight.numel() for weight in weights)
+    ends = [weight.data_ptr() + weight.numel() * weight.element_size() for weight in weights]
+    follows = all(end == weight.data_ptr() for end, weight in zip(ends, weights[1:], strict=False))
+    together = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    if follows and together and all(weight.is_contiguous() for weight in weights):
+        return first.as_strided((total // first.shape[1], first.shape[1]), (first.shape[1], 1))
+    return torch.cat(list(weights)) if total < _STACKED_ELEMENTS else None
 
 
 def _rms_norm(weight: Tensor, eps: float) -> Map:
@@ -102,7 +140,7 @@ class _LayerStep:
     def __init__(self, index: int, layer: Any, attend: Attend) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._index, self._attend, self._act = index, attend, mlp.act_fn
-        self._query, self._key, self._value = map(linear_map, (attention.q_proj, attention.k_proj, attention.v_proj))
+        self._heads_map = stacked_map((attention.q_proj, attention.k_proj, attention.v_proj))
         self._out, self._gate, self._up, self._down = map(
             linear_map, (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
@@ -111,6 +149,7 @@ class _LayerStep:
         self._window = getattr(attention, "sliding_window", None)
         config = attention.config
         self._heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._turned = self._heads + kv_heads
         self._norm_heads: Map | None = None
         if hasattr(attention, "q_norm"):
             weights = [attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
@@ -122,11 +161,11 @@ class _LayerStep:
         return x_BD + self._down(self._act(self._gate(h_BD)).mul_(self._up(h_BD)))
 
     def _self_attention(self, h_BD: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-        both = torch.cat([self._query(h_BD), self._key(h_BD)], dim=-1).view(len(h_BD), -1, self._head_size)
+        heads_BHD = self._heads_map(h_BD).view(len(h_BD), -1, self._head_size)
+        both, value = heads_BHD[:, : self._turned], heads_BHD[:, self._turned :]
         if self._norm_heads is not None:
             both = self._norm_heads(both)
         both = torch.addcmul(both * cos, both.roll(self._head_size // 2, -1), signed_sin)
-        value = self._value(h_BD).view(len(h_BD), -1, self._head_size)
         query, key = both[:, : self._heads], both[:, self._heads :]
         return self._out(self._attend(self._index, query, key, value, self._scale, self._window))
 
@@ -146,20 +185,33 @@ class LlamaStep:
         self._embed, self._rotary = backbone.embed_tokens, backbone.rotary_emb
         self._layers = [_LayerStep(index, layer, attend) for index, layer in enumerate(backbone.layers)]
         self._norm, self._head = _norm_of(backbone.norm), linear_map(model.lm_head, keep=True)
+        # Rotations that depend on the length of the batch are computed at every step.
+        self.tabulates = not any(kind in backbone.rotary_emb.rope_type for kind in _LENGTH_DEPENDENT)
+        self._turns_P: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def supports(model: Any) -> bool:
-        """Known architectures with whole weights: under ZeRO-3 they are gathered by hooks of modules skipped here."""
+        """Known architectures with whole weights: those that ZeRO 3 has sharded are gathered by hooks skipped here."""
         known = model.config.model_type in _MODEL_TYPES and type(model).__module__.startswith("transformers.models.")
-        sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-        return known and hasattr(model, "lm_head") and not sharded
+        return known and hasattr(model, "lm_head") and is_whole(model)
+
+    def prepare(self, positions: int) -> None:
+        """Tabulate the rotations of so many positions; must come before a step at any of them."""
+        if self.tabulates and (self._turns_P is None or len(self._turns_P[0]) < positions):
+            self._turns_P = self._turns(torch.arange(positions, device=self._embed.weight.device))
+
+    def _turns(self, positions_B: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin, both [B, 1, head size]: rotate_half(x)·sin = roll(x)·signed sin."""
+        cos, sin = self._rotary(self._embed.weight, positions_B[:, None])
+        half = sin.shape[-1] // 2
+        return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
     def __call__(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
         x_BD = self._embed(tokens_B)
-        cos, sin = self._rotary(x_BD, positions_B[:, None])
-        half = sin.shape[-1] // 2
-        # rotate_half(x) * sin = roll(x) * signed_sin
-        signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        if self._turns_P is None:
+            cos, signed_sin = self._turns(positions_B)
+        else:
+            cos, signed_sin = (turns.index_select(0, positions_B) for turns in self._turns_P)
         for layer in self._layers:
             x_BD = layer(x_BD, cos, signed_sin)
         return self._head(self._norm(x_BD))

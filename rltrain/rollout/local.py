@@ -39,7 +39,8 @@ class LocalRolloutConfig(RolloutConfig):
 
     At most ``max_rows`` completions and ``max_cache_tokens`` (0: no limit; prompt once a group, plus
     ``max_new_tokens`` a row) are in flight, but at least one group; the others queue and refill the batch. Rows are
-    looked at every ``check_steps`` tokens; finished ones leave when they are ``compact_share`` of the batch.
+    looked at every ``check_steps`` tokens (0: 4 on a CPU, 16 elsewhere); finished ones leave when they are
+    ``compact_share`` of the batch. ``cuda_graph=auto`` replays the steps of Llama-shaped models as CUDA graphs.
     ``dtype=bfloat16`` decodes with a cast copy of the weights, renewed by ``sync``; ``policy`` with the policy itself.
     Continuations forward ``prefix_tokens_per_pass`` tokens of completions at a time (a single one may have more).
     ``speculate_tokens`` (0: none) guesses so many of the next tokens of each row, once nothing queues and at most
@@ -48,8 +49,9 @@ class LocalRolloutConfig(RolloutConfig):
 
     max_rows: int = 256
     max_cache_tokens: int = 0
-    check_steps: int = 4
+    check_steps: int = 0
     compact_share: float = 0.25
+    cuda_graph: str = "auto"
     dtype: str = "policy"
     prefix_tokens_per_pass: int = 16384
     speculate_tokens: int = 0
@@ -58,7 +60,8 @@ class LocalRolloutConfig(RolloutConfig):
     def __post_init__(self) -> None:
         require(self.max_rows >= 1, f"rollout.max_rows={self.max_rows}: set at least 1")
         require(self.max_cache_tokens >= 0, f"rollout.max_cache_tokens={self.max_cache_tokens}: 0 means no limit")
-        require(self.check_steps >= 1, f"rollout.check_steps={self.check_steps}: set at least 1")
+        require(self.check_steps >= 0, f"rollout.check_steps={self.check_steps}: 0 means the device's usual number")
+        require(self.cuda_graph in ("auto", "off"), f"rollout.cuda_graph={self.cuda_graph}: unknown; set auto or off")
         require(
             self.prefix_tokens_per_pass >= 1,
             f"rollout.prefix_tokens_per_pass={self.prefix_tokens_per_pass}: set at least 1; 16384 is usual",
@@ -72,6 +75,10 @@ class LocalRolloutConfig(RolloutConfig):
             f"rollout.speculate_tokens={self.speculate_tokens}: must lie in 0..{MOST_GUESSES}; 0 is off",
         )
         require(self.speculate_rows >= 1, f"rollout.speculate_rows={self.speculate_rows}: set at least 1")
+
+    def steps_between_looks(self, device_type: str) -> int:
+        """``check_steps``, or what is usual: where launches are asynchronous a look at the tokens stops all of them."""
+        return self.check_steps or (4 if device_type == "cpu" else 16)
 
     def decode_dtype(self) -> str:
         return self.dtype
@@ -168,7 +175,7 @@ class _Batch:
     def _decode(self) -> None:
         """``check_steps`` tokens for every row, and one look at them from the host at the end."""
         left = max(row.left_tokens for row in self._rows if not row.done)
-        steps = min(self._config.check_steps, left)
+        steps = min(self._config.steps_between_looks(self._keys_B.device.type), left)
         offsets_K1 = torch.arange(steps, device=self._keys_B.device)[:, None]
         sampled = []
         for uniforms_B in uniforms(self._keys_B, self._positions_B + offsets_K1):
@@ -267,7 +274,7 @@ class LocalRollout:
                 "rollout.dtype=policy or rollout.ahead=true",
             )
             self._model = copy.deepcopy(policy.model).requires_grad_(False).to(torch.bfloat16)
-        self._kinds = decoder_kinds(self._base, pad_id=policy.pad_token_id)
+        self._kinds = self._all_kinds()
         require(
             not config.speculate_tokens or SharedDecoder.supports(self._base),
             f"rollout.speculate_tokens={config.speculate_tokens}: {type(self._base).__name__} cannot take back a token "
@@ -289,7 +296,8 @@ class LocalRollout:
 
     def check(self) -> None:
         """Take the fastest decoder that is right; see :func:`~rltrain.rollout.decoder_check.check_decoders`."""
-        self._kinds = check_decoders(self._base, self._kinds)
+        # Made anew: under ZeRO 3 the weights were not whole when the engine was built, and are now.
+        self._kinds = check_decoders(self._base, self._all_kinds())
 
     def probe(self, requests: Sequence[ProbeRequest], settings: ProbeSettings) -> list[ProbeResult]:
         """Continuations from inside completions, for estimators that declare ``Need.PROBES``."""
@@ -371,15 +379,19 @@ class LocalRollout:
         # peft: the adapters live inside the base model's own layers.
         return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
 
+    def _all_kinds(self) -> list[DecoderKind]:
+        graphs = self._config.cuda_graph == "auto"
+        return decoder_kinds(self._base, pad_id=self._policy.pad_token_id, graphs=graphs)
+
     def _decoder(self, max_new_tokens: int) -> Decoder:
         return self._kinds[0].make(max_new_tokens)
 
 
-def decoder_kinds(model: Any, *, pad_id: int) -> list[DecoderKind]:
-    """The decoders that a model may have, fastest first."""
+def decoder_kinds(model: Any, *, pad_id: int, graphs: bool = False) -> list[DecoderKind]:
+    """The decoders that a model may have, fastest first; ``graphs`` lets the fastest replay CUDA graphs."""
 
     def shared(max_new_tokens: int, *, fused: bool) -> Decoder:
-        return SharedDecoder(model, pad_id=pad_id, max_new_tokens=max_new_tokens, fused=fused)
+        return SharedDecoder(model, pad_id=pad_id, max_new_tokens=max_new_tokens, fused=fused, graphs=graphs)
 
     kinds = [
         DecoderKind("the decoder with its own cache", lambda _: PlainDecoder(model, pad_id=pad_id)),

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -28,11 +29,22 @@ from torch.nn.functional import pad
 from rltrain.policy import capabilities
 from rltrain.rollout.hf_decoder import left_padded, padded_positions
 from rltrain.rollout.llama_step import LlamaStep
+from rltrain.rollout.step_graph import StepRunner
 
 _ATTENTION = "rltrain_shared_prompt"
-# Columns allocated at a time. A product over the whole of a contiguous cache, unused columns included, is up to twice
-# as fast on a CPU as one over a slice of a larger cache.
+# Columns allocated at a time on a CPU, and at least elsewhere. A product over the whole of a contiguous cache, unused
+# columns included, is up to twice as fast on a CPU as one over a slice of a larger cache.
 _BLOCK = 16
+# The first columns elsewhere. Then the cache grows by a quarter: each growth is a copy, leaves memory of another size
+# behind, and makes a new CUDA graph.
+_FIRST_BLOCK = 64
+
+
+def grown(capacity: int, device_type: str) -> int:
+    """The columns of the cache after it has grown from ``capacity``."""
+    if device_type == "cpu":
+        return capacity + _BLOCK
+    return max(_FIRST_BLOCK, capacity + -(-capacity // (4 * _BLOCK)) * _BLOCK)
 
 
 def _cat_left_padded(old: Tensor, new: Tensor, dim: int) -> Tensor:
@@ -169,20 +181,33 @@ class SharedDecoder:
 
     refills = True
 
-    def __init__(self, model: Any, *, pad_id: int, max_new_tokens: int, fused: bool = True) -> None:
-        """``fused`` steps by :class:`LlamaStep` where that supports the model."""
+    def __init__(
+        self, model: Any, *, pad_id: int, max_new_tokens: int, fused: bool = True, graphs: bool = False
+    ) -> None:
+        """``fused`` steps by :class:`LlamaStep` where that supports the model; ``graphs`` replays steps (CUDA)."""
         self._model, self._pad_id, self._device = model, pad_id, model.device
         self._max_new_tokens = max_new_tokens
+        # No reference back: the weights that a step stacks or merges must go with the decoder, not with a later
+        # collection of cycles.
+        attend = WeakMethod(self._llama_attend)
         self._forward = (
-            LlamaStep(model, self._llama_attend) if fused and LlamaStep.supports(model) else self._transformers_forward
+            LlamaStep(model, lambda *arguments: attend()(*arguments))  # type: ignore[misc] - it lives while it decodes
+            if fused and LlamaStep.supports(model)
+            else self._transformers_forward
         )
         self.layers: list[_Layer] = []
         self.layout: _Layout
         self._prompt_of: list[int] = []  # of each row; ascending
-        self._fed: list[int] = []  # columns of each row since its birth
+        self._births: list[int] = []  # the first column of each row
         self._columns = 0  # in use
         self._width = 1  # tokens of a row in the present step: T; N = B·T
         self._holes_BC: Tensor | None = None
+        # What a step changes is changed in place, and its layout is on the device: no step reads or sends anything.
+        capturable = isinstance(self._forward, LlamaStep) and self._forward.tabulates
+        self._steps = StepRunner(graphs=graphs and capturable and model.device.type == "cuda")
+        self._present_T = torch.zeros(1, dtype=torch.int64, device=model.device)  # the columns to write
+        self._births_B: Tensor
+        self._prompt_of_B: Tensor
         # Four axes tell the model that the mask is made already; `attend` uses `bias` instead.
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
         self._bias: dict[int | None, Tensor] = {}
@@ -205,10 +230,10 @@ class SharedDecoder:
         return keys, values
 
     def _write(self, layer_idx: int, key_NHD: Tensor, value_NHD: Tensor) -> None:
-        layer, present = self.layers[layer_idx], slice(self._columns - self._width, self._columns)
+        layer = self.layers[layer_idx]
         shape = (-1, self._width, *key_NHD.shape[1:])
-        layer.own_keys[:, :, present] = key_NHD.view(shape).permute(2, 0, 1, 3)
-        layer.own_values[:, :, present] = value_NHD.view(shape).permute(2, 0, 1, 3)
+        layer.own_keys.index_copy_(2, self._present_T, key_NHD.view(shape).permute(2, 0, 1, 3))
+        layer.own_values.index_copy_(2, self._present_T, value_NHD.view(shape).permute(2, 0, 1, 3))
 
     def attend(
         self, layer_idx: int, query_NHD: Tensor, scale: float, window: int | None, softcap: float | None = None
@@ -218,7 +243,8 @@ class SharedDecoder:
         rows, heads, size = query_NHD.shape
         kv_heads, _, length, _ = layer.prompt_keys.shape
         repeats = heads // kv_heads
-        query = (query_NHD * scale).view(rows, kv_heads, repeats, size).transpose(0, 1).contiguous()
+        query = query_NHD.new_empty(kv_heads, rows, repeats, size)
+        torch.mul(query_NHD.view(rows, kv_heads, repeats, size).transpose(0, 1), scale, out=query)
         prompt_keys, own_keys, prompt_values, own_values = layer.matrices
         prompt_scores = layout.by_row(torch.bmm(layout.by_prompt(query), prompt_keys), repeats)
         own = (len(own_keys), self._width * repeats, -1)  # a matrix a row, of all its present tokens
@@ -244,19 +270,19 @@ class SharedDecoder:
 
     def _new_bias(self, window: int | None) -> Tensor:
         """Hidden are padding, columns from before a row's birth or after a token, holes, and what left the window."""
-        fed_B11 = torch.tensor(self._fed, device=self._device)[:, None, None]
-        first, length = self._columns - self._width, self._prompt_mask_PT.shape[1]
+        births_B11 = self._births_B[:, None, None]
+        length = self._prompt_mask_PT.shape[1]
         column_C = torch.arange(self._capacity, device=self._device)
-        offset_T1 = torch.arange(self._width, device=self._device)[:, None]
-        age_BTC = (first + offset_T1 - column_C).expand(len(fed_B11), -1, -1)
-        own_BTC = (age_BTC >= 0) & (column_C >= first - fed_B11)
-        prompt_age_BTL = fed_B11 + offset_T1 + length - torch.arange(length, device=self._device)
+        present_T1 = self._present_T[:, None]
+        age_BTC = (present_T1 - column_C).expand(len(births_B11), -1, -1)
+        own_BTC = (age_BTC >= 0) & (column_C >= births_B11)
+        prompt_age_BTL = present_T1 - births_B11 + length - torch.arange(length, device=self._device)
         if self._holes_BC is not None:
             own_BTC = own_BTC & ~self._holes_BC[:, None]
             since_BC = self._holes_BC.flip(1).cumsum(1).flip(1)  # holes from this column on
             age_BTC = age_BTC - since_BC[:, None]
             prompt_age_BTL = prompt_age_BTL - since_BC[:, None, :1]
-        prompt_BTL = self._prompt_mask_PT[torch.tensor(self._prompt_of, device=self._device)].bool()[:, None]
+        prompt_BTL = self._prompt_mask_PT[self._prompt_of_B].bool()[:, None]
         seen_BTX = torch.cat([prompt_BTL.expand(-1, self._width, -1), own_BTC], dim=-1)
         if window is not None:
             seen_BTX &= torch.cat([prompt_age_BTL, age_BTC], dim=-1) < window
@@ -310,7 +336,9 @@ class SharedDecoder:
         mask_PT = prefilled.mask_PT
         next_positions_B = mask_PT.sum(-1).repeat_interleave(rows_P)
         last_B = next_positions_B + prefilled.new_tokens_P.repeat_interleave(rows_P) - 1
-        if self._fed:
+        if isinstance(self._forward, LlamaStep):
+            self._forward.prepare(mask_PT.shape[1] + self._max_new_tokens)
+        if self._births:
             for layer, (keys, values) in zip(self.layers, prefilled.layers, strict=True):
                 layer.admit_prompts(keys, values)
             self._prompt_mask_PT = _cat_left_padded(self._prompt_mask_PT, mask_PT, dim=1)
@@ -322,7 +350,7 @@ class SharedDecoder:
             self._columns, self._holes_BC = 0, None
         first = self._prompt_of[-1] + 1 if self._prompt_of else 0
         self._prompt_of += [first + p for p, count in enumerate(rows) for _ in range(count)]
-        self._fed += [0] * sum(rows)
+        self._births += [self._columns] * sum(rows)
         for layer in self.layers:
             layer.add_rows(sum(rows))
         if self._holes_BC is not None:
@@ -332,33 +360,50 @@ class SharedDecoder:
 
     def _lay_out(self) -> None:
         self.layout = _Layout([prompt for prompt in self._prompt_of for _ in range(self._width)], self._device)
+        self._births_B = torch.tensor(self._births, device=self._device)
+        self._prompt_of_B = torch.tensor(self._prompt_of, device=self._device)
         self._bias = {}
+        self._steps.changed()
 
     def _open(self, columns: int) -> None:
-        """Open the present columns, at most ``_BLOCK``, and let every row look at them."""
+        """Open the present columns, at most ``_BLOCK``; ``_show`` must follow."""
         if self._columns + columns > self._capacity:
+            count = grown(self._capacity, self._device.type) - self._capacity
             for layer in self.layers:
-                layer.add_columns(_BLOCK)
+                layer.add_columns(count)
             if self._holes_BC is not None:
-                self._holes_BC = pad(self._holes_BC, (0, _BLOCK))
+                self._holes_BC = pad(self._holes_BC, (0, count))
             self._bias = {}
+            self._steps.changed()
+        if columns == 1:
+            self._present_T.fill_(self._columns)
+        else:
+            self._present_T = torch.arange(self._columns, self._columns + columns, device=self._device)
+        self._columns += columns
+
+    def _show(self) -> None:
+        """Let every row look at the present columns."""
         self._bias = {window: bias for window, bias in self._bias.items() if window is None}
         for bias in self._bias.values():
-            bias[..., self._columns - self._capacity] = 0
-        self._columns += columns
+            bias.index_fill_(-1, self._present_T + self._prompt_mask_PT.shape[1], 0)
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token in every row."""
         self._open(1)
-        logits_BV = self._forward(tokens_B, torch.minimum(self._positions_B, self._last_B))
-        self._positions_B = self._positions_B + 1
-        self._fed = [fed + 1 for fed in self._fed]
+        logits_BV = self._steps(self._present_logits, tokens_B)
+        self._positions_B += 1
         return logits_BV
+
+    def _present_logits(self, tokens_B: Tensor) -> Tensor:
+        """Logits [B, V] of tokens in the present column. Doing it again changes nothing."""
+        self._show()
+        return self._forward(tokens_B, torch.minimum(self._positions_B, self._last_B))
 
     def verify(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, V] after each of T more tokens in every row, at most ``_BLOCK``; ``accept`` must follow."""
         self._set_width(tokens_BT.shape[1])
         self._open(self._width)
+        self._show()
         positions_BT = self._positions_B[:, None] + torch.arange(self._width, device=self._device)
         positions_BT = torch.minimum(positions_BT, self._last_B[:, None])
         logits_NV = self._forward(tokens_BT.flatten(), positions_BT.flatten())
@@ -367,11 +412,10 @@ class SharedDecoder:
     def accept(self, counts_B: Tensor) -> None:
         """Keep so many of the verified tokens in each row, from the first; the columns of the others are holes."""
         if self._holes_BC is None:
-            self._holes_BC = torch.zeros(len(self._fed), self._capacity, dtype=torch.bool, device=self._device)
+            self._holes_BC = torch.zeros(len(self._births), self._capacity, dtype=torch.bool, device=self._device)
         offset_T = torch.arange(self._width, device=self._device)
         self._holes_BC[:, self._columns - self._width : self._columns] = offset_T >= counts_B[:, None]
         self._positions_B = self._positions_B + counts_B
-        self._fed = [fed + self._width for fed in self._fed]
         self._set_width(1)
         longest = int((self._positions_B - self._last_B).max()) + self._max_new_tokens - 1
         if self._columns > 2 * longest + _BLOCK:
@@ -381,10 +425,10 @@ class SharedDecoder:
         """Move the tokens of each row to its last columns; keys know their positions, so that only order counts."""
         assert self._holes_BC is not None
         column_C = torch.arange(self._columns, device=self._device)
-        fed_B1 = torch.tensor(self._fed, device=self._device)[:, None]
-        kept_BC = (column_C >= self._columns - fed_B1) & ~self._holes_BC[:, : self._columns]
-        self._fed = kept_BC.sum(1).tolist()
-        most = max(self._fed)
+        kept_BC = (column_C >= self._births_B[:, None]) & ~self._holes_BC[:, : self._columns]
+        fed = kept_BC.sum(1).tolist()
+        most = max(fed)
+        self._births = [most - count for count in fed]
         order_BC = kept_BC.byte().argsort(dim=1, stable=True)[:, self._columns - most :]
         for layer in self.layers:
             layer.take_columns(order_BC)
@@ -393,6 +437,7 @@ class SharedDecoder:
 
     def _set_width(self, width: int) -> None:
         self._width = width
+        self._present_T = self._present_T.new_zeros(width)
         self._lay_out()
 
     def _llama_attend(
@@ -419,8 +464,9 @@ class SharedDecoder:
         alive = sorted({self._prompt_of[row] for row in rows})
         fewer = len(alive) < self.layout.prompts
         prompts_P = torch.tensor(alive, device=self._device, dtype=torch.int64) if fewer else None
-        self._fed = [self._fed[row] for row in rows]
-        first_column = self._columns - max(self._fed, default=0)
+        births = [self._births[row] for row in rows]
+        first_column = min(births, default=self._columns)
+        self._births = [birth - first_column for birth in births]
         self._columns -= first_column
         for layer in self.layers:
             layer.keep(rows_B, prompts_P, first_column)
@@ -431,5 +477,7 @@ class SharedDecoder:
         renumbered = {prompt: index for index, prompt in enumerate(alive)}
         self._prompt_of = [renumbered[self._prompt_of[row]] for row in rows]
         self._positions_B, self._last_B = self._positions_B[rows_B], self._last_B[rows_B]
+        self._bias = {}
+        self._steps.changed()
         if rows:
             self._lay_out()
