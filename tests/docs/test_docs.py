@@ -233,6 +233,12 @@ def test_every_key_and_section_is_described():
     assert [name for name, entry in described.all_fields("RunConfig").items() if not entry.text] == []
 
 
+def test_the_map_of_estimators_lists_every_registered_one():
+    firsts = [line.split("|")[1] for line in (DOCS / "estimators.md").read_text().splitlines() if line[:3] == "| `"]
+    listed = {name for first in firsts for name in re.findall(r"`(\w+)`", first)}
+    assert {part.name for part in parts("advantage")} - listed == set()
+
+
 # --- from TRL ----------------------------------------------------------------------------------------------------
 
 
