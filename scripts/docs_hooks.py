@@ -40,9 +40,10 @@ def on_files(files: Any, *, config: Any, **_: object) -> Any:
         files.append(File.generated(config, f"mathjax/{name}", abs_src_path=str(path)))
     docs = Path(config["docs_dir"])
     for path in sorted(linked_sources(docs)):
-        code = f"---\nhide: [navigation, toc]\n---\n\n# {path}\n\n````{LANGUAGES[path.suffix]}\n{(docs.parent / path).read_text(encoding='utf-8')}\n````\n"
+        code = (docs.parent / path).read_text(encoding="utf-8")
+        text = f"---\nhide: [navigation, toc]\n---\n\n# {path}\n\n````{LANGUAGES[path.suffix]}\n{code}\n````\n"
         files.append(
-            File.generated(config, page_of(path).as_posix(), content=code, inclusion=InclusionLevel.NOT_IN_NAV)
+            File.generated(config, page_of(path).as_posix(), content=text, inclusion=InclusionLevel.NOT_IN_NAV)
         )
     return files
 
