@@ -177,7 +177,7 @@ class Engine:
         return zero_shards.write(folder, self.held(), replicated=self.zero_stage == 0)
 
     def load_state(self, folder: Path) -> None:
-        """Restore what :meth:`save_state` wrote: bit for bit, under any stage and number of ranks."""
+        """Restore what :meth:`save_state` wrote: the same bits, under any stage and number of ranks."""
         held = self.held()
         zero_shards.Archive(folder).restore(held)
         zero_shards.publish(self.module.named_parameters(), held, stage=self.zero_stage, optimizer=self.optimizer)

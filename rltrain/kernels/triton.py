@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA: fp32 from the dot product on, and no atomics, so that runs agree bit for bit.
+"""Triton kernels for CUDA: fp32 from the dot product on, and no atomics, so that the same call gives the same bits.
 
 Forward: one program per row block and vocabulary split writes (m, s, t, z_y). A second kernel merges the splits
 (:mod:`rltrain.kernels.online`). Backward: the logits of a vocabulary block are recomputed into dlogits, then two

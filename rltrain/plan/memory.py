@@ -202,19 +202,18 @@ def head_bytes(shape: ModelShape, loss_tokens: int, *, on_gpu: bool = False) -> 
     return states + loss_tokens * (columns * shape.dtype_bytes + (4 * splits + 5) * FP32_BYTES) + weight
 
 
-def attention_bytes(config: RunConfig, shape: ModelShape, load: RankLoad, *, checkpointing: bool, on_gpu: bool) -> int:
+def attention_bytes(shape: ModelShape, load: RankLoad, *, checkpointing: bool, on_gpu: bool) -> int:
     """What attention holds beside the counted activations, in all layers, or in one with checkpointing.
 
-    Packed attention copies queries, keys and values into rows. torch's math kernel on a GPU, which takes over where
-    grouped heads meet fp32 or, in the shared layout, a mask, holds scores and probabilities [heads, Q, K] of each row.
+    Packed attention copies queries, keys and values into rows, and repeats grouped heads in fp32. torch's math kernel
+    on a GPU, which takes the padded rows of grouped heads in fp32, holds scores and probabilities [heads, Q, K].
     """
     layers = 1 if checkpointing else shape.layers
     queries = load.packed_tokens if load.gathered_tokens else 0
-    gathered = (2 * shape.heads * queries + 2 * shape.kv_heads * load.gathered_tokens) * shape.head_dim
-    masked = config.batch.packing == "shared" and load.gathered_tokens > load.packed_tokens
-    takes_math = on_gpu and shape.heads != shape.kv_heads and (shape.dtype_bytes == FP32_BYTES or masked)
-    rows = max(load.rows, -(-load.packed_tokens // load.tokens))
-    scores = 2 * rows * shape.heads * load.tokens**2 if takes_math else 0
+    repeats = on_gpu and shape.heads != shape.kv_heads and shape.dtype_bytes == FP32_BYTES
+    heads = shape.heads if repeats else shape.kv_heads
+    gathered = (2 * shape.heads * queries + 2 * heads * load.gathered_tokens) * shape.head_dim
+    scores = 2 * load.rows * shape.heads * load.tokens**2 if repeats and not load.gathered_tokens else 0
     return layers * (gathered + scores) * shape.dtype_bytes
 
 
@@ -407,7 +406,7 @@ def plan(config: RunConfig, cluster: Cluster, *, on_gpu: bool = True) -> Plan:
         )
         * max(load.packed_tokens, load.rows * load.tokens)
         // (load.rows * load.tokens)
-        + attention_bytes(config, shape, load, checkpointing=checkpointing, on_gpu=on_gpu)
+        + attention_bytes(shape, load, checkpointing=checkpointing, on_gpu=on_gpu)
         for checkpointing in (False, True)
     }
     footprints = {

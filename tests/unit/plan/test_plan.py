@@ -237,16 +237,15 @@ def test_tokens_of_a_micro_batch_in_every_layout(packing, packed, gathered, loss
 def test_attention_that_gathers_rows_and_attention_by_the_math_kernel():
     packed = dataclasses.replace(LOAD, packed_tokens=60, gathered_tokens=90)
     options = {"checkpointing": False, "on_gpu": True}
-    config = cli.compose(["batch.packing=packed"])
-    assert memory.attention_bytes(cli.compose([]), BF16, LOAD, **options) == 0
+    assert memory.attention_bytes(BF16, LOAD, **options) == 0
     # Queries and results of 6 heads, keys and values of 3, 4 elements each, in 2 layers of 2 bytes.
     gathered = (2 * 6 * 60 + 2 * 3 * 90) * 4
-    assert memory.attention_bytes(config, BF16, packed, **options) == 2 * gathered * 2
-    assert memory.attention_bytes(config, BF16, packed, **options | {"checkpointing": True}) == gathered * 2
+    assert memory.attention_bytes(BF16, packed, **options) == 2 * gathered * 2
+    assert memory.attention_bytes(BF16, packed, **options | {"checkpointing": True}) == gathered * 2
     # In fp32 no fused kernel takes grouped heads: scores and probabilities [6, 30, 30] of 2 rows.
     wide = dataclasses.replace(BF16, dtype_bytes=4)
-    assert memory.attention_bytes(cli.compose([]), wide, LOAD, **options) == 2 * 2 * 2 * 6 * 900 * 4
-    assert memory.attention_bytes(cli.compose([]), wide, LOAD, **options | {"on_gpu": False}) == 0
+    assert memory.attention_bytes(wide, LOAD, **options) == 2 * 2 * 2 * 6 * 900 * 4
+    assert memory.attention_bytes(wide, LOAD, **options | {"on_gpu": False}) == 0
 
 
 def test_tritons_buffers_are_a_block_of_dlogits_and_statistics_of_the_splits():

@@ -146,3 +146,26 @@ def test_a_single_process_on_a_gpu_takes_no_port(gpus, monkeypatch):
             assert (backends, dist.world_size()) == (["nccl"], 1)
         finally:
             dist.teardown()
+
+
+def test_two_runs_start_at_once_on_one_host_each_on_its_gpu(tmp_path):
+    """As scripts/sweep.sh starts them. Somebody else has the port that both would take by default."""
+    script = Path(__file__).parents[2] / "helpers/start_on_stand_in_gpu.py"
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        kept |= {"DS_ACCELERATOR": "cpu", "MASTER_PORT": str(taken.getsockname()[1]), "MASTER_ADDR": "127.0.0.1"}
+        runs = [
+            subprocess.Popen(
+                [sys.executable, script, tmp_path, name, twin],
+                env=kept | {"CUDA_VISIBLE_DEVICES": gpu},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for name, twin, gpu in (("a", "b", "3"), ("b", "a", "5"))
+        ]
+        said = [run.communicate(timeout=200)[0].splitlines()[-1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert said == ["cuda:0 GPU 3 1", "cuda:0 GPU 5 1"]
