@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rltrain import cli
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
@@ -33,7 +32,7 @@ from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
 from rltrain.runtime import dist
-from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, Std, Sum, is_right
+from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, Std, Sum
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +67,6 @@ def evaluation_sampling(sampling: SamplingConfig, config: EvaluationConfig) -> S
     return dataclasses.replace(sampling, temperature=config.temperature, top_p=config.top_p, top_k=0)
 
 
-def correct_G(group: Group) -> Tensor:
-    """Which completions are right: the reward named ``answer`` (else the first one) gives them at least 1."""
-    parts = group.reward_parts
-    answers_G = parts["answer"] if "answer" in parts else next(iter(parts.values()))
-    return is_right(answers_G)
-
-
 def evaluate(
     rollout: Rollout,
     prompts: Sequence[Prompt],
@@ -85,40 +77,41 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Group]]:
     """Metrics named ``eval_…`` over all ranks, and this rank's scored groups.
 
-    ``accuracy_se`` is the standard error of the accuracy: the std (ddof 1) of the problems' accuracies over sqrt(n).
+    ``accuracy_se`` is the standard error of the accuracy: the std (ddof 1) of the problems' accuracies over sqrt(n),
+    n the ``problems`` that were judged.
     """
     mine = prompts[dist.rank() :: dist.world_size()]
     drawn = rollout.generate(
         mine, step=EVALUATION_STEP, group_size=config.samples, sampling=evaluation_sampling(sampling, config)
     )
-    groups, scores = score(drawn, rewards, context)
+    groups, _ = score(drawn, rewards, context)
     accumulator = Accumulator()
     for group in groups:
-        accumulator.add(_group_metrics(group, config.samples))
-    # A reward may know better what is right than "at least 1": the continuous ones count within a tolerance.
-    if "accuracy" in scores:
-        accumulator.replace("accuracy", scores["accuracy"])
+        accumulator.add(group_metrics(group, config.samples))
     values = accumulator.reduce()
-    values["accuracy_se"] = values.pop("accuracy_std") / math.sqrt(max(1.0, values["problems"]))
+    values["accuracy_se"] = values.pop("accuracy_std", 0.0) / math.sqrt(max(1.0, values["problems"]))
     return {f"eval_{name}": value for name, value in values.items()}, groups
 
 
-def _group_metrics(group: Group, samples: int) -> Metrics:
-    assert group.rewards_G is not None
+def group_metrics(group: Group, samples: int) -> Metrics:
+    """What is right is ``Group.right_G``, for accuracy and pass@k alike; abstentions are neither right nor wrong."""
+    assert group.rewards_G is not None and group.right_G is not None
     rewards_G = group.rewards_G[~group.rewards_G.isnan()]
-    right = int(correct_G(group).sum())
-    ks = [k for k in (2**power for power in range(1, 11)) if k <= samples]
+    judged_G = group.right_G[~group.right_G.isnan()]
+    right, judged = int(judged_G.sum()), len(judged_G)
+    ks = [k for k in (2**power for power in range(1, 11)) if k <= judged]
     metrics = {
-        "accuracy": Mean(total=right, count=samples),
-        "accuracy_std": Std.of(torch.tensor([right / samples])),
-        "problems": Sum(value=1),
+        "accuracy": Mean(total=right, count=judged),
+        "accuracy_std": Std.of(torch.tensor([right / judged] if judged else [])),
+        "problems": Sum(value=float(judged > 0)),
+        "abstained": Mean(total=samples - judged, count=samples),
         "reward": Mean.of(rewards_G),
         "completions/mean_length": Mean.of([len(one.token_ids) for one in group.completions]),
         "completions/clipped_ratio": Mean.of([one.finish == "length" for one in group.completions]),
     }
     if len(rewards_G) and samples > 1:
         metrics[f"max@{samples}"] = Mean.of(float(rewards_G.max()))
-    return metrics | {f"pass@{k}": Mean.of(pass_at_k(samples, right, k)) for k in ks}
+    return metrics | {f"pass@{k}": Mean.of(pass_at_k(judged, right, k)) for k in ks}
 
 
 def held_out_prompts(config: RunConfig, policy: Policy) -> list[Prompt]:

@@ -124,7 +124,7 @@ def _metrics(
         **{name: Mean.of(values_N[real_N]) for name, values_N in terms.metrics_N.items()},
     }
     if entropy_N is not None:
-        metrics["entropy"] = Mean.of(entropy_N[real_N])
+        metrics["entropy/trained"] = Mean.of(entropy_N[real_N])
     if batch.reference_logprobs_N is not None:
         metrics["kl"] = Mean.of(kl_estimate(logprobs_N, batch.reference_logprobs_N, config.kl_estimator)[real_N])
     return metrics

@@ -15,11 +15,11 @@ from rltrain.build import Run, build
 from rltrain.config import RunConfig
 from rltrain.evaluate import evaluate, evaluation_rewards
 from rltrain.rewards.failures import refuse_broken
-from rltrain.rewards.scoring import score
+from rltrain.rewards.scoring import answers_differ, score
 from rltrain.runs import run_folder
 from rltrain.runs.recorder import Recorder
 from rltrain.runs.scope import Scope
-from rltrain.runs.step_metrics import step_values
+from rltrain.runs.step_metrics import completion_metrics, step_values
 from rltrain.runtime import dist
 from rltrain.runtime.interrupts import SignalWatch
 from rltrain.types import Advantages, Group, Need, Sum
@@ -72,15 +72,15 @@ def step_seed(seed: int, step: int) -> int:
 def collect(run: Run, scope: Scope) -> list[Group]:
     """This rank's scored groups of a step.
 
-    With dynamic sampling (DAPO, 2503.14476) zero-variance groups are dropped and replaced from further prompts until
-    the global batch is full; which groups are kept does not depend on the number of ranks.
+    With dynamic sampling (DAPO, 2503.14476) groups whose answers are all judged alike are dropped and replaced from
+    further prompts until the global batch is full; which groups are kept does not depend on the number of ranks.
     """
     batch, kept, total = run.config.batch, [], 0
     for attempt in range(batch.max_sampling_attempts if batch.dynamic_sampling else 1):
         groups = draw(run, scope, attempt)
         if not batch.dynamic_sampling:
             return groups
-        mixed = [group for group in groups if not zero_variance.is_zero_variance_group(group)]
+        mixed = [group for group in groups if answers_differ(group)]
         counts = dist.gather_objects(len(mixed), name="groups with unequal rewards")
         room = batch.prompts_per_step - total - sum(counts[: dist.rank()])
         kept += mixed[: max(0, room)]
@@ -105,6 +105,7 @@ def draw(run: Run, scope: Scope, attempt: int) -> list[Group]:
     if not run.config.batch.dynamic_sampling:  # else this step may need the engine again
         sample_ahead(run, scope)
     with scope.stage("reward", "reward"):
+        scope.metrics.add(completion_metrics(drawn))
         groups, scores = score(drawn, run.config.rewards, run.context(scope.step, scope.metrics))
         scope.metrics.add(scores)
         if scope.step == run.first_step:
@@ -156,7 +157,7 @@ def conclude(
         scope.metrics,
         groups,
         [minibatch.denominators for minibatch in minibatches],
-        updates=run.config.batch.updates,
+        batch=run.config.batch,
         tokens_before=progress.num_tokens,
     )
     progress.num_tokens = progress.unwritten["num_tokens"]
@@ -201,6 +202,6 @@ def held_out_metrics(run: Run, scope: Scope, recorder: Recorder, step: int) -> d
     rows = [row for rows in dist.gather_objects(rows_here, name="held-out samples") for row in rows]
     if dist.is_main():
         run_folder.write_samples(run.folder, f"eval_step_{step:06d}", rows)
-    if values["eval_accuracy"] > run.progress.best_accuracy:
+    if values.get("eval_accuracy", -1.0) > run.progress.best_accuracy:  # missing where every completion abstained
         run.progress.best_accuracy, run.progress.best_step = values["eval_accuracy"], step
     return values

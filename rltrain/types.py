@@ -14,7 +14,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, cast
 
 from rltrain.errors import RunError
 
@@ -149,6 +149,7 @@ class Group:
     rewards_G: Tensor | None = None
     reward_parts: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Notes = field(default_factory=dict)
+    right_G: Tensor | None = None
 
     def __post_init__(self) -> None:
         size = len(self.completions)
@@ -427,19 +428,17 @@ class Advantages:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a reward returns: ``scores[p][g]``, None to abstain, its own metrics, and notes as in ``Advantages``."""
+    """What a reward returns: ``scores[p][g]``, None to abstain, its own metrics, and notes as in ``Advantages``;
+    ``right[p][g]`` where it knows better than :func:`is_right`, for accuracy and pass@k."""
 
     scores: Sequence[Sequence[float | None]]
+    right: Sequence[Sequence[bool]] = ()
     metrics: Metrics = field(default_factory=dict)
     notes: Sequence[Notes] = ()
 
 
-@overload
-def is_right(score: float, *, above: float = ...) -> bool: ...
-@overload
-def is_right(score: Tensor, *, above: float = ...) -> Tensor: ...
-def is_right(score: float | Tensor, *, above: float = 1 - 1e-9) -> bool | Tensor:
-    """Whether a score says that the answer is right: it exceeds ``above``, by default 1 less rounding.
+def is_right(score: Any, *, above: float = 1 - 1e-9) -> Any:
+    """Whether a score (or each of a tensor) says that the answer is right: it exceeds ``above``, 1 less rounding.
 
     NaN, an abstention, is not right. Where a reward has values between 0 and 1, a metric may count from 0.5 on.
     """

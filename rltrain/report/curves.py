@@ -21,7 +21,13 @@ RESULTS = {
 TRAINING = {
     "accuracy": CurveWords(title="training accuracy", says="Share of the step's completions that are right."),
     "completions/mean_length": CurveWords(title="length, tokens", says="Mean tokens of the step's completions."),
-    "entropy": CurveWords(title="entropy, nats a token", says="How undecided the policy is at its own tokens."),
+    "entropy/sampled": CurveWords(
+        title="entropy, nats a token",
+        says="How undecided the policy is at its tokens: mean of -log p of all samples.",
+    ),
+    "entropy/trained": CurveWords(
+        title="entropy where it is trained", says="The same, exactly, over the completions that have an advantage."
+    ),
     "kl": CurveWords(title="KL to the reference", says="Distance from the reference policy, nats a token."),
     "grad_norm": CurveWords(title="gradient norm", says="L2 norm of the gradient before clipping."),
     "frac_reward_zero_std": CurveWords(

@@ -129,7 +129,8 @@ def _problems(run: RecordedRun, step: int) -> Problems:
 
 
 def _right(row: SampleRow) -> float:
-    return float(is_right(row.get(right_part(row)) or 0.0))
+    score = row.get(right_part(row)) if row.get("right") is None else row["right"]  # runs of before have no right
+    return float(is_right(score or 0.0))
 
 
 # How a metric is read off a completion, by a word of its name.

@@ -32,7 +32,7 @@ def reward(row: SampleRow) -> float:
 
 
 def right_part(row: SampleRow) -> str:
-    """The column that says right or wrong, as :func:`rltrain.evaluate.correct_G` has it: ``answer``, else the first."""
+    """The column of the :func:`~rltrain.rewards.scoring.judging` reward: ``answer``, else the first."""
     parts = [key for key in row if key.startswith("reward/")]
     return "reward/answer" if "reward/answer" in parts else next(iter(parts), "reward")
 

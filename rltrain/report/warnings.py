@@ -102,7 +102,7 @@ def reward_without_accuracy(rows: MetricRows, *, evaluated: int) -> str | None:
 
 def entropy_collapse(rows: MetricRows, *, kept: float = 0.2) -> str | None:
     """Entropy fell to less than a fifth of its start."""
-    entropy = trend(rows, "entropy")
+    entropy = trend(rows, "entropy/sampled") or trend(rows, "entropy/trained")
     if entropy is None or entropy.first <= 0 or entropy.last >= kept * entropy.first:
         return None
     return f"entropy collapsed: {entropy.first:.3g} → {entropy.last:.3g} nats a token"

@@ -56,7 +56,8 @@ class CompressionRewardConfig(RewardConfig):
     """See :func:`compression_reward`. Phi is the model of the ``scorer`` group.
 
     For ablation, both worse in the paper: ``pooled`` takes a single mean over the tokens of answer and trace together.
-    ``length_weight`` weighs a term ``(|z| - |z'|)/|z|``, whitened over the group. ``ngram`` is for the metrics.
+    ``length_weight`` weighs a term ``(|z| - |z'|)/|z|``. It and the likelihoods are then whitened over the group, so
+    that the weight compares equal scales. ``ngram`` is for the metrics.
     """
 
     beta: float = 1.2  # weight of the trace's likelihood beside the answer's
@@ -141,9 +142,11 @@ def _rewards(
     if config.length_weight:
         original = len(prompt.trace_ids)
         saved_G = [(original - len(ids)) / original if ids else None for ids in trace_ids]
-        rewards_G = rewards_G + config.length_weight * group_advantages(saved_G)
+        usable = torch.tensor([bool(ids) for ids in trace_ids])
+        likelihood_G = group_advantages(rewards_G.where(usable, torch.nan))
+        rewards_G = likelihood_G + config.length_weight * group_advantages(saved_G)
         # The floor is taken again, so that no trace earns less than an output without a trace.
-        rewards_G = floored(torch.where(torch.tensor([bool(ids) for ids in trace_ids]), rewards_G, torch.nan))
+        rewards_G = floored(rewards_G.where(usable, torch.nan))
     return rewards_G
 
 

@@ -90,7 +90,8 @@ def information_gain_reward(groups: Sequence[Group], config: InformationGainConf
         _notes(prompt, [next(remaining)[0] for _ in range(size)], baseline_H, context.tokenizer)
         for prompt, size, (baseline_H,) in zip(prompts, sizes, baseline_spans, strict=True)
     ]
-    return Scores(scores=[gains_G.tolist() for gains_G in gains], metrics=metrics, notes=notes)
+    right = [(gains_G > 0).tolist() for gains_G in gains]
+    return Scores(scores=[gains_G.tolist() for gains_G in gains], right=right, metrics=metrics, notes=notes)
 
 
 def _notes(prompt: TextPrompt, thoughts: Sequence[Tensor], baseline_H: Tensor, tokenizer: Any) -> Notes:

@@ -126,12 +126,14 @@ def random_calculation(groups: Sequence[Group], config: RandomCalculationRewardC
     """
     is_exact = config.kind == "exact"
     scores: list[list[float | None]] = []
-    right: list[bool] = []
+    right: list[list[bool]] = []
+    judged: list[bool] = []
     answered: list[bool] = []
     for group in groups:
         reference = reference_of(group.prompt.problem)
         if reference is None:
             scores.append([None] * len(group.completions))
+            right.append([False] * len(group.completions))
             continue
         prefix = OPEN_THINK if opens_thinking(group.prompt, context.tokenizer) else ""
         numbers = [boxed_number(prefix + completion.text, reduced=is_exact) for completion in group.completions]
@@ -143,6 +145,8 @@ def random_calculation(groups: Sequence[Group], config: RandomCalculationRewardC
                 for number, hit in zip(numbers, hits, strict=True)
             ]
         )
-        right += hits
+        right.append(hits)
+        judged += hits
         answered += [number is not None for number in numbers]
-    return Scores(scores=scores, metrics={"accuracy": Mean.of(right), "answered": Mean.of(answered)})
+    metrics = {"accuracy": Mean.of(judged), "answered": Mean.of(answered)}
+    return Scores(scores=scores, right=right, metrics=metrics)

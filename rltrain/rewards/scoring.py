@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import RewardConfig
 from rltrain.errors import ConfigError
 from rltrain.registry import needs_of, part_of
@@ -41,6 +42,7 @@ class ScoredReward:
     failed: Sequence[Tensor]
     metrics: Metrics = field(default_factory=dict)
     notes: Sequence[Notes] = ()
+    right: Sequence[Sequence[bool]] = ()
 
 
 class RaisedInThread(Exception):
@@ -68,10 +70,43 @@ def score(
             rewards_G=_total([(parts[name], config.weight) for name, config in rewards.items()], index),
             reward_parts={name: part.scores[index] for name, part in parts.items()},
             notes={key: rows for part in parts.values() if part.notes for key, rows in part.notes[index].items()},
+            right_G=_right(parts, index),
         )
         for index, group in enumerate(groups)
     ]
     return scored, _metrics(scored, parts)
+
+
+ANSWER = "answer"  # the name of the reward that judges answers, where there are several
+
+
+def judging(names: Mapping[str, Any]) -> str | None:
+    """The reward that says what is right: the one named ``answer``, else the first; None where there is none."""
+    return ANSWER if ANSWER in names else next(iter(names), None)
+
+
+def answers_differ(group: Group) -> bool:
+    """Whether dynamic sampling keeps the group: the scores of the :func:`judging` reward are not all equal.
+
+    Other rewards, such as a length penalty, do not count: DAPO keeps a group for its right and wrong answers. Where the
+    judging reward abstains on all, or there is none, the total decides.
+    """
+    assert group.rewards_G is not None
+    name = judging(group.reward_parts)
+    scores_G = group.rewards_G if name is None else group.reward_parts[name]
+    counted_G = scores_G.where(~group.rewards_G.isnan(), math.nan)
+    return not is_zero_variance(group.rewards_G if bool(counted_G.isnan().all()) else counted_G)
+
+
+def _right(parts: Mapping[str, ScoredReward], index: int) -> Tensor | None:
+    """1 right, 0 wrong, NaN where the judging reward abstains [G]; None where there is no reward."""
+    name = judging(parts)
+    if name is None:
+        return None
+    part = parts[name]
+    scores_G = part.scores[index]
+    right_G = torch.tensor(part.right[index], dtype=torch.float64) if part.right else is_right(scores_G).double()
+    return right_G.where(~scores_G.isnan(), math.nan)
 
 
 def _total(parts: Sequence[tuple[ScoredReward, float]], index: int) -> Tensor:
@@ -95,6 +130,8 @@ def _scored(name: str, config: RewardConfig, groups: Sequence[Group], context: C
         with watchdog.waiting(f"reward {name}"):
             result = _call(name, config, groups, context)
         failure = _length_fault(result.scores, sizes) or _notes_fault(result.notes, sizes) or _metrics_fault(result)
+        if result.right and not failure:
+            failure = _length_fault(result.right, sizes).replace("returned", "returned right as", 1)
     except TimeoutError as error:
         failure, timed_out = str(error), True
     except ConfigError:  # a wrong setting, not a failure of this batch
@@ -115,7 +152,7 @@ def _scored(name: str, config: RewardConfig, groups: Sequence[Group], context: C
     scores = [torch.tensor([value for value, _ in row], dtype=torch.float64) for row in rows]
     failed = [torch.tensor([bad for _, bad in row], dtype=torch.bool) for row in rows]
     metrics = {**result.metrics, **_failures(name, failed, False)}
-    return ScoredReward(scores=scores, failed=failed, metrics=metrics, notes=result.notes)
+    return ScoredReward(scores=scores, failed=failed, metrics=metrics, notes=result.notes, right=result.right)
 
 
 def _number(value: Any) -> tuple[float, bool]:

@@ -14,7 +14,7 @@ SHOWN = {
     "reward": "reward",
     "eval_accuracy": "acc",
     "completions/mean_length": "len",
-    "entropy": "ent",
+    "entropy/sampled": "ent",
     "grad_norm": "grad",
     "perf/throughput": "tok/s",
 }

@@ -75,12 +75,19 @@ class JsonlWriter:
             file.write(json.dumps({"step": step, **clean}) + "\n")
 
 
+RENAMED = {"entropy": "entropy/trained"}  # metrics of runs of before, by the names of now
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file. A line that a killed process left incomplete is left out."""
+    """The complete lines of a metrics file, by the names of now. A line that a killed process tore is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            lines.append(_by_new_names(json.loads(line)))
         except json.JSONDecodeError:
             log.warning("%s: a torn line was left out", path)
     return lines
+
+
+def _by_new_names(row: Any) -> Any:
+    return {RENAMED.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row

@@ -219,6 +219,7 @@ def sample_rows(
                     "answer": group.prompt.problem.answer,
                     "finish": completion.finish,
                     "reward": None if rewards_G is None else float(rewards_G[g]),
+                    "right": None if group.right_G is None else float(group.right_G[g]),
                     **{f"reward/{name}": float(values_G[g]) for name, values_G in group.reward_parts.items()},
                     "token_ids": list(completion.token_ids),
                     "tokens": [tokenizer.decode([token]) for token in completion.token_ids],

@@ -124,13 +124,14 @@ def test_pooled_score_is_one_mean_over_all_tokens(policy):
     assert result.scores[0] == pytest.approx([mean(tokens)], abs=1e-5)
 
 
-def test_length_reward_is_whitened_and_added(policy):
+def test_likelihoods_and_length_reward_are_both_whitened(policy):
     outputs = ["<think>3+4=7</think>", "<think>7</think>", "<think>7=7=7=7=7=7</think>", "nothing"]
     plain = score(policy, *outputs).scores[0]
     with_length = score(policy, *outputs, config=CompressionRewardConfig(length_weight=0.5)).scores[0]
     original = len("3+4=7\nso 3+4=7")
     white = group_advantages([(original - n) / original for n in (5, 1, 11)] + [None])
-    expected = [p + 0.5 * float(w) for p, w in zip(plain[:3], white[:3], strict=True)]
+    likelihood = group_advantages([*plain[:3], None])
+    expected = [float(p) + 0.5 * float(w) for p, w in zip(likelihood[:3], white[:3], strict=True)]
     assert with_length == pytest.approx([*expected, min(expected) - 1])
 
 

@@ -98,7 +98,7 @@ def test_the_gradient_that_is_made_in_the_forward(config):
                 head = logprobs(model, batch)
                 output = policy_loss(head.logprobs_N, batch, config, entropy_N=head.entropy_N)
             (2 * output.loss).backward()
-            assert output.metrics.keys() >= {"loss", "entropy", "kl", "clip_ratio/low_mean"}
+            assert output.metrics.keys() >= {"loss", "entropy/trained", "kl", "clip_ratio/low_mean"}
             results.append((float(output.loss.detach()), output.metrics, output.logprobs_N))
         results.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     (*made, gradients), (*expected, expected_gradients) = results[: len(results) // 2], results[len(results) // 2 :]

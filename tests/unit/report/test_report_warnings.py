@@ -75,7 +75,7 @@ def test_rewards_that_know_no_accuracy_are_not_suspected():
 
 @pytest.mark.parametrize(("last", "warned"), [(0.19, True), (0.21, False)])
 def test_entropy_collapse_at_a_fifth(last, warned):
-    found = entropy_collapse(rows(entropy=[1.0] * 8 + [last] * 2))
+    found = entropy_collapse(rows(**{"entropy/sampled": [1.0] * 8 + [last] * 2}))
     assert (found == f"entropy collapsed: 1 → {last} nats a token") if warned else found is None
 
 

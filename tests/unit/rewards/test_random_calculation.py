@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from rltrain.data.random_calculation import generate
 from rltrain.errors import ConfigError
+from rltrain.evaluate import group_metrics
+from rltrain.rewards import scoring
 from rltrain.rewards.random_calculation import (
     RandomCalculationRewardConfig,
     boxed_number,
@@ -192,3 +194,18 @@ def test_a_prompt_that_opens_thinking_is_known():
     )
     group = Group(prompt=Prompt(problem=problem, token_ids=(1,)), completions=completions)
     assert random_calculation([group], RandomCalculationRewardConfig(), Context()).scores == [[0.0, 1.0]]
+
+
+def test_accuracy_and_pass_at_k_count_the_same_answers():
+    """Within the tolerance but not the reference itself: the score is below 1, and the answer is right."""
+    problem = Problem(id="p", prompt="", answer="100")
+    texts = [r"\boxed{100}", r"\boxed{100.5}", r"\boxed{50}", "nothing"]
+    completions = tuple(Completion(token_ids=(1,), logprobs=(0.0,), finish="stop", text=text) for text in texts)
+    group = Group(prompt=Prompt(problem=problem, token_ids=(0,)), completions=completions)
+    config = RandomCalculationRewardConfig(kind="continuous", relative_tolerance=0.01)
+    (scored,), metrics = scoring.score([group], {"answer": config}, Context())
+    assert scored.right_G.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert float(scored.rewards_G[1]) < 1
+    counted = group_metrics(scored, samples=4)
+    assert counted["accuracy"].total == metrics["accuracy"].total == 2
+    assert counted["pass@2"].total == pytest.approx(1 - 1 / 6)  # 1 - C(2,2)/C(4,2)
