@@ -125,7 +125,7 @@ class StageTime:
 
 
 # Timed by the estimator itself, inside the stage that the trainer times.
-INSIDE = {"probe": "advantage"}
+INSIDE = {"probe": "advantage", "continuations": "advantage"}
 
 
 def stages(rows: MetricRows) -> list[StageTime]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ from rltrain.rollout.shared_prompt_decoder import SharedDecoder
 from rltrain.rollout.speculation import GroupDrafts, accepted
 from rltrain.rollout.stopping import StopRule
 from rltrain.types import Completion, Group, Prompt
+
+log = logging.getLogger(__name__)
 
 MOST_GUESSES = 8
 
@@ -307,7 +311,7 @@ class LocalRollout:
         """Continuations from inside completions, for parts that declare ``Need.CONTINUATIONS``.
 
         A decoder that shares prompts forks the caches of forwarded completions. Any other one prefills every distinct
-        state anew.
+        state anew, and says so once.
         """
         rule = StopRule.of(self._policy, self._sampling)
         check_requests(requests, self._sampling, rule)
@@ -335,7 +339,9 @@ class LocalRollout:
         for batch in passes(leaves(states), tokens_per_pass=self._config.prefix_tokens_per_pass):
             inside = [leaf.ids[:length] for leaf in batch for length in leaf.lengths]
             decoder = self._decoder(max(new_tokens[ids] for ids in inside))
-            if isinstance(decoder, SharedDecoder):
+            if not isinstance(decoder, SharedDecoder):
+                _warn_once(self.decoder_name)
+            else:
                 pad_id = self._policy.pad_token_id
                 decoder = ForkingDecoder(self._base, decoder, batch, new_tokens, pad_id=pad_id)
             jobs = [_Job(prompt_ids=ids, rows=states[ids]) for ids in inside]
@@ -385,6 +391,15 @@ class LocalRollout:
 
     def _decoder(self, max_new_tokens: int) -> Decoder:
         return self._kinds[0].make(max_new_tokens)
+
+
+@functools.cache
+def _warn_once(decoder_name: str) -> None:
+    log.warning(
+        "%s cannot fork caches: continuations forward every state from its first token, about half the completion's "
+        "length more for each state that is asked",
+        decoder_name,
+    )
 
 
 def decoder_kinds(model: Any, *, pad_id: int, graphs: bool = False) -> list[DecoderKind]:

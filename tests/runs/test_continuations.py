@@ -43,9 +43,12 @@ def test_grading_leaves_the_rewards_of_the_step_alone(whole, tmp_path):
     assert {name: asking[name] for name in names} == {name: plain[name] for name in names}
 
 
-def test_a_state_is_saved_with_the_run_and_goes_on_from_there(whole, tmp_path):
-    """Two steps, then two more in another process's place: the metrics and weights of four."""
-    trainer.fit(config(tmp_path / "run", *HALVES, "steps=2"))
+def test_a_run_that_is_lost_between_continuations_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
+    """Step 4 is lost behind its continuations; the checkpoint of step 2 repeats step 3, state included."""
+    monkeypatch.setenv("LOST_IN_STEP", "4")
+    with pytest.raises(SystemExit, match="in the middle of a step"):
+        trainer.fit(config(tmp_path / "run", *HALVES))
+    monkeypatch.delenv("LOST_IN_STEP")
     trainer.fit(config(tmp_path / "run", *HALVES))
     assert metrics(tmp_path / "run") == metrics(whole)
     assert_same_weights(final_weights(tmp_path / "run"), final_weights(whole))
@@ -82,3 +85,12 @@ def test_servers_continue_as_the_local_engine(whole, tmp_path, ahead):
     first, expected = metrics(tmp_path / "run")[-1], metrics(whole)[1]
     assert first["reward"] == expected["reward"]
     assert first["continuations/requests"] == 16 and first["asked"] == 48
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["vineppo", "spo"])
+def test_two_ranks_are_one_for_the_estimators_that_continue(algorithm, tmp_path):
+    for ranks in (1, 2):
+        result = train(tmp_path / str(ranks), ranks, f"algorithm={algorithm}", "advantage.draws=3", "steps=2")
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "2", tmp_path / "1")

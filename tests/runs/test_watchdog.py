@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +167,27 @@ def test_the_message_names_the_wait_its_surroundings_and_the_seconds():
         Wait(name=name, deadline_s=limit, start_s=now - 7, thread=0) for name, limit in (("a", 9), ("b", 7), ("c", 0))
     ]
     assert describe(waits[1], waits) == "waited 7 s for 'b' (deadline 7 s), inside 'a', at 'c'"
+
+
+def test_work_that_was_not_reckoned_with_extends_the_open_waits_of_its_thread():
+    other, leave = threading.Event(), threading.Event()
+
+    def wait_elsewhere():
+        with waiting("elsewhere", 3) as wait:
+            elsewhere.append(wait)
+            other.set()
+            leave.wait(60)
+
+    elsewhere: list[Wait] = []
+    thread = threading.Thread(target=wait_elsewhere)
+    thread.start()
+    assert other.wait(60)
+    with waiting("outer", 5) as outer, waiting("named only", 0) as named, waiting("inner", 2) as inner:
+        watchdog.extend(7)
+        assert (outer.deadline_s, named.deadline_s, inner.deadline_s) == (12, 0, 9)
+        assert elsewhere[0].deadline_s == 3
+    leave.set()
+    thread.join()
 
 
 def test_deadlines_must_not_be_negative():
