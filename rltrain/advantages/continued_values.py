@@ -14,7 +14,7 @@ from rltrain.advantages.whitening import whiten
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
 from rltrain.rollout.continuation_types import ContinuationRequest, ContinuationSampling
-from rltrain.types import Advantages, Context, Group, Mean
+from rltrain.types import Advantages, Completion, Context, Group, Mean
 
 STARTS = ("others", "continuations")
 WHITENING_EPS = 1e-8
@@ -102,7 +102,7 @@ def continued_values(
                 if (p, ids[:cut]) not in place:
                     place[p, ids[:cut]] = len(requests)
                     requests.append(_request(group, g, cut, config, context))
-    values = _mean_rewards(groups, requests, [p for p, _ in place], context)
+    values = _mean_rewards(groups, requests, [p for p, _ in place], config.draws, context)
     return [
         [
             torch.tensor([values[place[p, ids[:cut]]] for cut in cuts], dtype=torch.float64)
@@ -126,22 +126,23 @@ def _request(group: Group, g: int, cut: int, config: ContinuedValuesConfig, cont
 
 
 def _mean_rewards(
-    groups: Sequence[Group], requests: Sequence[ContinuationRequest], group_of: Sequence[int], context: Context
+    groups: Sequence[Group],
+    requests: Sequence[ContinuationRequest],
+    group_of: Sequence[int],
+    draws: int,
+    context: Context,
 ) -> list[float]:
-    """Of each request the mean reward of its continuations; all ranks call this together."""
-    continued = context.rollout.continue_(requests)
-    graded = context.grade(
-        [
-            Group(
-                prompt=groups[p].prompt,
-                completions=tuple(
-                    groups[p].completions[request.sample_index].continued(request.position, new) for new in drawn
-                ),
-            )
-            for p, request, drawn in zip(group_of, requests, continued, strict=True)
-        ]
-    )
-    return [float(as_rewards(group.rewards_G).nanmean()) for group in graded]
+    """Of each request the mean reward of its continuations; all ranks call this together.
+
+    Those of a group are graded as one group: a reward that abstains on all of it does not apply to the problem.
+    """
+    joined: dict[int, list[Completion]] = {}
+    for p, request, drawn in zip(group_of, requests, context.rollout.continue_(requests), strict=True):
+        begun = groups[p].completions[request.sample_index]
+        joined.setdefault(p, []).extend(begun.continued(request.position, new) for new in drawn)
+    graded = context.grade([Group(prompt=groups[p].prompt, completions=tuple(ones)) for p, ones in joined.items()])
+    rewards = [reward for group in graded for reward in as_rewards(group.rewards_G).split(draws)]
+    return [float(rewards_K.nanmean()) for rewards_K in rewards]
 
 
 def segment_values(
