@@ -65,7 +65,17 @@ def test_every_preset_and_every_estimator_has_a_row():
     rows = set(re.findall(r"^\| `(\S+)`", README, re.M))
     presets = {path.stem for path in (ROOT / "configs/algorithm").glob("*.yaml")}
     estimators = {part.name for part in parts("advantage")} - {"group"}  # the first rows are its settings
-    of_experiments = {"rlp", "conmax", "spae_lines", "opd", "sdpo", "sdpo_lines"}  # *_lines: a vocabulary of characters
+    of_experiments = {
+        "rlp",
+        "conmax",
+        "spae_lines",
+        "opd",
+        "sdpo",
+        "sdpo_lines",
+        "spo_small",
+        "vineppo_small",
+        "vineppo_paper",
+    }
     for name in (presets | estimators) - of_experiments:
         assert rows & {f"algorithm={name}", f"advantage={name}"}, name
 
