@@ -1,4 +1,10 @@
-"""Command line of the report: see ``--help``."""
+"""A self-contained HTML page about runs: results, warnings, every token's credit, and what was run.
+
+rltrain report runs/tempo                                      writes runs/tempo/report.html
+rltrain report runs/spae --estimators grpo,tempo,spae          the same groups under three estimators
+rltrain report runs/grpo runs/tempo --out report.html          several runs in the same charts
+rltrain report runs                                            a page per run, and an index of them
+"""
 
 from __future__ import annotations
 

@@ -188,6 +188,11 @@ def sampled(folder):
     return run, groups, SampledStep(run, 2, groups)
 
 
+def test_samples_of_the_first_and_the_last_step_are_always_kept(grpo_run, probed_run):
+    assert read_run(grpo_run, label="run").sampled_steps() == [1, 2, 4]  # of 4, every second
+    assert read_run(probed_run, label="run").sampled_steps() == [1, 2, 3]  # of 3, every second
+
+
 def test_groups_are_rebuilt_from_rows(grpo_run):
     _, groups, _ = sampled(grpo_run)
     assert [len(rows) for rows in groups] == [4, 4, 4, 4]
