@@ -120,6 +120,7 @@ class TableContinuer:
     tokens: list[int] = field(default_factory=lambda: [0])
     tables: dict[ContinuationSampling, TabularPolicy] = field(default_factory=dict)
     endings: dict[Any, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    known: dict[Any, Completion] = field(default_factory=dict)
 
     def continue_(self, requests: Sequence[ContinuationRequest]) -> list[list[Completion]]:
         """``draws`` independent ones per request. A whole completion goes on with nothing."""
@@ -148,15 +149,17 @@ class TableContinuer:
         return self.endings[key]
 
     def _cut(self, policy: TabularPolicy, request: ContinuationRequest, whole: tuple[int, ...]) -> Completion:
-        start = request.position
-        ids = whole[start : start + request.max_new_tokens]
-        self.tokens[0] += len(ids)
-        return Completion(
-            token_ids=ids,
-            logprobs=tuple(policy.logprobs(whole)[start : start + len(ids)].tolist()),
-            finish="stop" if start + len(ids) == len(whole) else "length",
-            text=policy.family.text(ids),
-        )
+        start, stop = request.position, request.position + request.max_new_tokens
+        key = whole, start, stop, request.sampling
+        if key not in self.known:
+            self.known[key] = Completion(
+                token_ids=whole[start:stop],
+                logprobs=tuple(policy.logprobs(whole)[start:stop].tolist()),
+                finish="stop" if stop >= len(whole) else "length",
+                text=policy.family.text(whole[start:stop]),
+            )
+        self.tokens[0] += len(self.known[key].token_ids)
+        return self.known[key]
 
 
 def sharpened(policy: TabularPolicy, sampling: ContinuationSampling) -> TabularPolicy:
