@@ -20,6 +20,7 @@ from rltrain.errors import require
 from rltrain.policy.logprobs import inference
 from rltrain.registry import register
 from rltrain.rollout import probes
+from rltrain.rollout.cache_limit import free_bytes, limit_tokens, refuse_small_cache
 from rltrain.rollout.continuation_types import ContinuationRequest
 from rltrain.rollout.continuations import ForkingDecoder, by_sampling, check_requests, draw_key, leaves, passes
 from rltrain.rollout.decoder_check import Decoder, DecoderKind, check_decoders
@@ -41,12 +42,13 @@ MOST_GUESSES = 8
 class LocalRolloutConfig(RolloutConfig):
     """How much is decoded at once; only ``dtype`` changes what is sampled.
 
-    At most ``max_rows`` completions and ``max_cache_tokens`` (0: no limit; prompt once a group, plus
-    ``max_new_tokens`` a row) are in flight, but at least one group; the others queue and refill the batch. Rows are
-    looked at every ``check_steps`` tokens (0: 4 on a CPU, 16 elsewhere); finished ones leave when they are
+    At most ``max_rows`` completions, or one group, are in flight; the others queue and refill the batch. The cache
+    holds at most ``max_cache_tokens`` (0: what is free on a GPU, no limit on a CPU). When it is full, the youngest rows
+    go back to the queue with their tokens. Rows are looked at every ``check_steps`` tokens (0: 4 on a CPU, 16
+    elsewhere); finished ones leave when they are
     ``compact_share`` of the batch. ``cuda_graph=auto`` replays the steps of Llama-shaped models as CUDA graphs.
     ``dtype=bfloat16`` decodes with a cast copy of the weights, renewed by ``sync``; ``policy`` with the policy itself.
-    Continuations forward ``prefix_tokens_per_pass`` tokens of completions at a time (a single one may have more).
+    Prefill and continuations forward ``prefix_tokens_per_pass`` tokens at a time (a single prompt may have more).
     ``speculate_tokens`` (0: none) guesses so many of the next tokens of each row, once nothing queues and at most
     ``speculate_rows`` rows are left (:mod:`rltrain.rollout.speculation`).
     """
@@ -63,7 +65,7 @@ class LocalRolloutConfig(RolloutConfig):
 
     def __post_init__(self) -> None:
         require(self.max_rows >= 1, f"rollout.max_rows={self.max_rows}: set at least 1")
-        require(self.max_cache_tokens >= 0, f"rollout.max_cache_tokens={self.max_cache_tokens}: 0 means no limit")
+        require(self.max_cache_tokens >= 0, f"rollout.max_cache_tokens={self.max_cache_tokens}: 0 means what is free")
         require(self.check_steps >= 0, f"rollout.check_steps={self.check_steps}: 0 means the device's usual number")
         require(self.cuda_graph in ("auto", "off"), f"rollout.cuda_graph={self.cuda_graph}: unknown; set auto or off")
         require(
@@ -115,15 +117,21 @@ class _Job:
     rows: Sequence[_Row]
 
     @property
-    def live(self) -> bool:
-        return not all(row.done for row in self.rows)
+    def prefix_ids(self) -> Sequence[int]:
+        """What is prefilled: the prompt and, of a row that was sent back, its tokens."""
+        token_ids = self.rows[0].token_ids
+        return [*self.prompt_ids, *token_ids] if token_ids else self.prompt_ids
 
 
 class _Batch:
     """The rows in flight: a decoder's rows, the last token of each, and what was sampled so far."""
 
-    def __init__(self, decoder: Decoder, sampling: SamplingConfig, config: LocalRolloutConfig) -> None:
-        self._decoder, self._sampling, self._config = decoder, sampling, config
+    def __init__(
+        self, decoder: Decoder, sampling: SamplingConfig, config: LocalRolloutConfig, limit_tokens: int | None
+    ) -> None:
+        self._decoder, self._sampling, self._config, self._limit_tokens = decoder, sampling, config, limit_tokens
+        self._was_full = False  # rows were sent back, and none has ended since
+        self._longest_tokens = 0  # of the completions that have ended
         self._rows: list[_Row] = []
         self._jobs: list[_Job] = []
         self._tokens_B: Tensor
@@ -138,6 +146,7 @@ class _Batch:
             while fitting := self._fitting(queue):
                 self._admit(fitting)
             if not all(row.done for row in self._rows):
+                self._make_room(queue)
                 if not queue and self._speculates():
                     self._decode_guessing()
                 else:
@@ -145,30 +154,70 @@ class _Batch:
             self._compact()
 
     def _fitting(self, queue: deque[_Job]) -> list[_Job]:
-        """Take from the queue what may start now: jobs of as many rows each."""
+        """Take from the queue what may start now: jobs of as many rows each, and at least one if none is in flight."""
         chosen: list[_Job] = []
-        if self._rows and not self._decoder.refills:
+        if self._rows and (self._was_full or not self._decoder.refills):
             return chosen
-        max_cache_tokens = self._config.max_cache_tokens or float("inf")
-        rows, cache_tokens = len(self._rows), sum(len(job.prompt_ids) for job in self._jobs)
-        cache_tokens += sum(row.rule.max_new_tokens for row in self._rows)
         while queue and len(queue[0].rows) == len((chosen or queue)[0].rows):
-            rows += len(queue[0].rows)
-            cache_tokens += len(queue[0].prompt_ids) + sum(row.rule.max_new_tokens for row in queue[0].rows)
-            full = rows > self._config.max_rows or cache_tokens > max_cache_tokens
-            if full and (self._rows or chosen):
+            if (self._rows or chosen) and not self._has_room([*chosen, queue[0]]):
                 break
             chosen.append(queue.popleft())
         return chosen
 
+    def _has_room(self, jobs: Sequence[_Job]) -> bool:
+        """Whether the jobs fit into the rows and the cache and, where others may join later, into one prefill."""
+        rows = [*self._rows, *(row for job in jobs for row in job.rows)]
+        longest = max(len(job.prefix_ids) for job in jobs)
+        pieces = self._decoder.refills and len(jobs) > 1
+        if len(rows) > self._config.max_rows:
+            return False
+        if pieces and len(jobs) * longest > self._config.prefix_tokens_per_pass:
+            return False
+        if self._limit_tokens is None:
+            return True
+        if not isinstance(self._decoder, SharedDecoder):  # rows that are in flight end there: reserve for all of them
+            prompt_tokens = sum(len(job.prompt_ids) for job in (*self._jobs, *jobs))
+            return prompt_tokens + sum(row.rule.max_new_tokens for row in rows) <= self._limit_tokens
+        expected = max(self._longest_tokens, max(row.rule.max_new_tokens for row in rows) // 4)
+        expected_tokens = self._decoder.cache_tokens(expected, len(self._rows), more_prompts=[longest] * len(jobs))
+        new_rows = len(rows) - len(self._rows)
+        return expected_tokens + new_rows * max(expected, self._decoder.capacity) <= self._limit_tokens
+
+    def _make_room(self, queue: deque[_Job]) -> None:
+        """Send the youngest rows back to the queue until the cache can grow for the next tokens of the others.
+
+        They keep their tokens, which are prefilled with the prompt later. Until a row ends nothing starts.
+        """
+        if self._limit_tokens is None or not isinstance(self._decoder, SharedDecoder):
+            return
+        columns = max(self._config.steps_between_looks(self._keys_B.device.type), 1 + self._config.speculate_tokens)
+        if self._decoder.cache_tokens(columns, len(self._rows), grows=True) <= self._limit_tokens:
+            return
+        self._keep([index for index, row in enumerate(self._rows) if not row.done])
+        kept = len(self._rows)
+        while kept > 1 and self._decoder.cache_tokens(columns, kept, grows=True) > self._limit_tokens:
+            kept -= 1
+        if kept < len(self._rows):
+            prompt_of = {id(row): job.prompt_ids for job in self._jobs for row in job.rows}
+            back = [_Job(prompt_ids=prompt_of[id(row)], rows=[row]) for row in self._rows[kept:]]
+            queue.extendleft(reversed(back))
+            self._keep(range(kept))
+            self._was_full = True
+
     def _admit(self, jobs: Sequence[_Job]) -> None:
-        """Prefill the prompts and sample the first token of their rows."""
+        """Prefill the prompts and sample the next token of their rows."""
         rows = [row for job in jobs for row in job.rows]
-        logits_BV = self._decoder.admit([job.prompt_ids for job in jobs], len(jobs[0].rows))
+        prefixes, fed = [job.prefix_ids for job in jobs], [len(job.rows[0].token_ids) for job in jobs]
+        if any(fed):
+            assert isinstance(self._decoder, SharedDecoder)
+            logits_BV = self._decoder.admit(prefixes, len(jobs[0].rows), fed)
+        else:
+            logits_BV = self._decoder.admit(prefixes, len(jobs[0].rows))
         keys_B = torch.tensor([row.key for row in rows], device=logits_BV.device)
-        tokens_B, logprobs_B = self._sample(logits_BV, uniforms(keys_B, torch.zeros_like(keys_B)))
+        positions_B = torch.tensor([len(row.token_ids) for row in rows], device=logits_BV.device)
+        tokens_B, logprobs_B = self._sample(logits_BV, uniforms(keys_B, positions_B))
         self._record(rows, tokens_B[None], logprobs_B[None])
-        positions_B = torch.ones_like(keys_B)
+        positions_B = positions_B + 1
         if self._rows:
             tokens_B, keys_B = torch.cat([self._tokens_B, tokens_B]), torch.cat([self._keys_B, keys_B])
             positions_B = torch.cat([self._positions_B, positions_B])
@@ -247,11 +296,18 @@ class _Batch:
     def _compact(self) -> None:
         """Drop finished rows once they are worth the copy."""
         kept = [index for index, row in enumerate(self._rows) if not row.done]
-        if len(self._rows) - len(kept) < self._config.compact_share * len(self._rows):
-            return
+        if len(self._rows) - len(kept) >= self._config.compact_share * len(self._rows):
+            self._keep(kept)
+
+    def _keep(self, kept: Sequence[int]) -> None:
+        """Drop all rows but these. Where some had ended, others may start again."""
         self._decoder.keep(kept)
+        ended = [len(row.token_ids) for row in self._rows if row.done]
+        self._longest_tokens = max(self._longest_tokens, *ended, 0)
+        self._was_full = self._was_full and not ended
         self._rows = [self._rows[index] for index in kept]
-        self._jobs = [job for job in self._jobs if job.live]
+        in_flight = {id(row) for row in self._rows}
+        self._jobs = [job for job in self._jobs if any(id(row) in in_flight for row in job.rows)]
         index_B = torch.tensor(kept, device=self._keys_B.device, dtype=torch.int64)
         self._tokens_B, self._keys_B = self._tokens_B[index_B], self._keys_B[index_B]
         self._positions_B = self._positions_B[index_B]
@@ -345,7 +401,9 @@ class LocalRollout:
                 pad_id = self._policy.pad_token_id
                 decoder = ForkingDecoder(self._base, decoder, batch, new_tokens, pad_id=pad_id)
             jobs = [_Job(prompt_ids=ids, rows=states[ids]) for ids in inside]
-            _Batch(decoder, sampling, self._config).run(sorted(jobs, key=lambda job: len(job.rows)))
+            _Batch(decoder, sampling, self._config, self._limit_tokens()).run(
+                sorted(jobs, key=lambda job: len(job.rows))
+            )
 
     def sync(self, policy: Any) -> None:
         """Nothing to copy, unless decoding has weights of its own."""
@@ -373,8 +431,11 @@ class LocalRollout:
             )
             for prompt in prompts
         ]
+        limit_tokens = self._limit_tokens()
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+        refuse_small_cache(limit_tokens, prompt_tokens=longest, rows=group_size, new_tokens=sampling.max_new_tokens)
         with inference(self._model):
-            _Batch(self._decoder(sampling.max_new_tokens), sampling, self._config).run(jobs)
+            _Batch(self._decoder(sampling.max_new_tokens), sampling, self._config, limit_tokens).run(jobs)
         return [
             Group(prompt=prompt, completions=tuple(rule.completion(row.token_ids, row.logprobs) for row in job.rows))
             for prompt, job in zip(prompts, jobs, strict=True)
@@ -388,6 +449,12 @@ class LocalRollout:
     def _all_kinds(self) -> list[DecoderKind]:
         graphs = self._config.cuda_graph == "auto"
         return decoder_kinds(self._base, pad_id=self._policy.pad_token_id, graphs=graphs)
+
+    def _limit_tokens(self) -> int | None:
+        """What the cache may hold. Of models whose cache has another form only the configured number is known."""
+        free = free_bytes(self._base.device) if SharedDecoder.supports(self._base) else None
+        configured, rows = self._config.max_cache_tokens, self._config.max_rows
+        return limit_tokens(self._base, configured=configured, rows=rows, free=free)
 
     def _decoder(self, max_new_tokens: int) -> Decoder:
         return self._kinds[0].make(max_new_tokens)

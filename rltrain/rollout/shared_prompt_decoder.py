@@ -259,8 +259,18 @@ class SharedDecoder:
         return out.view(kv_heads, rows, repeats * size).transpose(0, 1).reshape(rows, -1)
 
     @property
-    def _capacity(self) -> int:
-        return self.layers[0].own_keys.shape[2]
+    def capacity(self) -> int:
+        """Columns of the cache, those in use and those to come."""
+        return self.layers[0].own_keys.shape[2] if self.layers else 0
+
+    def cache_tokens(self, columns: int, rows: int, *, grows: bool = False, more_prompts: Sequence[int] = ()) -> int:
+        """Tokens that the cache takes with its first ``rows`` rows: at least ``columns`` each, or as many more."""
+        capacity = self.capacity if grows else max(self.capacity, columns)
+        while grows and capacity < self._columns + columns:
+            capacity = grown(capacity, self._device.type)
+        prompts = self._prompt_of[rows - 1] + 1 if rows else 0
+        width = max([self._prompt_mask_PT.shape[1] if rows else 0, *more_prompts])
+        return (prompts + len(more_prompts)) * width + rows * capacity
 
     def bias(self, window: int | None) -> Tensor:
         """Additive [N, 1, prompt + own] for the present columns: 0 where a token may look, -inf elsewhere."""
@@ -272,7 +282,7 @@ class SharedDecoder:
         """Hidden are padding, columns from before a row's birth or after a token, holes, and what left the window."""
         births_B11 = self._births_B[:, None, None]
         length = self._prompt_mask_PT.shape[1]
-        column_C = torch.arange(self._capacity, device=self._device)
+        column_C = torch.arange(self.capacity, device=self._device)
         present_T1 = self._present_T[:, None]
         age_BTC = (present_T1 - column_C).expand(len(births_B11), -1, -1)
         own_BTC = (age_BTC >= 0) & (column_C >= births_B11)
@@ -304,11 +314,17 @@ class SharedDecoder:
         finally:
             config._attn_implementation = before
 
-    def admit(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
-        """Logits [P·G, V] of the first tokens; the rows of a prompt are neighbours and follow those in flight."""
-        return self.admit_prefilled(self._prefill(prompts), [group_size] * len(prompts))
+    def admit(
+        self, prompts: Sequence[Sequence[int]], group_size: int, new_tokens_fed: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits [P·G, V] of the next tokens; the rows of a prompt are neighbours and follow those in flight.
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
+        ``new_tokens_fed`` says how many of a prompt's last tokens count as new ones.
+        """
+        prefilled = self._prefill(prompts, new_tokens_fed or [0] * len(prompts))
+        return self.admit_prefilled(prefilled, [group_size] * len(prompts))
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens_fed: Sequence[int]) -> Prefilled:
         from transformers import DynamicCache
 
         ids_PT, mask_PT = left_padded(prompts, self._pad_id, self._device)
@@ -324,7 +340,7 @@ class SharedDecoder:
         # Taken out one by one, so that no two copies of all layers exist.
         taken = (cache.layers.pop(0) for _ in range(len(cache.layers)))
         by_head = ((new.keys.transpose(0, 1).contiguous(), new.values.transpose(0, 1).contiguous()) for new in taken)
-        new_tokens_P = torch.full_like(mask_PT[:, 0], self._max_new_tokens)
+        new_tokens_P = self._max_new_tokens - torch.tensor(new_tokens_fed, device=self._device)
         return Prefilled(layers=by_head, mask_PT=mask_PT, logits_PV=logits_PV, new_tokens_P=new_tokens_P)
 
     def admit_prefilled(self, prefilled: Prefilled, rows: Sequence[int]) -> Tensor:
@@ -367,8 +383,8 @@ class SharedDecoder:
 
     def _open(self, columns: int) -> None:
         """Open the present columns, at most ``_BLOCK``; ``_show`` must follow."""
-        if self._columns + columns > self._capacity:
-            count = grown(self._capacity, self._device.type) - self._capacity
+        if self._columns + columns > self.capacity:
+            count = grown(self.capacity, self._device.type) - self.capacity
             for layer in self.layers:
                 layer.add_columns(count)
             if self._holes_BC is not None:
@@ -412,7 +428,7 @@ class SharedDecoder:
     def accept(self, counts_B: Tensor) -> None:
         """Keep so many of the verified tokens in each row, from the first; the columns of the others are holes."""
         if self._holes_BC is None:
-            self._holes_BC = torch.zeros(len(self._births), self._capacity, dtype=torch.bool, device=self._device)
+            self._holes_BC = torch.zeros(len(self._births), self.capacity, dtype=torch.bool, device=self._device)
         offset_T = torch.arange(self._width, device=self._device)
         self._holes_BC[:, self._columns - self._width : self._columns] = offset_T >= counts_B[:, None]
         self._positions_B = self._positions_B + counts_B

@@ -95,7 +95,7 @@ def test_a_captured_step_gives_the_logits_of_the_steps_after_it(name):
                 captured._present_logits = recorded
             expected, found = plain.step(tokens_of(step)), captured.step(tokens_of(step))
             assert torch.equal(found, expected)
-        assert plain._capacity == 16
+        assert plain.capacity == 16
 
 
 def test_a_decoder_and_its_weights_go_at_once():
