@@ -1,4 +1,4 @@
-"""Estimators that score completions, as whole runs: without rewards, resumed, on two ranks."""
+"""Estimators that score completions, and trees, as whole runs: without rewards, resumed, on two ranks."""
 
 import json
 import math
@@ -24,7 +24,13 @@ from rltrain.types import SpanRequest
 ROOT = Path(__file__).parents[2]
 NO_REWARD = ["~rewards.answer", "+reward@eval_rewards.answer=random"]
 SHORT = ["steps=3", "debug.bundle_steps=[1]"]
-METHODS = ("opd", "sdpo", "implicit_reward")
+TREE = ["rollout.tree.rounds=2", "rollout.tree.chains=2", "rollout.tree.places=1", "rollout.tree.branches=1"]
+TREE += ["batch.group_size=6", *SHORT]
+TREES = {
+    "tree_rl": [*TREE, "algorithm=tree_rl", "batch.minibatches=2", "batch.packing=shared"],
+    "tree_po": [*TREE, "algorithm=tree_po", "rollout.ahead=true", "batch.dynamic_sampling=true"],
+}
+METHODS = ("opd", "sdpo", "implicit_reward", *TREES)
 
 
 COLD = ["steps=2", "batch_size=2", "max_length=80"]
@@ -59,6 +65,7 @@ def overrides(teacher):
         "opd": ["algorithm=opd", f"scorer.path={teacher}", *NO_REWARD, *SHORT],
         "sdpo": ["algorithm=sdpo", "scorer.decay=0.5", *SHORT],
         "implicit_reward": ["algorithm=implicit_reward", "scorer.decay=0.5", *SHORT],
+        **TREES,
     }
 
 
@@ -89,6 +96,27 @@ def test_a_run_without_rewards_keeps_samples_and_bundles(unbroken):
     assert {row["reward"] for row in rows} == {None}
     (bundle,) = (unbroken["opd"] / "bundles").glob("*")
     assert [group.rewards_G for group in step_dump.read(bundle).records[0].groups] == [None] * 4
+
+
+def test_leaves_share_tokens_and_teach(unbroken):
+    for method in TREES:
+        lines = metrics(unbroken[method])[1:]
+        assert all(line["tree/leaves_per_token"] > 1 and line["grad_norm"] > 0 for line in lines)
+    assert metrics(unbroken["tree_po"])[2]["rollout/staleness"] > 0
+
+
+def test_the_layout_of_trees_changes_nothing_but_rounding(unbroken, tmp_path):
+    trainer.fit(config(tmp_path / "run", *TREES["tree_rl"], "batch.packing=padded"))
+    assert_same_run(tmp_path / "run", unbroken["tree_rl"])
+
+
+def test_a_server_grows_trees(serve, tmp_path):
+    """Leaves' log-probs come from two requests each, and are the policy's."""
+    over = [*TREES["tree_rl"], "rollout=vllm", "rollout.mode=server", f"rollout.urls=[{serve().url}]", "steps=1"]
+    trainer.fit(config(tmp_path / "run", *over))
+    line = metrics(tmp_path / "run")[1]
+    assert line["tree/leaves_per_token"] > 1 and line["grad_norm"] > 0
+    assert line["sampling/sampling_logp_difference/max"] < 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)
