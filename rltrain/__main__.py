@@ -26,8 +26,12 @@ COMMANDS = {
     "audit": "a data set before training: references, splits, rewards",
     "compress": "shorter reasoning traces, with a trained compressor",
     "export": "a run's policy as a transformers folder, or on the hub, with a model card",
+    "sample": "completions of a prompt, with the probability of each token",
+    "new": "an estimator, reward, loss or data set of yours to begin from",
     "report.panels": "a wandb workspace with the report's panels",
 }
+# Commands whose module is not named like them.
+MODULES = {"sample": "rltrain.commands.sample", "new": "rltrain.commands.new"}
 
 
 def usage() -> str:
@@ -59,7 +63,7 @@ def _explain(topic: str) -> str:
     if topic in help_pages.READS:
         return help_pages.command(topic, help_pages.module_doc(f"rltrain.{topic}"))
     if topic in COMMANDS:
-        doc = help_pages.module_doc(f"rltrain.{topic}")
+        doc = help_pages.module_doc(MODULES.get(topic, f"rltrain.{topic}"))
         return f"{doc}\n\nits options: rltrain {topic} --help"
     return help_pages.about(topic)
 
@@ -80,7 +84,7 @@ def main() -> None:
         print(explain([command]))
     else:
         sys.argv = [f"rltrain {command}", *rest]
-        runpy.run_module(f"rltrain.{command}", run_name="__main__", alter_sys=True)
+        runpy.run_module(MODULES.get(command, f"rltrain.{command}"), run_name="__main__", alter_sys=True)
 
 
 def console() -> None:

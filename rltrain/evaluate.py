@@ -1,4 +1,4 @@
-"""Held-out evaluation: accuracy, mean reward, Max@k, unbiased pass@k, length.
+"""Held-out evaluation: accuracy (avg@k) with its standard error, maj@k, unbiased pass@k, Max@k, reward, length.
 
 python -m rltrain.evaluate +experiment=NAME [model.path=FOLDER]
 """
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from rltrain import cli
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
+from rltrain.data.boxed import last_boxed
 from rltrain.errors import ConfigError
 from rltrain.policy.encode import encode_all, prompt_ids, prompt_limit, why_left_out
 from rltrain.policy.load import Policy, load_policy
@@ -25,13 +26,14 @@ from rltrain.policy.scorer import load_scorer
 from rltrain.registry import part_of
 from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.grading import with_grades
+from rltrain.rewards.random_calculation import parse_literal
 from rltrain.rewards.scoring import score
 from rltrain.rollout import Rollout, build_engine
 from rltrain.rollout.ahead import check_rollout
 from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
-from rltrain.runtime import dist
+from rltrain.runtime import dist, progress
 from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, Std, Sum
 
 log = logging.getLogger(__name__)
@@ -111,7 +113,34 @@ def group_metrics(group: Group, samples: int) -> Metrics:
     }
     if len(rewards_G) and samples > 1:
         metrics[f"max@{samples}"] = Mean.of(float(rewards_G.max()))
+    if samples > 1 and judged:
+        shown = zip(group.completions, group.right_G.tolist(), strict=True)
+        votes = [(completion.text, bool(right)) for completion, right in shown if not math.isnan(right)]
+        metrics[f"maj@{samples}"] = Mean.of(majority(*zip(*votes, strict=True)))
     return metrics | {f"pass@{k}": Mean.of(pass_at_k(judged, right, k)) for k in ks}
+
+
+def majority(texts: Sequence[str], right: Sequence[bool]) -> float:
+    """maj@k: the share of right completions among those of the most frequent answer; of equally frequent ones the mean.
+
+    An answer is the content of the last box, else what follows the last ``=``, else the last line. Numbers are compared
+    by value. Completions without an answer do not vote.
+    """
+    votes: dict[Hashable, list[bool]] = {}
+    for text, is_one in zip(texts, right, strict=True):
+        if (answer := final_answer(text)) is not None:
+            votes.setdefault(answer, []).append(is_one)
+    most = max(map(len, votes.values()), default=0)
+    shares = [sum(each) / len(each) for each in votes.values() if len(each) == most]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def final_answer(text: str) -> Hashable | None:
+    """What a completion votes for, see :func:`majority`."""
+    lines = text.strip().splitlines()
+    answer = last_boxed(text) or (lines[-1].rpartition("=")[2].strip() if lines else "")
+    number = parse_literal(answer) if answer else None
+    return number if number is not None else answer or None
 
 
 def held_out_prompts(config: RunConfig, policy: Policy) -> list[Prompt]:
@@ -151,13 +180,67 @@ def main(config: RunConfig) -> None:
     with dist.stage("evaluation", config.deadline("evaluation")):
         rewards = evaluation_rewards(config)
         context = with_grades(context, config, policy)
+        asked = f"{len(prompts)} problems of {part_of(config.eval_data or config.data).name}, {config.evaluation.split}"
+        progress.say("evaluation", f"{asked}: {in_words(config.evaluation)}")
         metrics, _ = evaluate(rollout, prompts, rewards, config.evaluation, config.sampling, context)
         refuse_broken(rewards)
+        greedy = metrics
+        if config.evaluation.temperature > 0:
+            settings = dataclasses.replace(config.evaluation, temperature=0.0, samples=1)
+            progress.say("evaluation", f"{asked}: {in_words(settings)}")
+            greedy, _ = evaluate(rollout, prompts, rewards, settings, config.sampling, context)
     if dist.is_main():
+        facts = about(config)
         path = Path(config.run_dir) / "evaluation.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(metrics, indent=1))
-        print("\n".join(f"{name:32s} {value:.4f}" for name, value in metrics.items()))
+        path.write_text(json.dumps({**metrics, **facts, "greedy": greedy}, indent=1))
+        print(table(facts, metrics, greedy, config.evaluation))
+        print(f"\nwritten to {path}")
+
+
+def in_words(config: EvaluationConfig) -> str:
+    """How completions are drawn."""
+    return "greedy" if config.temperature == 0 else f"{config.samples} samples each at {config.temperature:g}"
+
+
+def about(config: RunConfig) -> dict[str, str]:
+    """Which model on which data, for the table and ``evaluation.json``."""
+    model = vars(config.model).get("path") or f"{part_of(config.model).name} (not trained)"
+    return {
+        "model": str(model),
+        "data": part_of(config.eval_data or config.data).name,
+        "split": config.evaluation.split,
+        "drawn": in_words(config.evaluation),
+    }
+
+
+def table(
+    facts: Mapping[str, str], sampled: Mapping[str, float], greedy: Mapping[str, float], config: EvaluationConfig
+) -> str:
+    """The facts, then a line per metric with what was sampled and, where that is another, what was greedy."""
+    both = config.temperature > 0
+    heads = [facts["drawn"], "greedy"] if both else ["greedy"]
+    lines = [f"{name:24s}{facts[name]}" for name in ("model", "data", "split")]
+    lines += [
+        f"{'problems (n)':24s}{int(sampled['eval_problems'])}",
+        "",
+        " " * 24 + "".join(f"{h:>24s}" for h in heads),
+    ]
+    for name, value in sampled.items():
+        short = name.removeprefix("eval_")
+        if short in ("accuracy_se", "problems"):
+            continue
+        shown = f"avg@{config.samples} (accuracy)" if short == "accuracy" else short.removeprefix("completions/")
+        cells = [_cell(name, value, sampled), *([_cell(name, greedy.get(name), greedy)] if both else [])]
+        lines.append(f"{shown:24s}" + "".join(f"{cell:>24s}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | None, values: Mapping[str, float]) -> str:
+    if value is None:
+        return "-"
+    error = values["eval_accuracy_se"] if name == "eval_accuracy" else None
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ LAYERS = [
     {"update"},
     {"trainer"},
     {"__main__", "train", "audit", "compress", "compare/", "report/", "export/", "plan/", "compat/"},
+    {"api", "commands/"},
 ]
 LAYER_OF = {name.removesuffix("/"): level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"advantages", "rewards", "kernels", "loss", "losses", "batching"}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from rltrain.options import catalogue
-from rltrain.options.keys import ANY, FIRST
+from rltrain.options.keys import ANY, FIRST, pattern
 
 ROOT_CLASS = "RunConfig"
 
@@ -65,6 +65,11 @@ class Described:
 
     sections: list[Section] = field(default_factory=list)
     keys: dict[str, DescribedKey] = field(default_factory=dict)
+
+    def is_open(self, path: str) -> bool:
+        """Whether the key at a path is a mapping from any name."""
+        key = self.keys.get(pattern(path))
+        return key is not None and key.annotation.startswith("dict[")
 
 
 @functools.cache

@@ -176,6 +176,7 @@ def nearest(key: str, keys: Mapping[str, Any]) -> str | None:
     if slips := difflib.get_close_matches(word, [path.rpartition(".")[2] for path in candidates], n=1, cutoff=CLOSE):
         return f"{place}.{slips[0]}".lstrip(".")
     same = [path for path in keys if _plain(path.rpartition(".")[2]) == _plain(word)]
+    same.sort(key=lambda path: path.count("."))  # of equal words that of the least depth
     always = [path for path in same if not keys[path].choices]
     return _in_place(always, place) or synonym or _in_place(same, place) or _slip(place, word, keys)
 

@@ -179,7 +179,9 @@ def start(*, verbose: bool = False) -> None:
     if not verbose:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-    logging.basicConfig(level=logging.WARNING, handlers=[ConsoleHandler(verbose=verbose)], force=True)
+    root = logging.getLogger()
+    root.handlers[:] = [ConsoleHandler(verbose=verbose)]  # not closed, since they may come back
+    root.setLevel(logging.WARNING)
     logging.getLogger("rltrain").setLevel(logging.INFO)
     warnings.showwarning = _log_warning
 

@@ -1,7 +1,9 @@
 """``rltrain help``: the keys that the source describes are those of the config, and each is described."""
 
 import dataclasses
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,8 @@ from rltrain.options import described as source
 from rltrain.options import help as help_pages
 from rltrain.options import keys
 from rltrain.registry import discover, parts
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_keys_of_the_source_are_those_of_the_config():
@@ -88,3 +92,16 @@ def test_help_of_a_command_through_the_console(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rltrain", "sft", "--help"])
     commands.main()
     assert "python -m rltrain.sft +experiment=NAME" in capsys.readouterr().out
+
+
+def test_completion_in_bash():
+    """The script's words, with a stand-in for the command that prints what it was given."""
+    script = """
+rltrain() { [ $# = 0 ] && printf '  list  x\\n  plan  y\\n' || echo "$1/${COMP_LINE/ /_} a=1"; }
+source scripts/completion.bash
+COMP_WORDS=(rltrain pl) COMP_CWORD=1; _rltrain; echo "${COMPREPLY[@]}"
+COMP_WORDS=(rltrain train a) COMP_CWORD=2; _rltrain; echo "${COMPREPLY[@]}"
+COMP_WORDS=(rltrain train t) COMP_CWORD=2; _rltrain; echo "${COMPREPLY[@]}"
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.splitlines() == ["plan", "a=1", "train/rltrain_t"]

@@ -1,0 +1,1 @@
+"""Commands beside the entry points: ``rltrain sample`` and ``rltrain new``."""
