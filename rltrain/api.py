@@ -167,7 +167,7 @@ def _choice(group: str, value: Any, functions: dict[str, str], *, path: str) -> 
     """The choice of a part: a name or a function, or ``{"kind": either, …}`` with its keys."""
     settings = dict(value) if isinstance(value, Mapping) else {"kind": value}
     kind = settings.pop("kind")
-    yield f"{group}={'custom' if callable(kind) else kind}"
+    yield f"{group}=custom" if callable(kind) else f"{group}={kind}"
     if callable(kind):
         yield f"{path}.import_path={_import_path(kind, functions)}"
     for key, each in settings.items():
