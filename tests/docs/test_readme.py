@@ -61,23 +61,30 @@ def test_the_choices_of_the_table_compose(choice):
     cli.compose([choice] if choice.startswith("+") else ["+experiment=quickstart", choice])
 
 
-def test_every_preset_and_every_estimator_has_a_row():
-    rows = set(re.findall(r"^\| `(\S+)`", README, re.M))
-    presets = {path.stem for path in (ROOT / "configs/algorithm").glob("*.yaml")}
-    estimators = {part.name for part in parts("advantage")} - {"group"}  # the first rows are its settings
-    of_experiments = {
-        "rlp",
-        "conmax",
-        "spae_lines",
-        "opd",
-        "sdpo",
-        "sdpo_lines",
-        "spo_small",
-        "vineppo_small",
-        "vineppo_paper",
-    }
-    for name in (presets | estimators) - of_experiments:
-        assert rows & {f"algorithm={name}", f"advantage={name}"}, name
+def test_every_estimator_and_every_loss_has_a_row_on_the_page_that_the_readme_links():
+    pages = {"advantage": "estimators.md", "loss": "algorithms/losses.md"}
+    for kind, page in pages.items():
+        assert f"](docs/{page}" in README
+        rows = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("| `")]
+        named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+        assert {part.name for part in parts(kind)} - named == set()
+
+
+def test_every_preset_is_in_the_table_or_on_a_page_of_algorithms():
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs/algorithms").glob("*.md"))
+    named = set(re.findall(r"^\| `algorithm=(\w+)`", README, re.M)) | set(re.findall(r"algorithm=(\w+)", pages))
+    experiments = [path.read_text() for path in (ROOT / "configs/experiment").glob("*.yaml")]
+    named |= {preset for text in experiments for preset in re.findall(r"override /algorithm: (\w+)", text)}
+    assert {path.stem for path in (ROOT / "configs/algorithm").glob("*.yaml")} - named == set()
+
+
+EXPERIMENTS = ["vineppo", "spo", "otb", "entropy_mask", "ktae", "sdpo", "opd", "tree", "rlp", "conmax"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_algorithm_with_an_experiment_has_its_command_in_the_table(name):
+    assert f"\n| `+experiment={name}` |" in README
+    assert (ROOT / f"configs/experiment/{name}.yaml").exists()
 
 
 def test_the_estimator_and_reward_of_the_readme_train(tmp_path):
