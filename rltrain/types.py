@@ -123,6 +123,7 @@ class Completion:
     logprobs: tuple[float, ...] | UnknownLogprobs
     finish: Finish
     text: str = ""
+    entropies: tuple[tuple[float, float], ...] | None = None  # H and collision by token, where the sampler kept them
 
     def __post_init__(self) -> None:
         if not isinstance(self.logprobs, UnknownLogprobs) and len(self.token_ids) != len(self.logprobs):

@@ -247,8 +247,10 @@ def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, i
 
 
 def _sampler(config: RunConfig, policy: Policy) -> Rollout:
-    """The engine of the config, around it the trees that it asks for."""
+    """The engine of the config, around it the trees that it asks for. It keeps entropies where a part wants them."""
     engine, tree = build_engine(config.rollout, config.sampling, policy, seed=config.seed), config.rollout.tree
+    if isinstance(engine, LocalRollout):
+        engine.keeps_entropies = Need.ENTROPY in config.needs()
     return TreeRollout(engine, tree, config.sampling, policy) if tree.rounds else engine
 
 

@@ -13,21 +13,16 @@ from rltrain.batching.bins import Layout
 from rltrain.config import SamplingConfig
 from rltrain.policy.logprobs import inference, of_logits, unwrapped
 from rltrain.policy.scorer import span_values
-from rltrain.rollout.sampling import distribution
+from rltrain.rollout.sampling import distribution, entropy_and_collision
+from rltrain.runtime import dist
 from rltrain.types import Completion, Group, SpanRequest, TokenBatch, TokenEntropy
 
 
-def entropy_and_collision(probabilities_BV: Tensor) -> Tensor:
-    """``[B, 2]``: H = -Σ p log p in nats, and Σ p²."""
-    entropy_B = torch.special.entr(probabilities_BV).sum(-1)
-    return torch.stack([entropy_B, probabilities_BV.square().sum(-1)], dim=-1)
-
-
 class SampledEntropies:
-    """A pass of ``model``, a ``LogprobModel`` or its engine, over the completions, for ``context.entropy``.
+    """What the sampler kept, and a pass of ``model`` over completions without it, for ``context.entropy``.
 
-    The distribution is that of ``sampling``: temperature, top-k, top-p. It is the policy as it is now, which with
-    ``rollout.ahead`` is a step newer than the policy that sampled.
+    ``model`` is a ``LogprobModel`` or its engine. The distribution of the pass is that of ``sampling``: temperature,
+    top-k, top-p. It is the policy as it is now, which with ``rollout.ahead`` is a step newer than the one that sampled.
     """
 
     def __init__(
@@ -38,13 +33,27 @@ class SampledEntropies:
 
     def __call__(self, groups: Sequence[Group]) -> list[list[TokenEntropy]]:
         """``[p][g]`` is of completion g of group p. All ranks call this together."""
-        requests = [_request(group, completion) for group in groups for completion in group.completions]
+        lacking = [
+            (group, completion) for group in groups for completion in group.completions if completion.entropies is None
+        ]
+        scored = iter(self._scored([_request(*pair) for pair in lacking]))
+        return [
+            [
+                _token_entropy(next(scored) if one.entropies is None else _kept(one.entropies))
+                for one in group.completions
+            ]
+            for group in groups
+        ]
+
+    def _scored(self, requests: Sequence[SpanRequest]) -> list[Tensor]:
+        """``[T, 2]`` of each. No pass where no rank has a request."""
+        if not int(dist.all_max(torch.tensor(len(requests)), name="completions without entropies")):
+            return []
         with inference(unwrapped(self._model)):
             scored = span_values(
                 self._model, requests, token_budget=self._token_budget, layouts=self._layouts, values=self._values
             )
-        pairs = iter(scored)
-        return [[_token_entropy(next(pairs)[0]) for _ in group.completions] for group in groups]
+        return [spans[0] for spans in scored]
 
     def _values(self, model: Any, batch: TokenBatch) -> Tensor:
         sampling = self._sampling
@@ -54,6 +63,10 @@ class SampledEntropies:
 
 def _of_logits(settings: dict[str, Any], logits_NV: Tensor) -> Tensor:
     return entropy_and_collision(distribution(logits_NV, **settings))
+
+
+def _kept(entropies: Sequence[tuple[float, float]]) -> Tensor:
+    return torch.tensor(entropies, dtype=torch.float64).reshape(-1, 2)
 
 
 def _request(group: Group, completion: Completion) -> SpanRequest:

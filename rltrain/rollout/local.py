@@ -7,7 +7,7 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,8 @@ from rltrain.rollout.decoder_check import Decoder, DecoderKind, check_decoders
 from rltrain.rollout.hf_decoder import PlainDecoder, UncachedDecoder
 from rltrain.rollout.llama_step import LlamaStep
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
-from rltrain.rollout.sampling import row_key, sample, uniforms
+from rltrain.rollout.rows import Job, Row
+from rltrain.rollout.sampling import entropy_and_collision, row_key, sample_with_distribution, uniforms
 from rltrain.rollout.shared_prompt_decoder import SharedDecoder
 from rltrain.rollout.speculation import GroupDrafts, accepted
 from rltrain.rollout.stopping import StopRule
@@ -93,36 +94,6 @@ class LocalRolloutConfig(RolloutConfig):
         return min(completions, self.max_rows)
 
 
-@dataclass(kw_only=True, slots=True)
-class _Row:
-    """One completion while it is sampled."""
-
-    key: int
-    rule: StopRule
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    done: bool = False
-
-    @property
-    def left_tokens(self) -> int:
-        """How many more tokens it may have."""
-        return self.rule.max_new_tokens - len(self.token_ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A prompt and the rows that continue it."""
-
-    prompt_ids: Sequence[int]
-    rows: Sequence[_Row]
-
-    @property
-    def prefix_ids(self) -> Sequence[int]:
-        """What is prefilled: the prompt and, of a row that was sent back, its tokens."""
-        token_ids = self.rows[0].token_ids
-        return [*self.prompt_ids, *token_ids] if token_ids else self.prompt_ids
-
-
 class _Batch:
     """The rows in flight: a decoder's rows, the last token of each, and what was sampled so far."""
 
@@ -132,14 +103,14 @@ class _Batch:
         self._decoder, self._sampling, self._config, self._limit_tokens = decoder, sampling, config, limit_tokens
         self._was_full = False  # rows were sent back, and none has ended since
         self._longest_tokens = 0  # of the completions that have ended
-        self._rows: list[_Row] = []
-        self._jobs: list[_Job] = []
+        self._rows: list[Row] = []
+        self._jobs: list[Job] = []
         self._tokens_B: Tensor
         self._keys_B: Tensor
         self._positions_B: Tensor  # of the next completion token
         self._drafts: dict[int, tuple[GroupDrafts, int]] = {}  # of each row and its place in the group, by id
 
-    def run(self, jobs: Sequence[_Job]) -> None:
+    def run(self, jobs: Sequence[Job]) -> None:
         """Sample every row of every job to its end."""
         queue = deque(jobs)
         while queue or self._rows:
@@ -153,9 +124,9 @@ class _Batch:
                     self._decode()
             self._compact()
 
-    def _fitting(self, queue: deque[_Job]) -> list[_Job]:
+    def _fitting(self, queue: deque[Job]) -> list[Job]:
         """Take from the queue what may start now: jobs of as many rows each, and at least one if none is in flight."""
-        chosen: list[_Job] = []
+        chosen: list[Job] = []
         if self._rows and (self._was_full or not self._decoder.refills):
             return chosen
         while queue and len(queue[0].rows) == len((chosen or queue)[0].rows):
@@ -164,7 +135,7 @@ class _Batch:
             chosen.append(queue.popleft())
         return chosen
 
-    def _has_room(self, jobs: Sequence[_Job]) -> bool:
+    def _has_room(self, jobs: Sequence[Job]) -> bool:
         """Whether the jobs fit into the rows and the cache and, where others may join later, into one prefill."""
         rows = [*self._rows, *(row for job in jobs for row in job.rows)]
         longest = max(len(job.prefix_ids) for job in jobs)
@@ -183,7 +154,7 @@ class _Batch:
         new_rows = len(rows) - len(self._rows)
         return expected_tokens + new_rows * max(expected, self._decoder.capacity) <= self._limit_tokens
 
-    def _make_room(self, queue: deque[_Job]) -> None:
+    def _make_room(self, queue: deque[Job]) -> None:
         """Send the youngest rows back to the queue until the cache can grow for the next tokens of the others.
 
         They keep their tokens, which are prefilled with the prompt later. Until a row ends nothing starts.
@@ -199,12 +170,12 @@ class _Batch:
             kept -= 1
         if kept < len(self._rows):
             prompt_of = {id(row): job.prompt_ids for job in self._jobs for row in job.rows}
-            back = [_Job(prompt_ids=prompt_of[id(row)], rows=[row]) for row in self._rows[kept:]]
+            back = [Job(prompt_ids=prompt_of[id(row)], rows=[row]) for row in self._rows[kept:]]
             queue.extendleft(reversed(back))
             self._keep(range(kept))
             self._was_full = True
 
-    def _admit(self, jobs: Sequence[_Job]) -> None:
+    def _admit(self, jobs: Sequence[Job]) -> None:
         """Prefill the prompts and sample the next token of their rows."""
         rows = [row for job in jobs for row in job.rows]
         prefixes, fed = [job.prefix_ids for job in jobs], [len(job.rows[0].token_ids) for job in jobs]
@@ -215,8 +186,8 @@ class _Batch:
             logits_BV = self._decoder.admit(prefixes, len(jobs[0].rows))
         keys_B = torch.tensor([row.key for row in rows], device=logits_BV.device)
         positions_B = torch.tensor([len(row.token_ids) for row in rows], device=logits_BV.device)
-        tokens_B, logprobs_B = self._sample(logits_BV, uniforms(keys_B, positions_B))
-        self._record(rows, tokens_B[None], logprobs_B[None])
+        tokens_B, facts_BF = self._sample(logits_BV, uniforms(keys_B, positions_B), rows)
+        self._record(rows, tokens_B[None], facts_BF[None])
         positions_B = positions_B + 1
         if self._rows:
             tokens_B, keys_B = torch.cat([self._tokens_B, tokens_B]), torch.cat([self._keys_B, keys_B])
@@ -232,11 +203,11 @@ class _Batch:
         offsets_K1 = torch.arange(steps, device=self._keys_B.device)[:, None]
         sampled = []
         for uniforms_B in uniforms(self._keys_B, self._positions_B + offsets_K1):
-            self._tokens_B, logprobs_B = self._sample(self._decoder.step(self._tokens_B), uniforms_B)
-            sampled.append((self._tokens_B, logprobs_B))
+            self._tokens_B, facts_BF = self._sample(self._decoder.step(self._tokens_B), uniforms_B, self._rows)
+            sampled.append((self._tokens_B, facts_BF))
         self._positions_B = self._positions_B + steps
-        tokens_KB, logprobs_KB = (torch.stack(columns) for columns in zip(*sampled, strict=True))
-        self._record(self._rows, tokens_KB, logprobs_KB)
+        tokens_KB, facts_KBF = (torch.stack(columns) for columns in zip(*sampled, strict=True))
+        self._record(self._rows, tokens_KB, facts_KBF)
 
     def _speculates(self) -> bool:
         few = sum(not row.done for row in self._rows) <= self._config.speculate_rows
@@ -252,18 +223,18 @@ class _Batch:
         offsets_T = torch.arange(fed_BT.shape[1], device=fed_BT.device)
         uniforms_BT = uniforms(self._keys_B[:, None], self._positions_B[:, None] + offsets_T)
         logits_BTV = self._decoder.verify(fed_BT)
-        found = self._sample(logits_BTV.flatten(0, 1), uniforms_BT.flatten())
-        tokens_BT, logprobs_BT = (values.view_as(fed_BT) for values in found)
+        tokens_N, facts_NF = self._sample(logits_BTV.flatten(0, 1), uniforms_BT.flatten(), self._rows)
+        tokens_BT, facts_BTF = tokens_N.view_as(fed_BT), facts_NF.unflatten(0, fed_BT.shape)
         counts_B = accepted(fed_BT, tokens_BT)
         self._decoder.accept(counts_B)
         self._tokens_B = tokens_BT.gather(1, counts_B[:, None] - 1).squeeze(1)
         self._positions_B = self._positions_B + counts_B
         counts = counts_B.tolist()
-        rows = zip(self._rows, tokens_BT.tolist(), logprobs_BT.tolist(), counts, strict=True)
-        for row, tokens_T, logprobs_T, count in rows:
-            self._extend(row, tokens_T[:count], logprobs_T[:count])
+        rows = zip(self._rows, tokens_BT.tolist(), facts_BTF.tolist(), counts, strict=True)
+        for row, tokens_T, facts_TF, count in rows:
+            row.extend(tokens_T[:count], facts_TF[:count])
 
-    def _guess(self, row: _Row, count: int) -> list[int]:
+    def _guess(self, row: Row, count: int) -> list[int]:
         if row.done or count == 0:
             return [0] * count
         if not self._drafts:
@@ -273,25 +244,23 @@ class _Batch:
         drafts, index = self._drafts[id(row)]
         return drafts.guess(index, count)
 
-    def _sample(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits_BV: Tensor, uniforms_B: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Tokens [B], and of each its log-prob and, where the rows want them, entropy and collision [B, F]."""
         config = self._sampling
-        return sample(logits_BV, uniforms_B, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+        tokens_B, logprobs_B, probabilities_BV = sample_with_distribution(
+            logits_BV, uniforms_B, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+        )
+        if rows[0].entropies is None:
+            return tokens_B, logprobs_B[:, None]
+        if probabilities_BV is None:  # a point mass
+            return tokens_B, torch.stack([logprobs_B, logprobs_B, torch.ones_like(logprobs_B)], dim=-1)
+        return tokens_B, torch.cat([logprobs_B[:, None], entropy_and_collision(probabilities_BV)], dim=-1)
 
-    def _record(self, rows: Sequence[_Row], tokens_KB: Tensor, logprobs_KB: Tensor) -> None:
+    def _record(self, rows: Sequence[Row], tokens_KB: Tensor, facts_KBF: Tensor) -> None:
         """Append K tokens to each row and cut those that ended."""
-        for row, tokens_K, logprobs_K in zip(rows, tokens_KB.T.tolist(), logprobs_KB.T.tolist(), strict=True):
-            self._extend(row, tokens_K, logprobs_K)
-
-    def _extend(self, row: _Row, tokens_K: list[int], logprobs_K: list[float]) -> None:
-        if row.done:
-            return
-        start = len(row.token_ids)
-        row.token_ids += tokens_K
-        row.logprobs += logprobs_K
-        end = row.rule.end(row.token_ids, start)
-        if end is not None:
-            del row.token_ids[end:], row.logprobs[end:]
-            row.done = True
+        facts = facts_KBF.transpose(0, 1).tolist()
+        for row, tokens_K, facts_KF in zip(rows, tokens_KB.T.tolist(), facts, strict=True):
+            row.extend(tokens_K, facts_KF)
 
     def _compact(self) -> None:
         """Drop finished rows once they are worth the copy."""
@@ -323,6 +292,7 @@ class LocalRollout:
     """
 
     uses_policy = True
+    keeps_entropies = False  # whether completions carry entropies, for ``Need.ENTROPY``
 
     def __init__(self, config: LocalRolloutConfig, sampling: SamplingConfig, policy: Any, *, seed: int) -> None:
         self._config, self._sampling, self._policy, self._seed = config, sampling, policy, seed
@@ -373,7 +343,7 @@ class LocalRollout:
         check_requests(requests, self._sampling, rule)
         rows = [
             [
-                _Row(
+                Row(
                     key=draw_key(self._seed, step, request, draw),
                     rule=rule.after(request.completion_ids, max_new_tokens=request.max_new_tokens),
                 )
@@ -383,13 +353,13 @@ class LocalRollout:
         ]
         with inference(self._model):
             for sampling, indices in by_sampling(requests, self._sampling):
-                states: dict[tuple[int, ...], list[_Row]] = {}
+                states: dict[tuple[int, ...], list[Row]] = {}
                 for index in indices:
                     states.setdefault(requests[index].prefix_ids, []).extend(rows[index])
                 self._run_states(states, sampling)
         return [[row.rule.completion(row.token_ids, row.logprobs) for row in some] for some in rows]
 
-    def _run_states(self, states: Mapping[tuple[int, ...], Sequence[_Row]], sampling: SamplingConfig) -> None:
+    def _run_states(self, states: Mapping[tuple[int, ...], Sequence[Row]], sampling: SamplingConfig) -> None:
         """Sample the rows of every state, pass by pass; states of as many rows are neighbours in the queue."""
         new_tokens = {ids: max(row.rule.max_new_tokens for row in rows) for ids, rows in states.items()}
         for batch in passes(leaves(states), tokens_per_pass=self._config.prefix_tokens_per_pass):
@@ -400,7 +370,7 @@ class LocalRollout:
             else:
                 pad_id = self._policy.pad_token_id
                 decoder = ForkingDecoder(self._base, decoder, batch, new_tokens, pad_id=pad_id)
-            jobs = [_Job(prompt_ids=ids, rows=states[ids]) for ids in inside]
+            jobs = [Job(prompt_ids=ids, rows=states[ids]) for ids in inside]
             _Batch(decoder, sampling, self._config, self._limit_tokens()).run(
                 sorted(jobs, key=lambda job: len(job.rows))
             )
@@ -422,10 +392,14 @@ class LocalRollout:
         for prompt in prompts:
             assert 0 < len(prompt.token_ids) <= sampling.max_prompt_tokens, prompt.problem.id
         jobs = [
-            _Job(
+            Job(
                 prompt_ids=prompt.token_ids,
                 rows=[
-                    _Row(key=row_key(self._seed, step, prompt.problem.id, g, prompt.occurrence), rule=rule)
+                    Row(
+                        key=row_key(self._seed, step, prompt.problem.id, g, prompt.occurrence),
+                        rule=rule,
+                        entropies=[] if self.keeps_entropies else None,
+                    )
                     for g in range(group_size)
                 ],
             )
@@ -437,7 +411,7 @@ class LocalRollout:
         with inference(self._model):
             _Batch(self._decoder(sampling.max_new_tokens), sampling, self._config, limit_tokens).run(jobs)
         return [
-            Group(prompt=prompt, completions=tuple(rule.completion(row.token_ids, row.logprobs) for row in job.rows))
+            Group(prompt=prompt, completions=tuple(row.completion() for row in job.rows))
             for prompt, job in zip(prompts, jobs, strict=True)
         ]
 

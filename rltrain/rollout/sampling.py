@@ -115,9 +115,26 @@ def sample(
     Inverse CDF in vocabulary order of the fp32 softmax after temperature, top-k and top-p. ``temperature=0`` takes the
     first largest logit; that distribution is a point mass, so its log-prob is 0.
     """
+    tokens_B, logprobs_B, _ = sample_with_distribution(
+        logits_BV, uniforms_B, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    return tokens_B, logprobs_B
+
+
+def sample_with_distribution(
+    logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`sample`, and the probabilities [B, V] that were drawn from, None for the point mass of temperature 0."""
     if temperature == 0:
         tokens_B = logits_BV.argmax(-1)
-        return tokens_B, torch.zeros_like(tokens_B, dtype=torch.float32)
+        return tokens_B, torch.zeros_like(tokens_B, dtype=torch.float32), None
     probabilities_BV = distribution(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
     tokens_B = inverse_cdf(probabilities_BV, uniforms_B)
-    return tokens_B, probabilities_BV.gather(-1, tokens_B[:, None]).squeeze(-1).log()
+    logprobs_B = probabilities_BV.gather(-1, tokens_B[:, None]).squeeze(-1).log()
+    return tokens_B, logprobs_B, probabilities_BV
+
+
+def entropy_and_collision(probabilities_BV: Tensor) -> Tensor:
+    """``[B, 2]``: H = -Σ p log p in nats, and Σ p²."""
+    entropy_B = torch.special.entr(probabilities_BV).sum(-1)
+    return torch.stack([entropy_B, probabilities_BV.square().sum(-1)], dim=-1)

@@ -13,7 +13,8 @@ from rltrain.types import Completion
 
 def facts_of(completion: Completion) -> dict[str, Any]:
     """All but token ids and log-probs, for JSON."""
-    return {"tokens": len(completion.token_ids), "finish": completion.finish, "text": completion.text}
+    facts = {"tokens": len(completion.token_ids), "finish": completion.finish, "text": completion.text}
+    return facts if completion.entropies is None else facts | {"entropies": completion.entropies}
 
 
 def flat_ids(completions: Sequence[Completion], dtype: torch.dtype) -> Tensor:
@@ -35,6 +36,9 @@ def restored(facts: Sequence[Mapping[str, Any]], ids: Tensor, logprobs: Tensor) 
             logprobs=tuple(logprobs_T.tolist()),
             finish=fact["finish"],
             text=fact["text"],
+            entropies=tuple((entropy, collision) for entropy, collision in fact["entropies"])
+            if "entropies" in fact
+            else None,
         )
         for fact, ids_T, logprobs_T in zip(facts, ids.split(sizes), logprobs.split(sizes), strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A bounded cache: what fits, who is sent back when it is full, and that no token changes."""
+"""A bounded cache: what fits, who is sent back when it is full, and that no token, log-prob or entropy changes."""
 
 import pytest
 import torch
@@ -35,6 +35,15 @@ def test_a_cache_that_cannot_hold_a_group_is_refused_with_the_keys():
         engine(max_cache_tokens=50).generate(PROMPTS, step=0, group_size=3)
 
 
+def plain_entropies(name, group, token_ids):
+    """[T, 2]: entropy and collision of each completion token by a forward of the whole row."""
+    with torch.no_grad():
+        logits_TV = model(name).eval()(torch.tensor([group.prompt.token_ids + token_ids]), use_cache=False).logits[0]
+    probabilities_TV = logits_TV[len(group.prompt.token_ids) - 1 : -1].double().softmax(-1)
+    entropy_T = -(probabilities_TV * probabilities_TV.log()).sum(-1)
+    return torch.stack([entropy_T, probabilities_TV.square().sum(-1)], dim=-1)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
 def test_rows_that_are_sent_back_change_no_token(name, monkeypatch):
     """A tight cache, and groups that start before it is known how long completions become."""
@@ -49,6 +58,7 @@ def test_rows_that_are_sent_back_change_no_token(name, monkeypatch):
     free = engine(name, stop_ids=(10**6,)).generate(PROMPTS, step=2, group_size=4, sampling=sampling)
     assert not sent_back
     tight = engine(name, stop_ids=(10**6,), max_cache_tokens=LONGEST + 4 * 48, check_steps=2)
+    tight.keeps_entropies = True
     found = tight.generate(PROMPTS, step=2, group_size=4, sampling=sampling)
     assert ids(found) == ids(free)
     assert len(sent_back) >= 4 and max(sent_back) > 8
@@ -56,6 +66,8 @@ def test_rows_that_are_sent_back_change_no_token(name, monkeypatch):
         for completion in group.completions:
             exact = plain_logprobs(model(name), group.prompt, completion.token_ids, 1.0)
             torch.testing.assert_close(torch.tensor(completion.logprobs).double(), exact, atol=2e-5, rtol=0)
+            kept, expected = torch.tensor(completion.entropies), plain_entropies(name, group, completion.token_ids)
+            torch.testing.assert_close(kept.double(), expected, atol=2e-5, rtol=0)
 
 
 def test_the_cache_stays_below_its_limit(monkeypatch):
