@@ -182,8 +182,9 @@ def nearest(key: str, keys: Mapping[str, Any]) -> str | None:
 
 
 def _in_place(paths: Sequence[str], place: str) -> str | None:
-    """The path whose place is close to ``place``, else the first."""
-    return next((path for path in paths if _ratio(path.rpartition(".")[0], place) >= CLOSE), next(iter(paths), None))
+    """The path whose place is close to ``place``, else the first of those with the fewest parts."""
+    near = (path for path in paths if _ratio(path.rpartition(".")[0], place) >= CLOSE)
+    return next(near, min(paths, key=lambda path: path.count("."), default=None))
 
 
 def _slip(place: str, word: str, keys: Mapping[str, Any]) -> str | None:
