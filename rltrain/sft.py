@@ -190,7 +190,8 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
     if missing:
         raise ConfigError(
             f"cold_start.solution_field={field}: {len(missing)} problems have no such field, the first is "
-            f"{missing[0]}; choose data with worked solutions or set cold_start.steps=0"
+            f"{missing[0]}; name its column with +data.meta.{field}=COLUMN, let the cold start learn from other data "
+            "with +data@cold_start_data=small_integers, or leave it out with cold_start.steps=0"
         )
     other = next((problem.id for problem in problems if not isinstance(problem.meta[field], str)), None)
     if other is not None:
