@@ -46,6 +46,9 @@ class ContinuedValuesConfig(AdvantageConfig):
         )
         self.sampling()
 
+    def learns_from_equal_rewards(self) -> bool:
+        return True  # the values of states differ where the rewards do not
+
     def sampling(self) -> ContinuationSampling | None:
         """What continuations are sampled with; None is the run's own."""
         if self.temperature is None:

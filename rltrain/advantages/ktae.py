@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +12,12 @@ from torch import Tensor
 from rltrain.advantages.group import as_rewards, group_advantages
 from rltrain.advantages.key_tokens import token_weights
 from rltrain.config import AdvantageConfig
-from rltrain.errors import require
+from rltrain.errors import RunError, require
 from rltrain.registry import register
 from rltrain.types import Advantages, Context, Group, Mean, is_right
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
@@ -55,10 +58,10 @@ def ktae_advantages(
     return rows
 
 
-def end_ids(groups: Sequence[Group], tokenizer: Any) -> set[int]:
+def end_ids(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids that ended a completion: special tokens at the end of one that stopped.
 
-    A stop string ends a completion with an ordinary token. Without a tokenizer the two are not told apart.
+    A stop string ends a completion with an ordinary token, which is none of them.
     """
     last = {
         completion.token_ids[-1]
@@ -66,12 +69,20 @@ def end_ids(groups: Sequence[Group], tokenizer: Any) -> set[int]:
         for completion in group.completions
         if completion.finish == "stop" and completion.token_ids
     }
-    return last if tokenizer is None else last & set(tokenizer.all_special_ids)
+    return last & set(tokenizer.all_special_ids)
 
 
 @register("advantage", "ktae", KTAEConfig)
 def ktae(groups: Sequence[Group], config: KTAEConfig, context: Context) -> Advantages:
-    """:func:`ktae_advantages` of every group. ``ktae/shift`` is the mean of what a token is moved by."""
+    """:func:`ktae_advantages` of every group. ``ktae/shift`` is the mean of what a token is moved by.
+
+    ``RunError`` without a tokenizer, which alone says whether a last token is EOS or that of a stop string.
+    """
+    if context.tokenizer is None:
+        raise RunError(
+            "advantage=ktae: the tokenizer is not at hand, and EOS cannot be told from the last token of a stop "
+            "string; train with rltrain.train, or call ktae_advantages with ends=[EOS id]"
+        )
     ends = end_ids(groups, context.tokenizer)
     values, shift = [], Mean(total=0, count=0)
     for group in groups:

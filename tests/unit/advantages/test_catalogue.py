@@ -6,14 +6,25 @@ import multiprocessing
 import pytest
 import torch
 from advantage_groups import make_group
+from continuation_table import Table
 from entropy_tables import by_place
 
 from rltrain.advantages.estimator import estimator_of
 from rltrain.policy.tiny import character_tokenizer
 from rltrain.registry import discover, parts
-from rltrain.types import Context
 
 discover()
+
+TOKENIZER = character_tokenizer()
+SIX = TOKENIZER.decode([6])
+
+
+class ValuesOfIds(dict):
+    """A value for every state: what its ids add up to, modulo 5, in quarters."""
+
+    def __missing__(self, ids):
+        return sum(ids) % 5 / 4
+
 
 CASES = {
     "maxrl": ("maxrl", {}),
@@ -28,9 +39,15 @@ CASES = {
     "leave_one_out_tree": ("leave_one_out_tree", {}),
     "regression": ("regression", {}),
     "regression, std": ("regression", {"scale": "std"}),
+    "tree_po": ("tree_po", {}),
+    "tree_rl": ("tree_rl", {}),
+    "vineppo": ("vineppo", {"draws": 4, "delimiter": SIX}),
+    "spo": ("spo", {"draws": 4, "start": "others", "interval": 1, "threshold": 0.8}),
     "prefix_scale": ("group", {"baseline": "leave_one_out", "scale": "none", "prefix_scale": True}),
 }
-OVER_THE_BATCH = ("gdpo", "entropy_mask", "gtpo, batch", "regression", "regression, std")
+OVER_THE_BATCH = (
+    "gdpo", "entropy_mask", "gtpo, batch", "regression", "regression, std", "tree_po", "vineppo", "spo",
+)  # fmt: skip
 SPECIFICATIONS = [
     ([[5, 6, 7], [5, 6], [8]], [1.0, 0.0, 0.25]),
     ([[9], [6, 6, 7, 8]], [1.0, 0.0]),
@@ -51,7 +68,7 @@ def scored(ids, rewards, name="p"):
 def estimated(case, specifications):
     name, options = CASES[case]
     state = {}
-    context = Context(tokenizer=character_tokenizer(), entropy=by_place, state_of=lambda part: state)
+    context = Table(ValuesOfIds(), TOKENIZER).context(entropy=by_place, state_of=lambda part: state)
     groups, estimator = [scored(*one, name=str(i)) for i, one in enumerate(specifications)], estimator_of(name, options)
     estimator(groups, context)  # what keeps state has learnt from this batch by the second call
     return [[row_T.tolist() for row_T in rows] for rows in estimator(groups, context).values]

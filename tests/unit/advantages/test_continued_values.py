@@ -7,6 +7,7 @@ import torch
 from continuation_table import Table
 from probe_models import TOKENIZER
 
+from rltrain import cli
 from rltrain.advantages.continued_values import leave_one_out, segment_advantages, segment_tokens, spaced
 from rltrain.advantages.estimator import estimator_of
 from rltrain.advantages.spo import SPOConfig, segment_borders, spo_advantages
@@ -109,6 +110,19 @@ def test_vineppo_asks_each_state_once_and_no_end():
         [0.0],
     ]
     assert advantages.notes[0]["segment_tokens"] == [[2, 2, 1], [2, 1], [1]]
+
+
+@pytest.mark.parametrize("name", ["vineppo", "spo"])
+def test_equal_rewards_carry_credit_so_that_their_groups_are_not_dropped(name):
+    """The second of two right answers went through a state of value 0: A = V - V_0 = -1 before it, r - V = 1 behind."""
+    logprobs = [[math.log(0.5)] * 3] * 2
+    table = Table({ids("1\n"): 1.0, ids("2\n"): 0.0}, TOKENIZER)
+    options = {"vineppo": {}, "spo": {"start": "others", "interval": 3}}[name]
+    estimator = estimator_of(name, {"draws": 2, "whiten": False, **options})
+    (rows,) = estimator([group(["1\n4", "2\n5"], [1.0, 1.0], logprobs)], table.context()).values
+    assert [row_T.tolist() for row_T in rows] == [[0.0, 0.0, 0.0], [-1.0, -1.0, 1.0]]
+    with pytest.raises(ConfigError, match="dynamic_sampling=true: drops groups that this estimator learns from"):
+        cli.compose(["+experiment=quickstart", f"algorithm={name}", "batch.dynamic_sampling=true"])
 
 
 def test_vineppo_with_fewer_states_and_a_start_by_continuations():

@@ -10,13 +10,14 @@ from advantage_groups import make_group
 from rltrain.advantages.group import group_advantages
 from rltrain.advantages.key_tokens import fisher_exact, token_weights
 from rltrain.advantages.ktae import KTAEConfig, end_ids, ktae, ktae_advantages
+from rltrain.errors import RunError
 from rltrain.policy.tiny import character_tokenizer
 from rltrain.types import Context
 
 
 def test_fisher_exact_is_that_of_scipy():
     stats = pytest.importorskip("scipy.stats")
-    for table in itertools.product(range(5), repeat=4):
+    for table in itertools.product(range(4), repeat=4):
         if sum(table):
             a, b, c, d = table
             assert fisher_exact(*table) == pytest.approx(stats.fisher_exact([[a, b], [c, d]]).pvalue, rel=1e-10), table
@@ -82,6 +83,13 @@ def test_ids_that_end_a_completion_weigh_nothing():
     assert rows[1].tolist() == pytest.approx([shared[1] - 1, shared[1] - 1], abs=1e-6)
 
 
+def test_without_a_tokenizer_it_is_refused_in_one_line():
+    """A stop string's last token would weigh 0 as EOS does."""
+    with pytest.raises(RunError, match="advantage=ktae: the tokenizer is not at hand, and EOS cannot") as caught:
+        ktae([make_group([[30, 1], [31, 20]], [1.0, 0.0])], KTAEConfig(), Context())
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("rewards", [[0.6, 0.9, 1.0], [0.0, 0.2, 0.5]])
 def test_one_sided_groups_are_grpos(rewards):
     rows = ktae_advantages([[1, 2], [2], []], rewards)
@@ -97,8 +105,8 @@ def test_an_empty_side_has_no_terms():
 
 
 def test_the_metric_is_what_tokens_are_moved_by():
-    group = make_group([[1], [2]], [1.0, 0.0])
-    result = ktae([group], KTAEConfig(), Context())
+    group = make_group([[20], [21]], [1.0, 0.0])
+    result = ktae([group], KTAEConfig(), Context(tokenizer=character_tokenizer()))
     assert result.metrics["ktae/shift"].count == 2
     expected = sum(
         abs(float(row_T[0]) - a) for row_T, a in zip(result.values[0], group_advantages([1, 0]), strict=True)
