@@ -79,9 +79,10 @@ class Bar:
     def update(self, done: int, fields: Sequence[str] = ()) -> None:
         """``fields`` are short texts, the most important first: a terminal shows those that fit."""
         _screen.stage = self._stage
+        told = self._done == done >= self._total  # the last step, once
         self._done, self._fields = done, fields
         now = time.monotonic()
-        if not _screen.shows or (now - self._last_s < self._every_s and done < self._total):
+        if not _screen.shows or told or (now - self._last_s < self._every_s and done < self._total):
             return
         self._last_s = now
         written = line(self._stage, "  ".join([f"step {done}/{self._total}", *fields, f"ETA {clock(self.eta_s())}"]))

@@ -45,6 +45,8 @@ def test_a_bar_elsewhere_is_a_line_now_and_then(at_once, capsys):
     for done in range(1, 11):
         at_once[0] += 2.0
         bar.update(done, [f"loss {done}"])
+    at_once[0] += 6.0
+    bar.update(10, ["loss 10"])  # while the process that trained ends
     assert capsys.readouterr().err.splitlines() == [  # after 6, 12 and 18 s, and at the end
         "   1:11  cold start  step 3/10  loss 3  ETA 0:14",
         "   1:17  cold start  step 6/10  loss 6  ETA 0:08",
