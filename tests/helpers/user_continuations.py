@@ -1,6 +1,7 @@
 """A user's estimator that asks for continuations, grades them, and keeps a state."""
 
 import os
+import zlib
 from dataclasses import replace
 
 import torch
@@ -13,8 +14,11 @@ from rltrain.types import Advantages, Mean, Need, Sum
 def halves(groups, options, context):
     """The value of the state in the middle of a completion divides its reward between its two halves.
 
-    The values are moved by a running mean of all rewards, which the state keeps.
+    The values are moved by a running mean of all rewards, which the state keeps. With ``bit`` a problem without that
+    bit in its id's checksum asks for nothing and keeps its rewards.
     """
+    bit = options.get("bit")
+    asking = [bit is None or zlib.crc32(group.prompt.problem.id.encode()) >> bit & 1 == 1 for group in groups]
     requests = [
         ContinuationRequest(
             problem_id=group.prompt.problem.id,
@@ -25,14 +29,19 @@ def halves(groups, options, context):
             max_new_tokens=context.max_new_tokens - len(ids) // 2,
             occurrence=group.prompt.occurrence,
         )
-        for group in groups
+        for group, asks in zip(groups, asking, strict=True)
+        if asks
         for g, ids in enumerate(group.completion_ids)
     ]
     continued = iter(context.rollout.continue_(requests))
     if os.environ.get("LOST_IN_STEP") == str(context.step + 1):
         raise SystemExit("lost in the middle of a step")
     values, asked = [], 0
-    for group in groups:
+    for group, asks in zip(groups, asking, strict=True):
+        if not asks:
+            rewards = zip(group.rewards_G, group.completion_ids, strict=True)
+            values.append([reward.expand(len(ids)) for reward, ids in rewards])
+            continue
         rows = []
         for completion, reward in zip(group.completions, group.rewards_G, strict=True):
             cut = len(completion.token_ids) // 2

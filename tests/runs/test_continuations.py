@@ -1,11 +1,15 @@
 """Continuations, grades and states in whole runs: engines, ranks, resume, what is logged."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from tiny_run import config, metrics
-from two_ranks import ROOT, assert_same_run, train
+from tiny_run import OVERRIDES, config, metrics
+from two_ranks import PERSISTENCE, ROOT, assert_same_run
 from vllm_stand_in import StandIn
 from whole_runs import assert_same_weights, final_weights
 
@@ -14,6 +18,25 @@ from rltrain.policy.load import load_policy
 from rltrain.runs import checkpoint
 
 HALVES = ["advantage=custom", "advantage.import_path=user_continuations:halves", "+advantage.options={draws: 3}"]
+
+SHORT = ["steps=2", "checkpoint.every_steps=1", "evaluation.every_steps=0", "rollout.prefix_tokens_per_pass=64"]
+RUNS = {
+    "vineppo": ["algorithm=vineppo", "advantage.draws=2", "advantage.start=continuations", *SHORT],
+    "spo": ["algorithm=spo", "advantage.draws=2", "advantage.interval=2", *SHORT],
+    "idle": [*HALVES, "+advantage.options.bit=3", "batch.prompts_per_step=2", *SHORT, "steps=3"],
+}
+
+
+def alone():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}"}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folders = {name: tmp_path_factory.mktemp(name) / "run" for name in RUNS}
+    for name, folder in folders.items():
+        trainer.fit(config(folder, *RUNS[name]))
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +82,37 @@ def test_a_run_that_is_lost_between_continuations_goes_on_bit_for_bit(whole, tmp
     assert float(total) == pytest.approx(sum(16 * line["reward"] for line in metrics(whole)[1:]))
 
 
-def test_two_ranks_are_one(whole, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/helpers"))
-    result = train(tmp_path / "run", 2, *HALVES)
+def test_a_run_that_is_killed_inside_continuations_goes_on_bit_for_bit(unbroken, tmp_path):
+    """SIGKILL between two passes of forwarded prefixes, in step 2 of 2 with a checkpoint behind step 1."""
+    script = str(ROOT / "tests/helpers/killed_in_continuations.py")
+    command = [sys.executable, script, "2", *OVERRIDES, *RUNS["vineppo"], f"run_dir={tmp_path / 'run'}"]
+    result = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, timeout=400)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+    trainer.fit(config(tmp_path / "run", *RUNS["vineppo"]))
+    assert metrics(tmp_path / "run") == metrics(unbroken["vineppo"])
+    assert_same_weights(final_weights(tmp_path / "run"), final_weights(unbroken["vineppo"]))
+
+
+def test_two_ranks_are_one(whole, unbroken, tmp_path):
+    """Also where a rank asks for nothing, and where ZeRO 3 shards the weights that continue."""
+    sharded = ["deepspeed.zero_stage=3", *(f"+deepspeed.extra.zero_optimization.{key}=0" for key in PERSISTENCE)]
+    runs = {"halves": HALVES, **RUNS, "sharded": [*RUNS["vineppo"], *sharded]}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    listed = json.dumps([[*OVERRIDES, *own, f"run_dir={tmp_path / name}"] for name, own in runs.items()])
+    command = [*launcher, str(ROOT / "tests/helpers/fit_all.py"), listed]
+    result = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "run", whole)
+    for name in runs:
+        expected = {"halves": whole, "sharded": unbroken["vineppo"]}.get(name) or unbroken[name]
+        assert_same_run(tmp_path / name, expected)
+
+
+def test_what_the_ranks_compare_has_requests_and_ranks_without(unbroken):
+    """Two groups of four completions, each on a rank of its own: one group asks, then neither, then both."""
+    asked = {name: [line["continuations/requests"] for line in metrics(unbroken[name])[1:]] for name in RUNS}
+    assert asked["idle"] == [4, 0, 8]
+    assert min(asked["vineppo"]) >= 4 and min(asked["spo"]) > 16
 
 
 def test_ahead_continues_with_the_weights_that_are_trained(whole, tmp_path):
@@ -85,12 +134,3 @@ def test_servers_continue_as_the_local_engine(whole, tmp_path, ahead):
     first, expected = metrics(tmp_path / "run")[-1], metrics(whole)[1]
     assert first["reward"] == expected["reward"]
     assert first["continuations/requests"] == 16 and first["asked"] == 48
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["vineppo", "spo"])
-def test_two_ranks_are_one_for_the_estimators_that_continue(algorithm, tmp_path):
-    for ranks in (1, 2):
-        result = train(tmp_path / str(ranks), ranks, f"algorithm={algorithm}", "advantage.draws=3", "steps=2")
-        assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "2", tmp_path / "1")
