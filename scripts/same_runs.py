@@ -194,16 +194,23 @@ def overrides(case: Case, folder: Path, weights: Path) -> list[str]:
     return [*experiment, *SMALL, *OF_EXPERIMENT[case.experiment], *begin, *case.overrides]
 
 
+def unshared(checkout: Checkout) -> tuple[str, ...]:
+    """Each run trains its cold start anew; a commit from before cold starts were shared has no key for it."""
+    config = (checkout.root / "rltrain/config.py").read_text(encoding="utf-8")
+    return ("cold_start.share=false",) if "\n    share: bool" in config else ()
+
+
 def train(checkout: Checkout, name: str, case: Case) -> Path:
     """The finished run's folder."""
-    folder = checkout.scratch / name
+    folder, anew = checkout.scratch / name, unshared(checkout)
     if not case.cold_start and not checkout.weights.exists():
-        start(checkout, "-m", "rltrain.sft", *overrides(RUNS["quickstart"], checkout.weights.parent, checkout.weights))
+        quickstart = overrides(RUNS["quickstart"], checkout.weights.parent, checkout.weights)
+        start(checkout, "-m", "rltrain.sft", *quickstart, *anew)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
     command = [*(launcher if case.ranks > 1 else []), "-m", "rltrain.train"]
     with serving(checkout) if case.server else nullcontext([]) as urls:
         for steps in case.steps:
-            start(checkout, *command, *overrides(case, folder, checkout.weights), *urls, f"steps={steps}")
+            start(checkout, *command, *overrides(case, folder, checkout.weights), *anew, *urls, f"steps={steps}")
     return folder
 
 
