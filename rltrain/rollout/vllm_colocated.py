@@ -86,20 +86,24 @@ class ColocatedEngine:
         self._llm.reset_prefix_cache()
 
     def sample(self, requests: Sequence[Request], fields: dict[str, Any]) -> list[Sampled]:
-        """One answer per request, in order. Sleep drops the weights, which are pushed again if no push came since."""
+        """One answer per request, in order. Sleep drops the weights, which are pushed again if no push came since.
+
+        A rank without requests sleeps, too: all ranks push together, since ZeRO 3 gathers the weights.
+        """
         if self._asleep:
             self.push(self._pushed)
-        if not requests:
-            return []
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
-            [self._vllm.SamplingParams(**{**fields, **request.fields}, seed=request.seed) for request in requests],
-            use_tqdm=False,
-        )
+        outputs = self._generate(requests, fields) if requests else []
         if self._sleeps:
             self._llm.sleep(level=2)
             self._asleep = True
         return [_sampled(output.outputs[0]) for output in outputs]
+
+    def _generate(self, requests: Sequence[Request], fields: dict[str, Any]) -> list[Any]:
+        return self._llm.generate(
+            [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+            [self._vllm.SamplingParams(**{**fields, **request.fields}, seed=request.seed) for request in requests],
+            use_tqdm=False,
+        )
 
 
 def _memory(policy: Any, cache_gib: float, *, sleeps: bool, zero_stage: int) -> dict[str, Any]:

@@ -8,8 +8,9 @@ precisions and shapes were declared. Each server has its communicator, so that a
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import torch
@@ -58,10 +59,7 @@ class Channel:
         joining["nccl_unique_id_b64"] = base64.b64encode(unique_id).decode()
         with ThreadPoolExecutor(1) as pool:
             joined = pool.submit(server.call, "/init_weight_transfer_engine", {"init_info": joining})
-            self._communicator = nccl.init_rank(1 + workers, unique_id, 0)
-            # vLLM's communicator adds up one number as soon as it is made, and waits for all ranks there.
-            nccl.all_reduce([torch.zeros(1, device=dist.device())], comms=[self._communicator])
-            joined.result()
+            self._communicator = _communicator(1 + workers, unique_id, joined)
         self._receiving: Future[Any] | None = None
         self.version = ""  # of the weights that were sent last
 
@@ -89,6 +87,32 @@ class Channel:
         self.server.call("/reset_prefix_cache")
         self.server.call("/resume")
         self.version = version
+
+
+def _communicator(ranks: int, unique_id: bytes, joined: Future[Any]) -> Any:
+    """The communicator as its rank 0, once the server has joined it, too.
+
+    NCCL waits for the other ranks without an end. So it waits in a thread, which a server's refusal leaves behind.
+    """
+    made: Future[Any] = Future()
+    device = dist.device()
+
+    def join() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # each thread has its own
+            communicator = nccl.init_rank(ranks, unique_id, 0)
+            # vLLM's communicator adds up one number as soon as it is made, and waits for all ranks there.
+            nccl.all_reduce([torch.zeros(1, device=device)], comms=[communicator])
+            made.set_result(communicator)
+        except Exception as error:  # raised by result()
+            made.set_exception(error)
+
+    threading.Thread(target=join, daemon=True).start()
+    wait([made, joined], return_when=FIRST_EXCEPTION)
+    if joined.done():
+        joined.result()
+    return made.result()
 
 
 def broadcast_all(channels: Sequence[Channel], weights: Sequence[Weight], whole: Iterator[tuple[str, Tensor]]) -> None:

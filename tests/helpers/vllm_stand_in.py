@@ -59,13 +59,15 @@ class StandIn(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, model, *, port=0, answers=10**9, max_model_len=512, raw_logprobs=False, mute=False, gpu=False):
+    def __init__(
+        self, model, *, port=0, answers=10**9, max_model_len=512, raw_logprobs=False, mute=False, gpu=False, joins=True
+    ):
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.lock = model.eval(), threading.Lock()
         self.answers, self.max_model_len, self.raw_logprobs, self.mute = answers, max_model_len, raw_logprobs, mute
         self.failing, self.closing = False, threading.Event()
         self.version, self.paused, self.pushes, self.served = UNKNOWN, False, [], []
-        self.gpu, self.workers, self.wire, self.updating = gpu, 1, None, False
+        self.gpu, self.workers, self.wire, self.updating, self.joins = gpu, 1, None, False, joins
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
@@ -176,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
             assert body["method"] == "take_weights"
             server.load(body["kwargs"]["weights_path"])
             self.reply({"results": [None]})
+        elif self.path == "/init_weight_transfer_engine" and not server.joins:
+            self.reply({"error": "no room for a communicator"}, 500)
         elif self.path.endswith(("_weight_update", "_weights", "_weight_transfer_engine")):
             server.weight_update(self.path, body)
             self.reply({})

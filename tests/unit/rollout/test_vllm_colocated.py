@@ -76,6 +76,19 @@ def test_weights_are_taken_before_the_cache_wakes_and_again_after_each_sleep(mad
     assert engine._llm.calls == [*WAKE, *SAMPLE]
 
 
+def test_a_rank_without_requests_sleeps_and_wakes_with_the_others(made):
+    """Else the ranks that sampled would push again alone, and ZeRO 3 gathers the weights on all ranks together."""
+    busy, model = made(sleeps=True)
+    idle, _ = made(sleeps=True)
+    for engine, requests in ((busy, REQUESTS), (idle, [])):
+        engine.push(model)
+        engine._llm.calls.clear()
+        assert len(engine.sample(requests, {})) == len(requests)
+        engine.sample(REQUESTS, {})
+    assert busy._llm.calls == [*SAMPLE, *WAKE, *SAMPLE]
+    assert idle._llm.calls == [SAMPLE[1], *WAKE, *SAMPLE]
+
+
 def test_an_engine_that_cannot_sleep_keeps_weights_and_cache(made):
     engine, model = made(sleeps=False)
     engine.push(model)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 
 import pytest
 import torch
@@ -130,6 +131,30 @@ def test_a_restarted_server_waits_for_the_next_push_and_joins_anew(tmp_path, ser
     assert second.pushes == [] and second.version == UNKNOWN
     pushed.push(policy.model)
     assert second.version == steady.version and len(second.pushes) == 1
+
+
+def test_a_server_that_does_not_join_is_named_and_the_others_get_weights(tmp_path, serve, nccl, monkeypatch, caplog):
+    """NCCL waits for it without an end, and the push must not."""
+    refusing, steady, policy = serve(gpu=True, joins=False), serve(gpu=True), changed_policy()
+    over, ids, waited = threading.Event(), [], []
+    unique_id, init_rank = Nccl.unique_id, Nccl.init_rank
+
+    def wait_for_all(ranks, made, rank):
+        if made == ids[0] and not over.wait(20):
+            waited.append("to the end")
+        return init_rank(ranks, made, rank)
+
+    monkeypatch.setattr(Nccl, "unique_id", lambda: ids.append(unique_id()) or ids[-1])
+    monkeypatch.setattr(Nccl, "init_rank", wait_for_all)
+    pushed = engine(tmp_path, refusing, steady)
+    try:
+        with caplog.at_level(logging.WARNING):
+            pushed.push(policy.model)
+        assert len(ids) == 2 and not waited
+    finally:
+        over.set()
+    assert "init_weight_transfer_engine: 500" in caplog.text
+    assert steady.version != UNKNOWN and len(pushed.sample(REQUESTS, FIELDS)) == 1
 
 
 def test_a_server_without_weight_transfer_makes_all_of_them_read_files(tmp_path, serve, nccl):
