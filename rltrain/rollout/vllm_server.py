@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from rltrain.errors import RunError
+from rltrain.errors import RunError, require
 from rltrain.rollout import RolloutLost
 from rltrain.rollout.vllm_nccl import Channel, broadcast_all, takes_nccl
 from rltrain.rollout.vllm_requests import Request, Sampled
@@ -145,6 +145,10 @@ class Servers:
         longest: int,
         weights: str = "files",
     ) -> None:
+        require(
+            weights != "nccl" or torch.cuda.is_available(),
+            "rollout.weights=nccl: the trainer has no GPU; set rollout.weights=files, or auto to choose by the devices",
+        )
         self._servers = [Server(url, request_s=request_s) for url in urls]
         self._restart_s, self._max_requests, self._longest = restart_s, max_requests, longest
         self._folder, self._weights = WeightFolder(folder), Path()

@@ -164,6 +164,12 @@ def test_a_server_without_weight_transfer_makes_all_of_them_read_files(tmp_path,
     assert able.wire is None and able.pushes == plain.pushes and (tmp_path / "weights").exists()
 
 
+def test_nccl_without_a_gpu_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"rollout.weights=nccl: the trainer has no GPU; set rollout.weights=files"):
+        engine(tmp_path, weights="nccl")
+
+
 def test_an_unknown_route_is_refused():
     with pytest.raises(ConfigError, match=r"rollout.weights=ftp: unknown; set one of auto, nccl, files"):
         VllmRolloutConfig(weights="ftp")
