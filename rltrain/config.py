@@ -286,6 +286,7 @@ class ColdStartConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # decay of AdamW's two moments
     warmup_steps: int = 30  # linear rise from 0
     schedule: str = "constant"  # constant, linear or cosine
+    order: str = "shuffled"  # of the examples: shuffled, or data for the order of the data set
     weight_decay: float = 0.0  # decoupled
     problems: int = 50_000  # at most so many of the training split
     max_length: int = 1024  # longer examples are left out, in tokens
@@ -295,6 +296,7 @@ class ColdStartConfig:
 
     def __post_init__(self) -> None:
         require_one_of(SCHEDULES, "cold_start.schedule", self.schedule)
+        require_one_of(("shuffled", "data"), "cold_start.order", self.order)
         require(self.steps >= 0, f"cold_start.steps={self.steps}: must be >= 0; 0 trains nothing before RL")
         require(self.batch_size >= 1, f"cold_start.batch_size={self.batch_size}: set at least 1")
 

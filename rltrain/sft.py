@@ -278,6 +278,7 @@ def _arguments(config: ColdStartConfig, folder: Path, *, seed: int, dtype: str) 
         use_cpu=dtype == "bfloat16" and not torch.cuda.is_available(),  # else refused without a GPU
         seed=seed,
         data_seed=seed,
+        **({"train_sampling_strategy": "sequential"} if config.order == "data" else {}),
         save_strategy="no",
         report_to=[],
         logging_steps=10,

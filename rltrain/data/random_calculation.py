@@ -38,6 +38,7 @@ from rltrain.data.expressions import (
     value_text,
     worked_steps,
 )
+from rltrain.data.text import uniform
 from rltrain.errors import ConfigError, require
 from rltrain.registry import register
 from rltrain.types import Problem
@@ -182,6 +183,8 @@ def solution_text(expression: ArithmeticExpression, notation: Notation, style: s
 class RandomCalculationConfig(DataConfig):
     """``steps`` are taken in turn; ``{expression}`` in ``prompt`` stands for the printed expression.
 
+    The first ``all_worked`` problems of a split have ``solution`` in ``meta``, and so has a share ``worked_share`` of
+    the later ones, drawn by their ids; the others have the box alone.
     ``max_operand``, ``min_value``, ``max_value`` and ``operators`` belong to ``preset=integers`` (:func:`integers`).
     """
 
@@ -193,6 +196,8 @@ class RandomCalculationConfig(DataConfig):
     seed: int = 0  # of the problems
     prompt: str = PROMPT
     solution: str = "steps"  # worked solutions for cold starts: steps, answer or checked
+    worked_share: float = 1.0  # share of the problems with that solution; the others have the box alone
+    all_worked: int = 0  # the first so many problems of a split all have it
     max_operand: int = 20
     min_value: int = 0
     max_value: int = 99
@@ -211,6 +216,8 @@ class RandomCalculationConfig(DataConfig):
         require(
             self.solution in SOLUTIONS, f"data.solution={self.solution}: unknown; set one of {', '.join(SOLUTIONS)}"
         )
+        require(0 <= self.worked_share <= 1, f"data.worked_share={self.worked_share}: must lie in [0, 1]")
+        require(self.all_worked >= 0, f"data.all_worked={self.all_worked}: must be >= 0")
         require(self.max_operand >= 1, f"data.max_operand={self.max_operand}: must be >= 1")
         require(
             self.min_value <= 0 <= self.max_operand <= self.max_value,
@@ -262,15 +269,17 @@ class RandomCalculation(Sequence[Problem]):
         steps = config.steps[index % len(config.steps)]
         tree = expression_at(self.preset, seed=config.seed, split=self.split, steps=steps, index=index)
         expression = render(tree, notation)
+        name = f"{config.preset}-{self.split}-{config.seed}-{steps}-{index}"
+        is_worked = index < config.all_worked or uniform("worked", name) < config.worked_share
         return Problem(
-            id=f"{config.preset}-{self.split}-{config.seed}-{steps}-{index}",
+            id=name,
             prompt=config.prompt.replace("{expression}", expression),
             answer=decimal_text(tree.value),
             meta={
                 "expression": expression,
                 "exact": f"{tree.value.numerator}/{tree.value.denominator}",
                 "steps": steps,
-                "solution": solution_text(tree, notation, config.solution),
+                "solution": solution_text(tree, notation, config.solution if is_worked else "answer"),
             },
         )
 

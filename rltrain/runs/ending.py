@@ -111,12 +111,19 @@ def example(
     before: Sequence[Mapping[str, Any]],
     after: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """The first held-out problem's first completion at two steps. The rule is fixed, so that nothing is picked."""
-    if not before or not after or before[0]["problem_id"] != after[0]["problem_id"]:
+    """The first held-out problem whose reward changed, up or down (else the first one), at two steps.
+
+    The rule is fixed, so that nothing is picked. With several completions of a problem its first one counts.
+    """
+    if not before or [row["problem_id"] for row in before] != [row["problem_id"] for row in after]:
         return []
-    asked = f"The first held-out problem (always this one), answer {before[0]['answer']}: "
+    pairs = list(zip(before, after, strict=True))
+    changed = next((pair for pair in pairs if pair[0]["reward"] != pair[1]["reward"]), None)
+    samples = changed or pairs[0]
+    which = "The first held-out problem whose reward changed" if changed else "The first held-out problem"
+    asked = f"{which}, answer {samples[0]['answer']}: {shortened(samples[0]['prompt'])}"
     lines = [
         f"  step {row['step']:<6} reward {sample['reward']:<6.3g} {shortened(sample['completion'])}"
-        for row, sample in ((first, before[0]), (last, after[0]))
+        for row, sample in zip((first, last), samples, strict=True)
     ]
-    return ["\n".join([asked + shortened(before[0]["prompt"]), *lines])]
+    return ["\n".join([asked, *lines])]

@@ -130,7 +130,7 @@ def code_of(text: str) -> str:
 @pytest.mark.parametrize("page", READ, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_and_paths_that_a_page_names_exist(page):
     code = code_of(page.read_text())
-    modules = set(re.findall(r"-m (rltrain(?:\.\w+)+)", code))
+    modules = set(re.findall(r"-m (rltrain(?:\.[a-z_]\w*)+)", code))
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     places = r"(?<![\w/.])((?:rltrain|scripts|tests|configs|slurm|docs)/[\w./-]*\w)"
     missing += [path for path in re.findall(places, code) if not exists(path)]

@@ -13,6 +13,8 @@ from trl import SFTTrainer
 
 from rltrain import cli, sft
 from rltrain.config import ColdStartConfig
+from rltrain.policy.load import load_policy
+from rltrain.registry import part_of
 from rltrain.runtime import dist
 from rltrain.runtime.watchdog import DeadlineError
 
@@ -127,3 +129,24 @@ def test_runs_of_one_cold_start_share_it_and_go_on_from_a_given_one(tmp_path, ca
     given = cli.compose([*tiny, "data=small_integers", f"cold_start.path={first}", f"run_dir={tmp_path / 'third'}"])
     assert given.cold_start.is_wanted and sft.cold_start(given) == first
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("order", ["data", "shuffled"])
+def test_a_cold_start_reads_its_examples_in_the_order_of_the_data_where_asked(tmp_path, monkeypatch, order):
+    read = []
+
+    class Trainer(SFTTrainer):
+        def training_step(self, model, inputs, *arguments, **options):
+            read.extend(inputs["input_ids"].tolist())
+            return super().training_step(model, inputs, *arguments, **options)
+
+    monkeypatch.setattr("trl.SFTTrainer", Trainer)
+    options = ["cold_start.steps=4", "cold_start.batch_size=8", f"cold_start.order={order}", f"run_dir={tmp_path}"]
+    config = cli.compose(["+experiment=quickstart", *options])
+    sft.train(config, tmp_path / "cold_start")
+    policy = load_policy(config.model)
+    problems = part_of(config.data).function(config.data, "train")[:32]
+    expected = [row["input_ids"] for row in sft.examples(problems, policy, config)]
+    as_read = [[token for token in row if token != policy.tokenizer.pad_token_id] for row in read]
+    assert (as_read == expected) is (order == "data")
+    assert sorted(as_read) == sorted(expected)

@@ -275,6 +275,8 @@ def test_prompt_template_and_solution_style():
         ({"train_size": 0}, "data.train_size=0"),
         ({"prompt": "solve"}, "data.prompt"),
         ({"solution": "long"}, "data.solution=long"),
+        ({"worked_share": 1.5}, "data.worked_share=1.5"),
+        ({"all_worked": -1}, "data.all_worked=-1"),
         ({"operators": "+%"}, "data.operators"),
         ({"max_operand": 120}, "data.max_value=99"),
     ],
@@ -303,3 +305,18 @@ def test_a_checked_solution_repeats_its_first_lines_before_the_box():
         assert lines[3:] == [f"check {line}" for line in lines[: checks_of[-1]]]
         assert box == f"\\boxed{{{problem.answer}}}"
     assert set(checks_of) == {0, 1, 2, 3}
+
+
+def test_a_share_of_the_solutions_is_worked_after_the_first_problems():
+    """Which ones is a matter of the problem alone, and the problems are those of a set that is worked throughout."""
+    options = {"preset": "integers", "steps": [2], "train_size": 2000}
+    whole = random_calculation(RandomCalculationConfig(**options), "train")
+    mixed = random_calculation(RandomCalculationConfig(**options, worked_share=0.25, all_worked=400), "train")
+    worked = []
+    for plain, problem in zip(whole, mixed, strict=True):
+        assert (plain.id, plain.prompt, plain.answer) == (problem.id, problem.prompt, problem.answer)
+        worked.append(problem.meta["solution"] == plain.meta["solution"])
+        assert worked[-1] or problem.meta["solution"] == f"\\boxed{{{problem.answer}}}"
+    assert all(worked[:400])
+    assert 320 <= sum(worked[400:]) <= 480  # 400 expected of 1600, standard deviation 17
+    assert mixed[1234] == mixed[1234:1235][0]

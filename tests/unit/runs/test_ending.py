@@ -40,14 +40,21 @@ def test_the_last_lines(folder):
         "The held-out accuracy rose by 0.3333 over 2 steps, no more than two standard",
         "errors (0.3333 each, of the difference on the same problems).",
         "",
-        "The first held-out problem (always this one), answer 1: 0+1=",
-        "  step 0      reward 1      at 0",
+        "The first held-out problem whose reward changed, answer 2: 1+1=",
+        "  step 0      reward 0      at 0",
         "  step 2      reward 1      at 2",
         "",
         f"next: python -m rltrain.report {folder}",
         f"run folder: {folder}",
     ]
     assert (folder / "learning_curve.png").exists()
+
+
+def test_where_no_reward_changed_the_first_problem_is_shown(folder):
+    run_folder.write_samples(folder, "eval_step_000002", samples(2, BEFORE))
+    lines = ending.last_lines(folder).splitlines()
+    start = lines.index("The first held-out problem, answer 1: 0+1=")
+    assert lines[start + 1 : start + 3] == ["  step 0      reward 1      at 0", "  step 2      reward 1      at 2"]
 
 
 def test_an_accuracy_that_the_samples_do_not_give_has_no_paired_error(folder):
