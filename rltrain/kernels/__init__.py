@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ def prefers_fused(rows: int, vocabulary: int, device: torch.device) -> bool:
     return device.type == "cpu" and not _is_small(rows, vocabulary)
 
 
+@overload
 def token_logprobs(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -58,15 +59,46 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    collision: Literal[False] = False,
     backend: Literal["auto"] | Backend = "auto",
     bias_V: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+@overload
+def token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    collision: Literal[True],
+    backend: Literal["auto"] | Backend = "auto",
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]: ...
+
+
+def token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    collision: bool = False,
+    backend: Literal["auto"] | Backend = "auto",
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """``log p(y)`` and, if asked for, ``H(p) = -Σ p log p`` (nats) of ``p = softmax((cap(h Wᵀ) + b) / T)``.
 
     ``cap(u) = c·tanh(u/c)`` for ``softcap=c`` (Gemma), the identity otherwise. A bias of -inf masks an entry. Both
     results are fp32 (fp64 for fp64 inputs) and differentiable once in hidden, weight and bias. An input that needs
-    no gradient (a frozen head) costs none. For ``"auto"`` see :func:`choose_backend`. N may be 0.
+    no gradient (a frozen head) costs none. For ``"auto"`` see :func:`choose_backend`. N may be 0. ``collision=True``
+    adds a third result, ``Σ p²`` [N], which has no gradient.
 
     Raises ValueError for shapes or types that do not fit, and for targets outside [0, V) on a CPU.
     """
@@ -77,15 +109,17 @@ def token_logprobs(
         raise ValueError(f"backend={backend}: unknown; choose auto or one of {', '.join(BACKENDS)}")
     # Imported on use, because Triton is optional and slow to import.
     implementation = importlib.import_module(f"rltrain.kernels.{backend}")
-    return implementation.token_logprobs(
+    logprobs_N, entropy_N, collision_N = implementation.token_logprobs(
         hidden_ND,
         weight_VD,
         targets_N,
         temperature=temperature,
         entropy=entropy,
+        collision=collision,
         bias_V=bias_V,
         softcap=softcap,
     )
+    return (logprobs_N, entropy_N, collision_N) if collision else (logprobs_N, entropy_N)
 
 
 def fused_token_loss(
@@ -96,6 +130,7 @@ def fused_token_loss(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    collision: bool = False,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
 ) -> FusedLoss:
@@ -106,6 +141,7 @@ def fused_token_loss(
     alone, as with clipped ratios per token. For GSPO's sequence ratio use ``token_logprobs``.
     dh and dW are held from the forward to ``backward``, which may be called once. The rest is as in
     :func:`token_logprobs`. A bf16 dW is rounded once per chunk, two up to N = 1024.
+    ``collision=True`` sets ``collision_N`` of the result.
     """
     _check(hidden_ND, weight_VD, targets_N, temperature, bias_V)
     return fused.fused_token_loss(
@@ -115,6 +151,7 @@ def fused_token_loss(
         token_loss,
         temperature=temperature,
         entropy=entropy,
+        collision=collision,
         bias_V=bias_V,
         softcap=softcap,
     )

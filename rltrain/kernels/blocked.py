@@ -23,11 +23,12 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    collision: bool = False,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`rltrain.kernels.token_logprobs`."""
-    return _Blocked.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, softcap, entropy)
+    return _Blocked.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, softcap, entropy, collision)
 
 
 class _Blocked(torch.autograd.Function):
@@ -41,25 +42,30 @@ class _Blocked(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        collision: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
         rows = len(hidden_ND)
         scratch = Scratch(head, rows * block_columns(rows), spare=entropy)
         target_logits_N = hidden_ND.new_empty(rows, dtype=head.dtype)
-        total = Partial.identity(target_logits_N, entropy=entropy)
+        total = Partial.identity(target_logits_N, entropy=entropy, collision=collision)
         for block in head.blocks(block_columns(rows)):
             logits_KNc = logits_(head, hidden_ND, block, scratch)
             piece, row, column = targets_within(targets_N, block, logits_KNc.shape[-1])
             target_logits_N[row] = logits_KNc[piece, row, column]
-            total = merge(total, partial(logits_KNc, scratch.spare(logits_KNc.shape), entropy=entropy))
+            spare_KNc = scratch.spare(logits_KNc.shape)
+            total = merge(total, partial(logits_KNc, spare_KNc, entropy=entropy, collision=collision))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, *total)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, *total[:3])
         ctx.scalars = (temperature, softcap)
-        return total.logprobs_N(target_logits_N), total.entropy_N
+        collision_N = total.collision_N
+        if collision_N is not None:
+            ctx.mark_non_differentiable(collision_N)
+        return total.logprobs_N(target_logits_N), total.entropy_N, collision_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden_ND, weight_VD, bias_V, targets_N, *statistics = ctx.saved_tensors
         temperature, softcap = ctx.scalars
         head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
@@ -74,4 +80,4 @@ class _Blocked(torch.autograd.Function):
             slope_KNc = head.softcap_slope(logits_KNc, block)
             dlogits_KNc = upstream.dlogits_(logits_KNc, targets_N, block)
             gradients.add_(dlogits_KNc, slope_KNc, hidden_ND, rows, block, scratch.narrow(logits_KNc.shape))
-        return gradients.hidden_ND, gradients.weight_VD, gradients.bias_V, None, None, None, None
+        return gradients.hidden_ND, gradients.weight_VD, gradients.bias_V, None, None, None, None, None

@@ -25,11 +25,12 @@ MAX_CHUNK_ROWS = 512
 
 
 class FusedLoss(NamedTuple):
-    """``loss`` is the sum over tokens and carries the gradient. Log-probs and entropies are values for metrics."""
+    """``loss`` is the sum over tokens and carries the gradient. The others are values for metrics."""
 
     loss: Tensor
     logprobs_N: Tensor
     entropy_N: Tensor | None
+    collision_N: Tensor | None = None
 
 
 def chunk_rows(head: Head, rows: int) -> int:
@@ -50,6 +51,7 @@ def fused_token_loss(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    collision: bool = False,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
 ) -> FusedLoss:
@@ -57,10 +59,9 @@ def fused_token_loss(
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    loss, logprobs_N, entropy_N = _Fused.apply(
-        hidden_ND, weight_VD, bias_V, targets_N, token_loss, temperature, softcap, entropy
+    return FusedLoss(
+        *_Fused.apply(hidden_ND, weight_VD, bias_V, targets_N, token_loss, temperature, softcap, entropy, collision)
     )
-    return FusedLoss(loss, logprobs_N, entropy_N)
 
 
 class _Chunk:
@@ -70,8 +71,8 @@ class _Chunk:
     holds the logits, which the slope of the cap needs.
     """
 
-    def __init__(self, head: Head, rows: int, *, entropy: bool) -> None:
-        self._head, self._entropy = head, entropy
+    def __init__(self, head: Head, rows: int, *, entropy: bool, collision: bool) -> None:
+        self._head, self._entropy, self._collision = head, entropy, collision
         self._tiles = head.weight_VD.new_empty(rows * len(head.weight_VD))
         self._scratch = Scratch(head, rows * min(BLOCK_COLUMNS, len(head.weight_VD)), spare=entropy)
         self._max_n: dict[int, Tensor] = {}  # by the start of a block
@@ -83,7 +84,7 @@ class _Chunk:
         """First sweep: make the tiles. Returns target logits and statistics of the rows."""
         head = self._head
         target_logits_n = hidden_nD.new_empty(len(hidden_nD), dtype=head.dtype)
-        total = Partial.identity(target_logits_n, entropy=self._entropy)
+        total = Partial.identity(target_logits_n, entropy=self._entropy, collision=self._collision)
         for block in head.blocks(BLOCK_COLUMNS):
             logits_Knc = logits_(head, hidden_nD, block, self._scratch)
             tile_Knc, spare_Knc = self._tile(len(hidden_nD), block), self._scratch.spare(logits_Knc.shape)
@@ -93,7 +94,7 @@ class _Chunk:
             exps_Knc = tile_Knc if head.is_wide and not keeps_logits else spare_Knc
             if keeps_logits:
                 tile_Knc.copy_(logits_Knc)
-            statistics = partial(logits_Knc, exps_Knc, entropy=self._entropy)
+            statistics = partial(logits_Knc, exps_Knc, entropy=self._entropy, collision=self._collision)
             if not keeps_logits and not head.is_wide:
                 tile_Knc.copy_(exps_Knc)
             self._max_n[block.start] = statistics.max_N
@@ -123,16 +124,18 @@ class _Fused(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        collision: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
         total_rows = len(hidden_ND)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         gradients = Gradients(head, hidden_ND, hidden=wants_hidden, weight=wants_weight, bias=wants_bias)
         most_rows = chunk_rows(head, total_rows)
-        chunk = _Chunk(head, most_rows, entropy=entropy)
+        chunk = _Chunk(head, most_rows, entropy=entropy, collision=collision)
         loss = hidden_ND.new_zeros((), dtype=head.dtype)
         logprobs_N = hidden_ND.new_empty(total_rows, dtype=head.dtype)
         entropy_N = torch.empty_like(logprobs_N) if entropy else None
+        collision_N = torch.empty_like(logprobs_N) if collision else None
         # With N = 0 there is one empty chunk, which writes the zeros of dW.
         for start in range(0, max(total_rows, 1), most_rows):
             rows = slice(start, min(start + most_rows, total_rows))
@@ -141,6 +144,8 @@ class _Fused(torch.autograd.Function):
             logprobs_N[rows] = statistics.logprobs_N(target_logits_n)
             if entropy_N is not None and statistics.entropy_N is not None:
                 entropy_N[rows] = statistics.entropy_N
+            if collision_N is not None and statistics.collision_N is not None:
+                collision_N[rows] = statistics.collision_N
             chunk_loss, upstream = _differentiate(token_loss, logprobs_N, entropy_N, statistics, rows)
             loss += chunk_loss
             if any(ctx.needs_input_grad):
@@ -148,8 +153,9 @@ class _Fused(torch.autograd.Function):
                     dlogits_Knc, slope_Knc, tile_Knc = chunk.dlogits(upstream, targets_n, block)
                     gradients.add_(dlogits_Knc, slope_Knc, hidden_nD, rows, block, tile_Knc)
         ctx.gradients = (gradients.hidden_ND, gradients.weight_VD, gradients.bias_V)
-        ctx.mark_non_differentiable(*(values for values in (logprobs_N, entropy_N) if values is not None))
-        return loss, logprobs_N, entropy_N
+        values = (logprobs_N, entropy_N, collision_N)
+        ctx.mark_non_differentiable(*(value for value in values if value is not None))
+        return loss, *values
 
     @staticmethod
     @once_differentiable
@@ -160,7 +166,7 @@ class _Fused(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if grad.device.type != "cpu" or grad != 1:
             gradients = tuple(None if gradient is None else gradient.mul_(grad) for gradient in gradients)
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _differentiate(

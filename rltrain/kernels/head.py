@@ -134,13 +134,15 @@ def log_(values: Tensor) -> Tensor:
     return values.clamp_(min=torch.finfo(values.dtype).tiny).log_()
 
 
-def partial(logits_KNc: Tensor, out_KNc: Tensor, *, entropy: bool) -> Partial:
+def partial(logits_KNc: Tensor, out_KNc: Tensor, *, entropy: bool, collision: bool = False) -> Partial:
     """Statistics of one block. ``e^{z-m}`` is left in ``out``, which may be the logits unless entropy is wanted."""
     max_N = logits_KNc.amax(-1).amax(0)
     shifted_KNc = logits_KNc.sub_(max_N[:, None])
     exps_KNc = exp_(shifted_KNc, out_KNc)
     moment_N = shifted_KNc.mul_(exps_KNc).sum(-1).sum(0) if entropy else None
-    return Partial(max_N, exps_KNc.sum(-1).sum(0), moment_N)
+    # A norm makes no square of the block, for which there is no buffer.
+    squares_N = torch.linalg.vector_norm(exps_KNc, dim=-1).square().sum(0) if collision else None
+    return Partial(max_N, exps_KNc.sum(-1).sum(0), moment_N, squares_N)
 
 
 def targets_within(targets_N: Tensor, block: slice, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +165,7 @@ class Upstream(NamedTuple):
         Computed from ``x = z - m`` as ``p = e^x/s`` and ``log p + H = x - t/s``. Near the maximum x is exact, where
         ``z - lse`` has the rounding error of a large lse.
         """
-        max_N, sum_N, moment_N = self.statistics
+        max_N, sum_N, moment_N, _ = self.statistics
         shifted_KNc = logits_KNc.sub_(max_N[:, None])
         if moment_N is None or self.entropy_grad_N is None:
             dlogits_KNc = exp_(shifted_KNc, shifted_KNc).mul_((self.grad_N / -sum_N)[:, None])
@@ -179,7 +181,7 @@ class Upstream(NamedTuple):
 
         Where w is 0, so is p. ``spare`` is used if entropies have a gradient.
         """
-        max_N, sum_N, moment_N = self.statistics
+        max_N, sum_N, moment_N, _ = self.statistics
         shift_N = block_max_N - max_N
         scale_N = shift_N.exp() / -sum_N
         if moment_N is None or self.entropy_grad_N is None:

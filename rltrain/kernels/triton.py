@@ -1,6 +1,6 @@
 """Triton kernels for CUDA: fp32 from the dot product on, and no atomics, so that the same call gives the same bits.
 
-Forward: one program per row block and vocabulary split writes (m, s, t, z_y). A second kernel merges the splits
+Forward: one program per row block and vocabulary split writes (m, s, t, q, z_y). A second kernel merges the splits
 (:mod:`rltrain.kernels.online`). Backward: the logits of a vocabulary block are recomputed into dlogits, then two
 GEMMs. Tile sizes are fixed, because autotuning at import needs a driver.
 """
@@ -68,18 +68,19 @@ def _logits(
 
 @triton.jit
 def forward_kernel(
-    hidden, weight, bias, targets, max_out, sum_out, moment_out, target_out,
+    hidden, weight, bias, targets, max_out, sum_out, moment_out, squares_out, target_out,
     N, V, D, hidden_stride, hidden_unit, weight_stride, weight_unit, columns_per_split, softcap, scale,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(m, s, t, z_y) of BLOCK_N rows over one split of the vocabulary. z_y is -inf if the target is elsewhere."""
+    """(m, s, t, q, z_y) of BLOCK_N rows over one split of the vocabulary. z_y is -inf if the target is elsewhere."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     target = tl.load(targets + rows, rows < N, -1)
     running_max = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
     target_logit = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
     first = split * columns_per_split
     for start in range(first, tl.minimum(first + columns_per_split, V), BLOCK_V):
@@ -100,6 +101,8 @@ def forward_kernel(
         weights = tl.exp(shifted)
         if ENTROPY:
             moment = tl.exp(shift) * (moment + shift * total) + tl.sum(tl.where(inside, weights * shifted, 0.0), 1)
+        if COLLISION:
+            squares = tl.exp(2 * shift) * squares + tl.sum(weights * weights, 1)
         total = tl.exp(shift) * total + tl.sum(weights, 1)
         running_max = new_max
     out = split * N + rows
@@ -108,12 +111,15 @@ def forward_kernel(
     tl.store(target_out + out, target_logit, rows < N)
     if ENTROPY:
         tl.store(moment_out + out, moment, rows < N)
+    if COLLISION:
+        tl.store(squares_out + out, squares, rows < N)
 
 
 @triton.jit
 def merge_kernel(
-    max_in, sum_in, moment_in, target_in, max_out, sum_out, moment_out, logprob_out, entropy_out, N, splits,
-    ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr,
+    max_in, sum_in, moment_in, squares_in, target_in,
+    max_out, sum_out, moment_out, logprob_out, entropy_out, collision_out, N, splits,
+    ENTROPY: tl.constexpr, COLLISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of BLOCK_N rows, always in the same order."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -123,6 +129,9 @@ def merge_kernel(
     moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if ENTROPY:
         moment = tl.load(moment_in + rows, rows < N, 0.0)
+    squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if COLLISION:
+        squares = tl.load(squares_in + rows, rows < N, 0.0)
     for split in range(1, splits):
         at = split * N + rows
         other_max = tl.load(max_in + at, rows < N, 0.0)
@@ -135,6 +144,9 @@ def merge_kernel(
             other_moment = tl.load(moment_in + at, rows < N, 0.0)
             moment = tl.exp(shift) * (moment + shift * total)
             moment += tl.exp(other_shift) * (other_moment + other_shift * other_total)
+        if COLLISION:
+            other_squares = tl.load(squares_in + at, rows < N, 0.0)
+            squares = tl.exp(2 * shift) * squares + tl.exp(2 * other_shift) * other_squares
         total = tl.exp(shift) * total + tl.exp(other_shift) * other_total
         running_max = new_max
     tl.store(max_out + rows, running_max, rows < N)
@@ -143,6 +155,8 @@ def merge_kernel(
     if ENTROPY:
         tl.store(moment_out + rows, moment, rows < N)
         tl.store(entropy_out + rows, tl.log(total) - moment / total, rows < N)
+    if COLLISION:
+        tl.store(collision_out + rows, squares / (total * total), rows < N)
 
 
 @triton.jit
@@ -191,13 +205,14 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    collision: bool = False,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`rltrain.kernels.token_logprobs`. Not for fp64."""
     if hidden_ND.dtype == torch.float64:
         raise ValueError("backend=triton: the kernels compute in fp32; choose backend=blocked for float64")
-    return _Triton.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, softcap, entropy)
+    return _Triton.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, softcap, entropy, collision)
 
 
 def _shared_arguments(head: Head, hidden_ND: Tensor) -> tuple[tuple[Any, ...], tuple[float, float], dict[str, Any]]:
@@ -233,7 +248,8 @@ class _Triton(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        collision: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
         N, V = len(hidden_ND), len(weight_VD)
         tiles = Tiles.of(hidden_ND.dtype)
@@ -241,28 +257,30 @@ class _Triton(torch.autograd.Function):
         row_blocks = triton.cdiv(max(N, 1), tiles.N)
         columns_per_split = triton.cdiv(triton.cdiv(V, triton.cdiv(PROGRAMS, row_blocks)), tiles.V) * tiles.V
         splits = triton.cdiv(V, columns_per_split)
-        statistics = hidden_ND.new_empty(4, splits, N, dtype=torch.float32)
+        statistics = hidden_ND.new_empty(5, splits, N, dtype=torch.float32)
         merged = hidden_ND.new_empty(3, N, dtype=torch.float32)
-        logprobs_N, entropy_N = hidden_ND.new_empty(2, N, dtype=torch.float32)
+        logprobs_N, entropy_N, collision_N = hidden_ND.new_empty(3, N, dtype=torch.float32)
         if N:
             _launch(
                 forward_kernel, (row_blocks, splits),
                 hidden_ND, weight_VD, bias_V, targets_N.contiguous(), *statistics,
                 N, V, *sizes, columns_per_split, *scalars,
-                ENTROPY=entropy, **constants,
+                ENTROPY=entropy, COLLISION=collision, **constants,
             )  # fmt: skip
             _launch(
                 merge_kernel, (triton.cdiv(N, MERGE_ROWS),),
-                *statistics, *merged, logprobs_N, entropy_N, N, splits, ENTROPY=entropy, BLOCK_N=MERGE_ROWS,
+                *statistics, *merged, logprobs_N, entropy_N, collision_N, N, splits,
+                ENTROPY=entropy, COLLISION=collision, BLOCK_N=MERGE_ROWS,
             )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, merged)
         ctx.scalars = (temperature, softcap)
-        return logprobs_N, entropy_N if entropy else None
+        ctx.mark_non_differentiable(collision_N)
+        return logprobs_N, entropy_N if entropy else None, collision_N if collision else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden_ND, weight_VD, bias_V, targets_N, merged = ctx.saved_tensors
         temperature, softcap = ctx.scalars
         head = Head(weight_VD=weight_VD, bias_V=bias_V, temperature=temperature, softcap=softcap)
@@ -287,4 +305,4 @@ class _Triton(torch.autograd.Function):
             if bias_sums is not None:
                 gradients.add_bias_(bias_sums[None], block)
             gradients.add_products_(dlogits_Nv[None], hidden_ND, slice(0, N), block)
-        return gradients.hidden_ND, gradients.weight_VD, gradients.bias_V, None, None, None, None
+        return gradients.hidden_ND, gradients.weight_VD, gradients.bias_V, None, None, None, None, None

@@ -46,14 +46,16 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOutput:
-    """What the head gives of a micro-batch: fp32 log-probs of its loss tokens, and entropies where they were asked for.
+    """What the head gives of a micro-batch: fp32 log-probs of its loss tokens, and what else was asked for.
 
-    ``loss`` is set where the head was given the loss; it alone is then differentiable.
+    ``collision_N`` is Σ p², without gradient. ``loss`` is set where the head was given the loss; it alone
+    is then differentiable.
     """
 
     logprobs_N: Tensor
     entropy_N: Tensor | None
     loss: Tensor | None = None
+    collision_N: Tensor | None = None
 
 
 class LogprobModel(nn.Module):
@@ -82,29 +84,37 @@ class LogprobModel(nn.Module):
         batch: TokenBatch,
         *,
         entropy: bool = True,
+        collision: bool = False,
         temperature: float | None = None,
         token_loss: TokenLoss | None = None,
         of_logits: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The fields of :class:`HeadOutput`, as a tuple because DeepSpeed's hooks look into no record.
 
         With ``of_logits`` the first is what it gives of the logits [n, V], which are made for some rows at a time.
         """
         if of_logits is not None:
-            return self._of_logits(batch, of_logits), None, None
+            return self._of_logits(batch, of_logits), None, None, None
         temperature = temperature or self.temperature
         if self.own_head:
-            return (
-                *logits_logprobs(self._own_logits(batch), batch.targets_N, temperature=temperature, entropy=entropy),
-                None,
+            logprobs_N, entropy_N, collision_N = logits_logprobs(
+                self._own_logits(batch),
+                batch.targets_N,
+                temperature=temperature,
+                entropy=entropy,
+                collision=collision,
             )
+            return logprobs_N, entropy_N, None, collision_N
         hidden_ND = loss_states(self.model, batch)
         arguments = (hidden_ND, self.model.get_output_embeddings().weight, batch.targets_N)
         options = head_options(self.model, temperature, entropy=entropy)
         if token_loss is not None:
             fused = fused_token_loss(*arguments, token_loss, **options)
-            return fused.logprobs_N, fused.entropy_N, fused.loss
-        return (*token_logprobs(*arguments, **options), None)
+            return fused.logprobs_N, fused.entropy_N, fused.loss, None
+        if not collision:
+            return (*token_logprobs(*arguments, **options), None, None)
+        logprobs_N, entropy_N, collision_N = token_logprobs(*arguments, **options, collision=True)
+        return logprobs_N, entropy_N, None, collision_N
 
     def _of_logits(self, batch: TokenBatch, function: Callable[[Tensor], Tensor]) -> Tensor:
         rows = max(1, MOST_LOGITS // self.vocabulary)
@@ -135,10 +145,12 @@ def of_logits(model: Any, batch: TokenBatch, function: Callable[[Tensor], Tensor
     return model(batch, of_logits=function)[0]
 
 
-def logprobs(model: Any, batch: TokenBatch, *, entropy: bool = True, temperature: float | None = None) -> HeadOutput:
-    """Log-probs (and entropies) of a micro-batch under a :class:`LogprobModel` or the engine that holds it."""
-    logprobs_N, entropy_N, _ = model(batch, entropy=entropy, temperature=temperature)
-    return HeadOutput(logprobs_N=logprobs_N, entropy_N=entropy_N)
+def logprobs(
+    model: Any, batch: TokenBatch, *, entropy: bool = True, collision: bool = False, temperature: float | None = None
+) -> HeadOutput:
+    """Log-probs and what else is asked of a micro-batch under a :class:`LogprobModel` or the engine that holds it."""
+    logprobs_N, entropy_N, _, collision_N = model(batch, entropy=entropy, collision=collision, temperature=temperature)
+    return HeadOutput(logprobs_N=logprobs_N, entropy_N=entropy_N, collision_N=collision_N)
 
 
 def micro_batch_loss(model: Any, batch: TokenBatch, config: LossConfig) -> LossOutput:
@@ -160,7 +172,7 @@ def fused_micro_batch_loss(model: Any, batch: TokenBatch, config: LossConfig) ->
     def token_loss(logprobs_n: Tensor, entropy_n: Tensor | None, rows: slice) -> Tensor:
         return token_losses(logprobs_n, loss_tokens(batch, rows), config, entropy_N=entropy_n)
 
-    logprobs_N, entropy_N, loss = model(batch, token_loss=token_loss)
+    logprobs_N, entropy_N, loss, _ = model(batch, token_loss=token_loss)
     return loss_output(loss, logprobs_N, batch, config, entropy_N=entropy_N)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from rltrain.compare.statistics import Interval
 from rltrain.report import curves, intervals
 from rltrain.report.folder import HELD_OUT, RecordedRun
-from rltrain.report.samples import SampleRow, by_group, right_part
+from rltrain.report.samples import SampleRow, by_group, reward, right_part
 from rltrain.runs.summary import held_out_metric
 from rltrain.types import is_right
 
@@ -129,14 +130,15 @@ def _problems(run: RecordedRun, step: int) -> Problems:
 
 
 def _right(row: SampleRow) -> float:
+    """1 right, 0 wrong, NaN where the reward that judges abstained."""
     score = row.get(right_part(row)) if row.get("right") is None else row["right"]  # runs of before have no right
-    return float(is_right(score or 0.0))
+    return math.nan if score is None or math.isnan(score) else float(is_right(score))
 
 
-# How a metric is read off a completion, by a word of its name.
+# How a metric is read off a completion, by a word of its name. NaN does not count, as in the evaluation.
 PER_COMPLETION: Mapping[str, Callable[[SampleRow], float]] = {
     "accuracy": _right,
-    "reward": lambda row: float(row.get("reward") or 0.0),
+    "reward": reward,
     "length": lambda row: float(len(row.get("token_ids") or ())),
     "clipped": lambda row: float(row.get("finish") == "length"),
 }
@@ -148,19 +150,39 @@ def _change(name: str, first: float, last: float, before: Problems, after: Probl
     values = next((read for word, read in PER_COMPLETION.items() if word in name), None)
     if values is None or not before or before.keys() != after.keys():
         return plain
+    (old, old_means), (new, new_means) = (_means(values, problems) for problems in (before, after))
     # A metric of an extreme (max_length) or of several completions (pass@k) is no mean over them, and does not agree.
-    old, new = ([fmean(map(values, rows)) for rows in problems.values()] for problems in (before, after))
-    if abs(fmean(old) - first) > 1e-4 * max(1, abs(first)) or abs(fmean(new) - last) > 1e-4 * max(1, abs(last)):
+    if not (_close(old, first) and _close(new, last)):
         return plain
+    both = old_means.keys() == new_means.keys()
+    means = [list(by_problem.values()) for by_problem in (old_means, new_means)]
+    first_interval, last_interval = (_interval(*pair) for pair in zip(means, (first, last), strict=True))
+    paired = both and first_interval is not None and last_interval is not None
     return MetricChange(
         name=name,
         first=first,
         last=last,
-        first_interval=intervals.of_mean(old),
-        last_interval=intervals.of_mean(new),
-        change_interval=intervals.of_change(old, new),
+        first_interval=first_interval,
+        last_interval=last_interval,
+        change_interval=intervals.of_change(*means) if paired else None,
         is_in_samples=True,
     )
+
+
+def _means(values: Callable[[SampleRow], float], problems: Problems) -> tuple[float, dict[Any, float]]:
+    """The mean over all completions that count, and by problem. A problem without such a completion is left out."""
+    counted = {name: [value for value in map(values, rows) if not math.isnan(value)] for name, rows in problems.items()}
+    flat = [value for some in counted.values() for value in some]
+    return fmean(flat) if flat else math.nan, {name: fmean(some) for name, some in counted.items() if some}
+
+
+def _close(found: float, recorded: float) -> bool:
+    return abs(found - recorded) <= 1e-4 * max(1, abs(recorded))
+
+
+def _interval(means: Sequence[float], recorded: float) -> Interval | None:
+    """None where problems count unequally, since some of their completions abstained: it would be of another mean."""
+    return intervals.of_mean(means) if _close(fmean(means), recorded) else None
 
 
 def _tells(changes: Sequence[MetricChange]) -> bool:
@@ -171,7 +193,7 @@ def _tells(changes: Sequence[MetricChange]) -> bool:
 def _turned_problems(before: Problems, after: Problems) -> list[TurnedProblem]:
     """The problems whose first completion is right at only one of the two."""
     pairs = [(before[name][0], after[name][0]) for name in before.keys() & after.keys()]
-    return [_turned(old, new) for old, new in pairs if _right(old) != _right(new)]
+    return [_turned(old, new) for old, new in pairs if {_right(old), _right(new)} == {0.0, 1.0}]
 
 
 def _counted(turned: Sequence[TurnedProblem] | None) -> dict[str, Any]:

@@ -36,7 +36,10 @@ def outcome(rows: Sequence[SampleRow]) -> str:
     """How many completions were right, or the range of the rewards where they are not 0 or 1."""
     judged = [row.get(right_part(row)) for row in rows]
     scores = [float(value) for value in judged if value is not None and not math.isnan(value)]
-    if set(scores) <= {0.0, 1.0}:
-        return f"{sum(map(is_right, scores))} of {len(rows)} right"
+    if scores and set(scores) <= {0.0, 1.0}:
+        abstained = len(rows) - len(scores)
+        return f"{sum(map(is_right, scores))} of {len(scores)} right" + (
+            f", {abstained} abstained" if abstained else ""
+        )
     counted = [value for value in map(reward, rows) if not math.isnan(value)]
     return f"rewards {min(counted):.3g} to {max(counted):.3g}" if counted else "no rewards"

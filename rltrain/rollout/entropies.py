@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rltrain.batching.bins import Layout
 from rltrain.config import SamplingConfig
-from rltrain.policy.logprobs import inference, of_logits, unwrapped
+from rltrain.policy.logprobs import inference, logprobs, of_logits, unwrapped
 from rltrain.policy.scorer import span_values
 from rltrain.rollout.sampling import distribution, entropy_and_collision
 from rltrain.runtime import dist
@@ -22,7 +22,8 @@ class SampledEntropies:
     """What the sampler kept, and a pass of ``model`` over completions without it, for ``context.entropy``.
 
     ``model`` is a ``LogprobModel`` or its engine. The distribution of the pass is that of ``sampling``: temperature,
-    top-k, top-p. It is the policy as it is now, which with ``rollout.ahead`` is a step newer than the one that sampled.
+    top-k, top-p. A whole distribution comes from the kernels, without logits of all tokens. It is the policy as it is
+    now, which with ``rollout.ahead`` is a step newer than the one that sampled.
     """
 
     def __init__(
@@ -57,6 +58,10 @@ class SampledEntropies:
 
     def _values(self, model: Any, batch: TokenBatch) -> Tensor:
         sampling = self._sampling
+        if not sampling.top_k and sampling.top_p == 1 and not unwrapped(model).own_head:
+            head = logprobs(model, batch, collision=True, temperature=sampling.temperature)
+            assert head.entropy_N is not None and head.collision_N is not None
+            return torch.stack([head.entropy_N, head.collision_N], dim=-1)
         settings = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         return of_logits(model, batch, partial(_of_logits, settings))
 

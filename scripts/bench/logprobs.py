@@ -3,6 +3,7 @@
     python scripts/bench/logprobs.py                                     # everything: minutes on two quiet cores
     python scripts/bench/logprobs.py --shapes 512,576,49152 --dtypes fp32 --what time
     python scripts/bench/logprobs.py --shapes 256,64,4096                # a smoke run
+    python scripts/bench/logprobs.py --what collision                    # what Σ p² costs beside log-probs and entropy
 
 Peers: naive log_softmax, torch.nn.functional.linear_cross_entropy, and where installed TRL's chunked head (`trl`),
 Liger-Kernel's chunked log-probs (`liger-kernel`) and Apple's CCE in its torch_compile mode (`cut-cross-entropy`, which
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import timing
 import torch
@@ -32,7 +34,7 @@ from rltrain import kernels
 
 SHAPES = ("1024,896,32000", "512,576,49152", "256,896,151936")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WHAT = ("time", "memory")
+WHAT = ("time", "memory", "collision")
 MODES = ("forward", "forward+backward", "forward+backward+entropy")
 Loss = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
@@ -195,6 +197,31 @@ def compare_time(shape: str, dtype: str, mode: str, options: argparse.Namespace)
         print(f"| {shape} | {dtype} | {mode} | {name} | {cells} |", flush=True)
 
 
+def scored(path: Any, tensors: tuple[Tensor, ...], *, collision: bool) -> float:
+    """Seconds of one scoring pass: log-probs and entropies, and collision probabilities or not."""
+    hidden_ND, weight_VD, targets_N, _ = tensors
+    options: dict[str, Any] = {"entropy": True, "collision": collision}
+    start = time.perf_counter()
+    with torch.no_grad():
+        if path == "fused_token_loss":
+            kernels.fused_token_loss(hidden_ND, weight_VD, targets_N, lambda logprobs_n, *_: -logprobs_n, **options)
+        else:
+            kernels.token_logprobs(hidden_ND, weight_VD, targets_N, backend=path, **options)
+    return time.perf_counter() - start
+
+
+def compare_collision(shape: str, dtype: str, options: argparse.Namespace) -> None:
+    """Print what collision probabilities add to a scoring pass: the median of the ratios of pairs, and their range."""
+    tensors = inputs(shape, dtype, logits=False)
+    for path in ("reference", "blocked", "fused_token_loss"):
+        pairs = [
+            [scored(path, tensors, collision=wanted) for wanted in (False, True)] for _ in range(options.rounds + 1)
+        ]
+        ratios = sorted(after / before for before, after in pairs[1:])
+        cells = f"{statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        print(f"| {shape} | {dtype} | {path} | {cells} |", flush=True)
+
+
 def main() -> None:
     """Parse the command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,6 +252,11 @@ def main() -> None:
         print("|---|---|---|---|---|")
         for shape, dtype in settings:
             compare_memory(shape, dtype, options)
+    if "collision" in options.what:
+        print("| N, D, V | type | path | with / without collision | range |")
+        print("|---|---|---|---|---|")
+        for shape, dtype in settings:
+            compare_collision(shape, dtype, options)
 
 
 if __name__ == "__main__":

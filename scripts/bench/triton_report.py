@@ -26,7 +26,9 @@ from rltrain.kernels import triton as kernels
 from rltrain.kernels.head import MASKED
 
 ARCHITECTURES = (80, 90)
-POINTERS_OF_STATISTICS = re.compile(r"(max|sum|moment|target|logprob|entropy|bias)_(in|out)|grad|entropy_grad")
+POINTERS_OF_STATISTICS = re.compile(
+    r"(max|sum|moment|squares|target|logprob|entropy|collision|bias)_(in|out)|grad|entropy_grad"
+)
 POINTERS_OF_WEIGHTS = {"hidden", "weight", "bias", "dlogits_out"}
 MULTIPLES = {"D", "hidden_stride", "weight_stride"}
 FLOATS = {"softcap", "scale"}
@@ -55,16 +57,26 @@ def configurations() -> Iterator[tuple[str, triton.JITFunction, str, dict[str, o
         ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")), (False, True), (False, True)
     ):
         tiles = kernels.Tiles.of(dtype)
-        constants = {"HAS_BIAS": extras, "HAS_CAP": extras, "ENTROPY": entropy, "MASKED": MASKED,
-                     "BLOCK_N": tiles.N, "BLOCK_V": tiles.V, "BLOCK_D": tiles.D}  # fmt: skip
+        constants: dict[str, object] = {
+            "HAS_BIAS": extras, "HAS_CAP": extras, "ENTROPY": entropy, "MASKED": MASKED,
+            "BLOCK_N": tiles.N, "BLOCK_V": tiles.V, "BLOCK_D": tiles.D,
+        }  # fmt: skip
         launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         label = ("entropy " if entropy else "") + ("bias softcap" if extras else "")
         unit_strides = {"hidden_unit": 1, "weight_unit": 1}
-        yield label, kernels.forward_kernel, name, constants | unit_strides, launch
+        for collision in (False, True):
+            forward = constants | unit_strides | {"COLLISION": collision}
+            yield label + (" collision" if collision else ""), kernels.forward_kernel, name, forward, launch
         yield label, kernels.dlogits_kernel, name, constants | unit_strides | {"BIAS_GRAD": extras}, launch
-    for entropy in (False, True):
-        constants = {"ENTROPY": entropy, "BLOCK_N": kernels.MERGE_ROWS}
-        yield "entropy" if entropy else "", kernels.merge_kernel, "fp32", constants, {}
+    for entropy, collision in itertools.product((False, True), (False, True)):
+        constants = {"ENTROPY": entropy, "COLLISION": collision, "BLOCK_N": kernels.MERGE_ROWS}
+        yield (
+            ("entropy" if entropy else "") + (" collision" if collision else ""),
+            kernels.merge_kernel,
+            "fp32",
+            constants,
+            {},
+        )
 
 
 def resources(cubin: bytes) -> dict[str, int]:

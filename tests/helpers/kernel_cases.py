@@ -27,11 +27,14 @@ def doubled(hidden_ND, weight_VD, targets_N, bias_V):
     return hidden_ND, weight_VD, targets_N, bias_V
 
 
-def results(hidden_ND, weight_VD, targets_N, bias_V, *, backend, entropy=False, g=1.0, e=1.0, **options):
-    """Log-probs, entropies and gradients, for upstream gradients that differ by row and sign."""
-    logprobs_N, entropy_N = kernels.token_logprobs(
-        hidden_ND, weight_VD, targets_N, bias_V=bias_V, backend=backend, entropy=entropy, **options
+def results(
+    hidden_ND, weight_VD, targets_N, bias_V, *, backend, entropy=False, collision=False, g=1.0, e=1.0, **options
+):
+    """Log-probs, entropies, collisions, and gradients of the first two for upstreams that differ by row and sign."""
+    logprobs_N, entropy_N, *rest = kernels.token_logprobs(
+        hidden_ND, weight_VD, targets_N, bias_V=bias_V, backend=backend, entropy=entropy, collision=collision, **options
     )
+    assert not any(value.requires_grad for value in rest)
     upstream_N = torch.linspace(-1, 2, len(targets_N), dtype=logprobs_N.dtype)
     outputs, upstreams = [logprobs_N], [upstream_N * g]
     if entropy_N is not None:
@@ -39,7 +42,7 @@ def results(hidden_ND, weight_VD, targets_N, bias_V, *, backend, entropy=False, 
     kept = [(value, upstream) for value, upstream, on in zip(outputs, upstreams, (g, e), strict=False) if on]
     leaves = [tensor for tensor in (hidden_ND, weight_VD, bias_V) if tensor is not None and tensor.requires_grad]
     values, grads = zip(*kept, strict=True)
-    return [value.detach() for value in outputs] + list(torch.autograd.grad(values, leaves, grads))
+    return [value.detach() for value in outputs] + rest + list(torch.autograd.grad(values, leaves, grads))
 
 
 def assert_no_worse_than_naive(inputs, *, backend, **options):

@@ -19,18 +19,23 @@ def assert_close_to_truth(inputs, **options):
         torch.testing.assert_close(value.double(), exact, rtol=2e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(("entropy", "collision"), [(False, False), (True, True)])
 @pytest.mark.parametrize("V", VOCABULARIES)
-def test_equals_the_reference_in_fp64(V, entropy):
+def test_equals_the_reference_in_fp64(V, entropy, collision):
     for N, temperature, softcap, bias in CASES:
         inputs = problem(N, V, D=40, dtype=torch.float32, bias=bias, scale=0.3)
-        options = {"entropy": entropy, "temperature": temperature, "softcap": softcap}
+        options = {"entropy": entropy, "collision": collision, "temperature": temperature, "softcap": softcap}
         assert_close_to_truth(inputs, **options)
 
 
 def test_half_precision():
     # fp16 stands for bf16, whose bits the interpreter's dot product takes for integers.
     assert_no_worse_than_naive(problem(33, 129, 40, dtype=torch.float16), backend="triton", entropy=True)
+
+
+def test_collision_without_entropy():
+    inputs = problem(33, 257, D=40, dtype=torch.float32, bias=True, scale=0.3)
+    assert_close_to_truth(inputs, collision=True, temperature=0.7)
 
 
 def test_only_one_upstream_gradient_transposed_weight_and_shift():

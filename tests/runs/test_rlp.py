@@ -21,6 +21,7 @@ from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import Scorer
 from rltrain.policy.tiny import TinyConfig
 from rltrain.rewards.information_gain import InformationGainConfig, information_gain_reward, thought_request
+from rltrain.rewards.scoring import score
 from rltrain.runs import checkpoint
 from rltrain.types import Completion, Context, Group, Problem, Prompt
 
@@ -102,6 +103,30 @@ def test_metrics_count_unclosed_thoughts_and_positive_gains(policies):
     assert result.metrics["information_gain/share_unclosed"].total == 2
     assert result.metrics["information_gain/share_positive"].total == sum(r > 0 for r in result.scores[0])
     assert result.metrics["information_gain/mean"].total == pytest.approx(sum(result.scores[0]))
+
+
+class FixedScorer:
+    """Log-probs of -1 for the texts without a thought, and given ones for the thoughts."""
+
+    def __init__(self, *thoughts):
+        self.thoughts = thoughts
+
+    def policy(self, requests):
+        return [[torch.tensor([value])] for value in self.thoughts]
+
+    def phi(self, requests):
+        return [[torch.tensor([-1.0])] for _ in requests]
+
+
+def test_a_thought_is_right_where_its_gain_is_positive(policies):
+    """Gains 0.5, -2, 0 and 0.25, of any size below 1: right is their sign, for accuracy and for the group alike."""
+    group = group_of(policies[0], "1</think>", "2</think>", "3</think>", "4</think>")
+    context = context_of(policies, FixedScorer(-0.5, -3.0, -1.0, -0.75))
+    assert information_gain_reward([group], InformationGainConfig(), context).right == [[True, False, False, True]]
+    (scored,), metrics = score([group], {"gain": InformationGainConfig()}, context)
+    assert scored.rewards_G.tolist() == [0.5, -2.0, 0.0, 0.25]
+    assert scored.right_G.tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert (metrics["accuracy"].total, metrics["accuracy"].count) == (2, 4)
 
 
 def test_only_sampled_thought_tokens_carry_loss(policies):

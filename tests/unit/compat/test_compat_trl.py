@@ -450,7 +450,7 @@ def test_loss_and_gradient_equal_trls(tmp_path, trl_options, loss, scale, micro_
     batches, _ = collate(groups, values, aggregation=config.aggregation, token_budget=budget, max_new_tokens=MAX_TOKENS)
     assert (len(batches) == 1) == (micro_batches == 1)
     for batch in batches:
-        logprobs_N, entropy_N, _ = model(batch)
+        logprobs_N, entropy_N, *_ = model(batch)
         output = policy_loss(logprobs_N, batch, config, entropy_N=entropy_N)
         output.loss.backward()
         ours += float(output.loss.detach())

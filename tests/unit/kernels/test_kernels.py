@@ -119,6 +119,64 @@ def test_fused_error_is_bounded_by_the_plain_path(dtype):
         assert (value - exact).norm() <= 2 * (plain - exact).norm()
 
 
+def naive_collision(hidden_ND, weight_VD, targets_N, bias_V, *, temperature=1.0, softcap=None):
+    """Σ p² from whole fp64 logits of the same numbers."""
+    logits_NV = hidden_ND.detach().double() @ weight_VD.detach().double().T
+    logits_NV = logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+    logits_NV = logits_NV if bias_V is None else logits_NV + bias_V.detach().double()
+    return (logits_NV / temperature).softmax(-1).square().sum(-1)
+
+
+def collisions(hidden_ND, weight_VD, targets_N, bias_V, **options):
+    """Of every path on a CPU, with and without entropy."""
+    for entropy in (False, True):
+        fused = kernels.fused_token_loss(
+            hidden_ND, weight_VD, targets_N, lambda n, *_: n, bias_V=bias_V, entropy=entropy, collision=True, **options
+        )
+        yield fused.collision_N
+        for backend in ("reference", "blocked"):
+            yield kernels.token_logprobs(
+                hidden_ND, weight_VD, targets_N, bias_V=bias_V, entropy=entropy, collision=True, backend=backend,
+                **options,
+            )[2]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_collision_equals_the_naive_sum_in_fp64(V, dtype):
+    """In bf16 the products are rounded, to 2^-9 of logits of a few units."""
+    close = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.1}[dtype]
+    for N, temperature, softcap, bias in ((0, 1.0, None, False), (1, 0.7, 3.0, False), (17, 1.3, None, True)):
+        inputs, options = problem(N, V, dtype=dtype, bias=bias), {"temperature": temperature, "softcap": softcap}
+        expected_N = naive_collision(*inputs, **options)
+        for collision_N in collisions(*inputs, **options):
+            assert not collision_N.requires_grad
+            torch.testing.assert_close(collision_N.double(), expected_N, rtol=close, atol=0)
+
+
+def test_collision_by_hand_and_by_half_the_temperature():
+    """p = (1/4, 3/4): 10/16. Σ p² = e^(lse(2z) - 2 lse(z)); lse(z) = z_y - log p(y); 2z is z at T/2."""
+    weight_VD = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
+    for collision_N in collisions(torch.ones(1, 1, dtype=torch.float64), weight_VD, torch.tensor([0]), None):
+        assert collision_N.item() == pytest.approx(10 / 16, abs=1e-15)
+    hidden_ND, weight_VD, targets_N, _ = problem(17, 257)
+    target_logits_N = (hidden_ND * weight_VD[targets_N]).sum(-1)
+    lse_N, lse_half_N = (
+        target_logits_N / T - kernels.token_logprobs(hidden_ND, weight_VD, targets_N, temperature=T)[0]
+        for T in (0.8, 0.4)
+    )
+    for collision_N in collisions(hidden_ND, weight_VD, targets_N, None, temperature=0.8):
+        torch.testing.assert_close(collision_N, (lse_half_N - 2 * lse_N).exp(), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_collision_changes_no_other_result(backend):
+    inputs = problem(17, 257, bias=True)
+    plain = results(*inputs, backend=backend, entropy=True)
+    logprobs_N, entropy_N, _, *gradients = results(*inputs, backend=backend, entropy=True, collision=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, [logprobs_N, entropy_N, *gradients], strict=True))
+
+
 def test_all_logits_far_below_zero_and_shifted():
     inputs = problem(9, 129)
     low = (*inputs[:3], torch.full((129,), -1e4, dtype=torch.float64))
@@ -179,14 +237,16 @@ def test_tied_transposed_and_frozen_weights():
 def test_two_shards_merged_equal_one():
     logits_NV = torch.randn(5, 40, dtype=torch.float64) * 5
     whole, *parts = (
-        head_module.partial(x[None].clone(), torch.empty_like(x[None]), entropy=True)
+        head_module.partial(x[None].clone(), torch.empty_like(x[None]), entropy=True, collision=True)
         for x in (logits_NV, *logits_NV.split([13, 27], 1))
     )
-    identity = Partial.identity(whole.max_N, entropy=True)
+    identity = Partial.identity(whole.max_N, entropy=True, collision=True)
     for merged in (merge(*parts), merge(parts[1], parts[0]), merge(merge(identity, whole), identity)):
         torch.testing.assert_close(merged.lse_N, logits_NV.logsumexp(1), rtol=1e-14, atol=1e-14)
         exact_N = torch.distributions.Categorical(logits=logits_NV).entropy()
         torch.testing.assert_close(merged.entropy_N, exact_N, rtol=1e-12, atol=1e-13)
+        exact_N = logits_NV.softmax(-1).square().sum(-1)
+        torch.testing.assert_close(merged.collision_N, exact_N, rtol=1e-12, atol=0)
     assert merge(identity, identity).sum_N.tolist() == [0.0] * 5
 
 

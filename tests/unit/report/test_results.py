@@ -1,6 +1,7 @@
 """The report's results: intervals by hand, what changed on held-out problems, labels of groups, a folder of runs."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -113,6 +114,35 @@ def test_several_completions_of_a_problem_count_once(tmp_path):
     assert (found.problems, found.samples, found.fixed) == (3, 2, 0)
 
 
+def test_abstentions_are_neither_right_nor_wrong(tmp_path):
+    """1 of 3 judged, then 2 of 2. The third abstains both times, the fourth at the end."""
+    folder = written(tmp_path / "run", {"step": 0, "eval_accuracy": 1 / 3}, {"step": 4, "eval_accuracy": 1.0})
+    held_out_file(folder, 0, [1.0, 0.0, math.nan, 0.0])
+    held_out_file(folder, 4, [1.0, 1.0, math.nan, math.nan])
+    found = evaluation(read_run(folder, label="run"))
+    (accuracy,) = found.changes
+    assert (found.fixed, found.broken, found.problems) == (1, 0, 4)
+    assert accuracy.first_interval == intervals.of_share(1 / 3, 3)
+    assert accuracy.last_interval == intervals.of_share(1.0, 2)
+    assert accuracy.change_interval is None  # not the same problems
+
+
+def test_problems_that_count_unequally_have_no_interval(tmp_path):
+    """Right of judged: 2 of 2 and 0 of 1. The recorded accuracy is 2/3, the mean over problems 1/2."""
+    folder = written(tmp_path / "run", *({"step": step, "eval_accuracy": 2 / 3} for step in (0, 4)))
+    rights = {"a": (1.0, 1.0), "b": (0.0, math.nan)}
+    rows = [
+        {"problem_id": p, "sample": g, "reward": right, "reward/answer": right, "right": right}
+        for p, some in rights.items()
+        for g, right in enumerate(some)
+    ]
+    for step in (0, 4):
+        run_folder.write_samples(folder, f"eval_step_{step:06d}", rows)
+    found = evaluation(read_run(folder, label="run"))
+    assert found.changes[0].is_in_samples and found.changes[0].first_interval is None
+    assert (found.fixed, found.broken) == (0, 0)
+
+
 def test_prompts_in_labels_lose_what_all_share():
     begin, end = "You are a careful calculator.\nCompute: ", "\nGive the result in a box, please."
     assert shortened([f"{begin}1+2{end}", f"{begin}1+3{end}"]) == ["1+2", "1+3"]
@@ -130,7 +160,7 @@ def titles(html):
 def test_groups_are_labelled_with_their_outcome_and_prompt(tmp_path):
     folder = written(tmp_path / "run", {"step": 3, "reward": 0.5})
     common = {"step": 3, "finish": "stop", "token_ids": [1], "tokens": ["a"], "completion": "a", "advantages": [0.0]}
-    scores = {"1+1": (1.0, 0.0, 1.0), "2+2": (0.25, -0.5, 1.0), "3+3": (0.0, 0.0, 0.0)}
+    scores = {"1+1": (1.0, 0.0, 1.0), "2+2": (0.25, -0.5, 1.0), "3+3": (0.0, math.nan, 0.0)}
     rows = [
         common | {"problem_id": prompt, "prompt": prompt, "sample": g, "reward": score, "reward/answer": score}
         for prompt, group in scores.items()
@@ -140,7 +170,7 @@ def test_groups_are_labelled_with_their_outcome_and_prompt(tmp_path):
     assert titles(build([folder])) == [
         "run · step 3 · rewards -0.5 to 1 · 2+2",
         "run · step 3 · 2 of 3 right · 1+1",
-        "run · step 3 · 0 of 3 right · 3+3",
+        "run · step 3 · 0 of 2 right, 1 abstained · 3+3",
     ]
 
 
