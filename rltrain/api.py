@@ -65,14 +65,13 @@ class TrainedRun:
 
     def plot(self, *names: str) -> Any:
         """A matplotlib figure of metrics against steps; the training reward and the held-out accuracy by default."""
-        from matplotlib.figure import Figure
-
+        from rltrain.runs.figure import ShownFigure
         from rltrain.runs.metrics import read_jsonl
         from rltrain.runs.summary import series
 
         rows = read_jsonl(self.folder / "metrics.jsonl")
         chosen = names or ("reward", "eval_accuracy")
-        figure = Figure(figsize=(4.5 * len(chosen), 3.2), layout="constrained")
+        figure = ShownFigure(figsize=(4.5 * len(chosen), 3.2), layout="constrained")
         for index, name in enumerate(chosen):
             axes = figure.add_subplot(1, len(chosen), index + 1)
             axes.plot(*series(rows, name), marker=".")

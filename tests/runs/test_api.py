@@ -50,6 +50,7 @@ def test_two_runs_in_one_process(tmp_path, capsys):
     assert list(run.metrics.index) == [0, 1, 2] and 0 <= run.metrics.loc[2, "eval_accuracy"] <= 1
     assert (run.policy / "config.json").is_file() and run.last["eval_accuracy"] == run.metrics.loc[2, "eval_accuracy"]
     assert [axes.get_ylabel() for axes in run.plot().axes] == ["reward", "eval_accuracy"]
+    assert run.plot()._repr_png_()[:4] == b"\x89PNG"
     assert run.summary().splitlines()[0].startswith("held-out, n = 6")
     (saved,) = run.folder.glob("functions_*.py")
     assert "def first_token(groups, options, context):" in saved.read_text()
