@@ -2,9 +2,10 @@
 
     x += O(attend(rope(norm_q(Q n(x))), rope(norm_k(K n(x))), V n(x)));   x += Down(act(Gate n(x)) * Up n(x))
 
-Plain projections read the modules' weights where they lie; all others are called as modules, so LoRA takes part. Q, K
-and V are one product: of small weights a copy is stacked, and large ones are where they lie end to end, as in the flat
-buffers of ZeRO 1 and 2. Rotations come from a table. A step reads nothing from the device, so a CUDA graph can hold it.
+Plain projections read the modules' weights where they lie, LoRA is merged into new ones (:mod:`~.merged_lora`), and all
+others are called as modules. Q, K and V are one product: of small or merged weights a copy is stacked, and large ones
+are where they lie end to end, as in the flat buffers of ZeRO 1 and 2. Rotations come from a table. A step reads nothing
+from the device, so a CUDA graph can hold it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rltrain.engine.deepspeed import is_whole
+from rltrain.rollout.merged_lora import merged_lora
 
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types of transformers
@@ -75,9 +77,13 @@ def linear_map(module: nn.Module, *, keep: bool = False) -> Map:
     A product of few rows x with a large W is shared badly among threads, and slow on one where W has very many rows
     (docs/rollout.md).
     """
-    if not _is_plain(module):
-        return module
-    return _product(module.weight, module.bias, keep=keep)
+    weights = _weights(module)
+    return module if weights is None else _product(*weights, keep=keep)
+
+
+def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a module that is x · W^T + b; None of others."""
+    return (module.weight, module.bias) if _is_plain(module) else merged_lora(module)
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -97,26 +103,28 @@ def _product(weight: Tensor, bias: Tensor | None, *, keep: bool = False) -> Map:
 
 
 def stacked_map(modules: Sequence[nn.Module]) -> Map:
-    """The maps' results side by side: one product where the modules are plain, and their weights small or adjacent."""
-    plain = [module for module in modules if _is_plain(module)]
-    biases = [module.bias for module in plain if module.bias is not None]
-    if len(plain) == len(modules) and len(biases) in (0, len(modules)):
-        weight = _stacked([module.weight for module in plain])
+    """The maps' results side by side: one product where all are linear, and weights are small, adjacent or merged."""
+    read = [_weights(module) for module in modules]
+    linear = [weights for weights in read if weights is not None]
+    biases = [bias for _, bias in linear if bias is not None]
+    if len(linear) == len(modules) and len(biases) in (0, len(modules)):
+        merged = not all(_is_plain(module) for module in modules)
+        weight = _stacked([weight for weight, _ in linear], copies=merged)
         if weight is not None:
             return _product(weight, torch.cat([*biases]) if biases else None)
-    maps = [linear_map(module) for module in modules]
+    maps = [module if it is None else _product(*it) for module, it in zip(modules, read, strict=True)]
     return lambda x_BD: torch.cat([apply(x_BD) for apply in maps], dim=-1)
 
 
-def _stacked(weights: Sequence[Tensor]) -> Tensor | None:
-    """[sum of rows, D], a view where the weights lie end to end and a copy where they are small, else None."""
+def _stacked(weights: Sequence[Tensor], *, copies: bool = False) -> Tensor | None:
+    """[sum of rows, D]: a view where weights lie end to end, a copy where small or with ``copies``, else None."""
     first, total = weights[0], sum(weight.numel() for weight in weights)
     ends = [weight.data_ptr() + weight.numel() * weight.element_size() for weight in weights]
     follows = all(end == weight.data_ptr() for end, weight in zip(ends, weights[1:], strict=False))
     together = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
     if follows and together and all(weight.is_contiguous() for weight in weights):
         return first.as_strided((total // first.shape[1], first.shape[1]), (first.shape[1], 1))
-    return torch.cat(list(weights)) if total < _STACKED_ELEMENTS else None
+    return torch.cat(list(weights)) if copies or total < _STACKED_ELEMENTS else None
 
 
 def _rms_norm(weight: Tensor, eps: float) -> Map:

@@ -35,6 +35,8 @@ FREE_KEYS += tuple(
     f"rollout.{key}"
     for key in ("urls", "folder", "request_s", "restart_s", "max_requests", "cache_gib", "zero_stage", "weights")
 )
+# Changes no token, and its default has changed (4 became 0: 4 on a CPU).
+FREE_KEYS += ("rollout.check_steps",)
 # Why a run cannot go on, or into a folder that is in use, when a key of this group has changed.
 WHY = {
     "seed": "every draw depends on it",

@@ -11,12 +11,13 @@ PERSISTENCE = ("stage3_param_persistence_threshold", "stage3_model_persistence_t
 SHARDED = [f"+deepspeed.extra.zero_optimization.{key}=0" for key in PERSISTENCE]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_the_fast_path_is_taken_with_whole_weights(tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize(("stage", "rank"), [(0, 0), (3, 0), (3, 4)])
+def test_the_fast_path_is_taken_with_whole_weights(tmp_path, monkeypatch, stage, rank):
     dist.setup(deadline_s=60)
     steps, call = [], LlamaStep.__call__
     monkeypatch.setattr(LlamaStep, "__call__", lambda self, *args: (steps.append(1), call(self, *args))[1])
-    run = trainer.build(config(tmp_path, f"deepspeed.zero_stage={stage}", *(SHARDED if stage == 3 else [])))
+    overrides = [f"deepspeed.zero_stage={stage}", f"model.lora.rank={rank}", *(SHARDED if stage == 3 else [])]
+    run = trainer.build(config(tmp_path, *overrides))
     assert run.rollout.decoder_name == "the decoder for Llama-shaped models"
     prompts, _ = run.source.next(0)
     steps.clear()

@@ -71,6 +71,15 @@ def test_changes_say_why_they_matter():
     )
 
 
+def test_a_folder_with_the_older_number_of_steps_between_looks_goes_on():
+    before = run_folder.resolved(cli.compose(["rollout=local", "rollout.check_steps=4"]))
+    changed = run_folder.changes(before, run_folder.resolved(cli.compose(["rollout=local"])))
+    assert changed.startswith("rollout.check_steps: 4 -> 0 (") and "," not in changed
+    after = run_folder.resolved(cli.compose(["rollout=local", "rollout.max_rows=7"]))
+    changed = run_folder.changes(before, after, ignored=run_folder.FREE_KEYS)
+    assert changed.startswith("rollout.max_rows: 256 -> 7 (") and "," not in changed
+
+
 def test_a_folder_of_another_config_is_refused_without_a_checkpoint_too(tmp_path):
     run_folder.write_provenance(tmp_path, cli.compose(["steps=3"]))
     assert checkpoint.resume_point(tmp_path, cli.compose(["steps=9", "name=other", "deepspeed.zero_stage=1"])) is None
