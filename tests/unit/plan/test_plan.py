@@ -85,6 +85,20 @@ def test_keys_and_values_by_hand():
     assert BF16.kv_bytes(5) == 2 * 2 * 3 * 4 * 2 * 5
     # One prompt of 10 tokens, four completions of 20 in columns of 16, and one of two layers again while growing.
     assert memory.kv_cache_bytes(BF16, LOAD) == BF16.kv_bytes(10 + 4 * 32) * 3 // 2
+    # A GPU's cache has 64 columns at first, then 80, 112 and so on: a quarter more, in blocks of 16.
+    assert memory.kv_cache_bytes(BF16, LOAD, on_gpu=True) == BF16.kv_bytes(10 + 4 * 64) * 3 // 2
+    longer = dataclasses.replace(LOAD, new_tokens=81)
+    assert memory.kv_cache_bytes(BF16, longer, on_gpu=True) == BF16.kv_bytes(10 + 4 * 112) * 3 // 2
+
+
+def test_a_local_cache_takes_what_is_left_but_holds_a_group():
+    many = dataclasses.replace(LOAD, prompts=3, completions=12)
+    wanted = memory.kv_cache_bytes(BF16, many, on_gpu=True)
+    group = BF16.kv_bytes(10 + 4 * 20)
+    assert memory.local_cache_bytes(BF16, many, 10**9, on_gpu=True) == wanted
+    assert memory.local_cache_bytes(BF16, many, wanted - 1, on_gpu=True) == wanted - 1
+    assert memory.local_cache_bytes(BF16, many, -5, on_gpu=True) == group
+    assert memory.local_cache_bytes(BF16, many, -5, on_gpu=False) == memory.kv_cache_bytes(BF16, many)
 
 
 def test_the_logits_that_are_avoided():
