@@ -25,6 +25,7 @@ from rltrain.policy import capabilities
 from rltrain.policy.load import PretrainedConfig, located
 from rltrain.policy.lora import add_lora
 from rltrain.policy.tiny import TinyConfig, tiny_architecture
+from rltrain.rollout.llama_step import MODEL_TYPES
 
 # Two counts of layers, from which the cost of one more follows. Models with fewer layers are run whole.
 PROBED_LAYERS = (2, 4)
@@ -34,7 +35,7 @@ PROBED_LAYERS = (2, 4)
 class ModelShape:
     """Counts of a model's elements, unless the name says otherwise. ``dtype_bytes`` is the size of a weight.
 
-    ``tied``: the head is the embedding matrix.
+    ``tied``: the head is the embedding matrix. ``graphs``: ``rollout=local`` decodes it by CUDA graphs on a GPU.
     """
 
     trainable: int
@@ -49,6 +50,7 @@ class ModelShape:
     head_dim: int
     dtype_bytes: int
     tied: bool
+    graphs: bool = False
 
     @property
     def parameters(self) -> int:
@@ -114,6 +116,7 @@ def measure(config: ModelConfig, shape: Any) -> ModelShape:
         head_dim=capabilities.head_size(text),
         dtype_bytes=getattr(torch, config.dtype).itemsize,
         tied=bool(shape.tie_word_embeddings),
+        graphs=shape.model_type in MODEL_TYPES,
     )
 
 

@@ -21,6 +21,7 @@ from rltrain.errors import require
 from rltrain.plan.devices import Device
 from rltrain.plan.memory import FP32_BYTES, VLLM_ROWS, Cluster, gradient_element_bytes
 from rltrain.plan.model_shape import ModelShape
+from rltrain.rollout.local import LocalRolloutConfig
 from rltrain.rollout.vllm import VllmRolloutConfig
 
 MOST_RANKS = 1024
@@ -171,9 +172,9 @@ def estimate(config: RunConfig, shape: ModelShape, device: Device, cluster: Clus
     work = work_of(config, cluster)
     by_vllm = isinstance(config.rollout, VllmRolloutConfig)
     low = config.rollout.decode_dtype() == "bfloat16"
-    decode = decode_seconds(
-        shape, work, device, dtype_bytes=2 if low else shape.dtype_bytes, graph=by_vllm
-    )  # fmt: skip
+    local = isinstance(config.rollout, LocalRolloutConfig) and config.rollout.cuda_graph == "auto"
+    graph = by_vllm or (local and shape.graphs)
+    decode = decode_seconds(shape, work, device, dtype_bytes=2 if low else shape.dtype_bytes, graph=graph)
     forward = forward_flop(shape, work) / (device.flops(shape.dtype_bytes) * device.prefill_share)
     forwards = (Need.REFERENCE_LOGPROBS in config.needs()) + (work.updates > 1 and (by_vllm or low))
     epochs = config.batch.update_epochs

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rltrain.engine.deepspeed import is_whole
 from rltrain.rollout.merged_lora import merged_lora
 
-_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types of transformers
 # See `linear_map`: rows of a weight in one matrix product, at most; the products of one batch, for each thread, so that
 # the whole of a large result never exists twice; the least weight for which all that pays.
@@ -200,7 +200,7 @@ class LlamaStep:
     @staticmethod
     def supports(model: Any) -> bool:
         """Known architectures with whole weights: those that ZeRO 3 has sharded are gathered by hooks skipped here."""
-        known = model.config.model_type in _MODEL_TYPES and type(model).__module__.startswith("transformers.models.")
+        known = model.config.model_type in MODEL_TYPES and type(model).__module__.startswith("transformers.models.")
         return known and hasattr(model, "lm_head") and is_whole(model)
 
     def prepare(self, positions: int) -> None:

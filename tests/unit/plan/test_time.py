@@ -93,6 +93,20 @@ def test_a_step_is_the_sum_of_its_stages_and_names_the_longest():
     assert found.seconds["log-probs"] > 0
 
 
+def test_a_llama_shaped_model_is_decoded_by_graphs_unless_they_are_off():
+    device, graphed = DEVICES["H200"], dataclasses.replace(SHAPE, graphs=True)
+
+    def decode(shape, *overrides):
+        config = cli.compose(["rollout=local", *overrides])
+        steps = time.work_of(config, Cluster(new_tokens=20))
+        return time.estimate(config, shape, device, Cluster(new_tokens=20)).seconds["decode"], steps
+
+    slow, work = decode(SHAPE)
+    calls = -(-work.completions // work.in_flight) * 20 * 4 * (600e-6 - 25e-6)
+    assert decode(graphed)[0] == pytest.approx(slow - calls)
+    assert decode(graphed, "rollout.cuda_graph=off")[0] == slow
+
+
 def test_up_to_1024_ranks_in_nodes_of_eight():
     sizes = dict(wider(Cluster(nodes=3, gpus_per_node=4)))
     assert sorted(sizes) == [1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 512, 1024]
