@@ -51,12 +51,12 @@ class Console:
             took = f"{progress.clock(self._evaluation_s)}"
             progress.say("evaluation", f"after step {step}: accuracy {self._accuracy:.3f}{spread}, took {took}")
         if self._bar is None:
-            self._begin()
+            self.begin()
         if step > self._first_step and self._bar is not None:
             self._bar.update(step, self._fields(values))
 
-    def _begin(self) -> None:
-        """Announce the training, once the evaluation before it is done."""
+    def begin(self) -> None:
+        """Announce the training: once the evaluation before it is done, or at once where a run is resumed."""
         batch, steps = self._config.batch, self._config.steps
         if steps > self._first_step:
             size = f"{batch.prompts_per_step} problems x {batch.group_size} completions"

@@ -34,6 +34,8 @@ class Recorder:
             self._trackers = trackers.started(config.tracking, tracked)
             for tracker in self._trackers:
                 tracker.catch_up(read_jsonl(self._jsonl.path))
+            if first_step:
+                self._console.begin()
 
     def announce_evaluation(self, step: int, problems: int) -> None:
         """Say that an evaluation begins."""
