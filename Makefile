@@ -11,7 +11,7 @@ installed := $(VENV)/.installed
 docs_installed := $(VENV)/.docs_installed
 vllm_installed := $(VLLM_VENV)/.installed
 
-.PHONY: help quickstart test check format bench docs venv lock vllm-env test-vllm
+.PHONY: help quickstart test check format bench docs notebook venv lock vllm-env test-vllm
 help:
 	@echo "make quickstart   cold start, GRPO, evaluation and a learning curve on two CPU cores"
 	@echo "make test         the whole test suite"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench        every benchmark with its short settings"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make docs         the documentation as a site in site/"
+	@echo "make notebook     execute the notebooks of docs/notebooks again"
 	@echo "make vllm-env     an environment with vLLM in $(VLLM_VENV), apart from the other one (docs/vllm.md)"
 	@echo "make test-vllm    the tests that need vLLM, there"
 	@echo "make venv | lock  the environment in $(VENV) | requirements.lock from what is installed there"
@@ -56,6 +57,10 @@ docs: $(docs_installed)
 $(docs_installed): $(installed)
 	$(python) -m pip install --quiet --quiet --constraint $(VENV)/constraints.txt --editable '.[docs]'
 	@touch $@
+
+notebook: $(installed)
+	$(python) -m pip install --quiet --quiet --constraint $(VENV)/constraints.txt --editable '.[notebook]'
+	$(python) scripts/notebook.py $(ARGS)
 
 venv: $(installed)
 

@@ -62,6 +62,10 @@ def source_of(name: str) -> Source:
 
 
 def _reward(known: Mapping[str, type], key: str, plain: dict[str, Any]) -> RewardConfig:
+    """A reward's config from its plain form, in which a key ``kind`` of its own stands in place of the part's name."""
+    alike = [config for config in known.values() if {"kind", *plain} == {entry.name for entry in fields(config)}]
+    if len(alike) == 1:
+        return alike[0](**plain)
     kind = plain.pop("kind")
     if kind not in known:
         raise ConfigError(f"rewards.{key}={kind}: not registered here; import the file that registers it")

@@ -24,7 +24,7 @@ NOT_RUN = {
     "srun": "needs Slurm",
     "torchrun": "several ranks; tests/runs/test_ranks.py runs the same entry point",
     "vllm": "needs vLLM; make test-vllm",
-    "lm_eval": "needs the package lm-eval and its tasks from the network",
+    "lm_eval": "needs the package lm-eval; its problems are checked in tests/docs/test_notebooks.py",
     "python -m pytest": "is a test itself",
     "python -m pip": "installs",
     "python -m http": "a server for a person",

@@ -6,9 +6,14 @@ import pytest
 import torch
 from tiny_run import config
 
+from rltrain import cli
 from rltrain.commands import sample
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy, save_policy
+from rltrain.registry import parts
+from rltrain.rewards.code import CodeConfig
+from rltrain.rewards.math import MathConfig
+from rltrain.rewards.random_calculation import RandomCalculationRewardConfig
 from rltrain.runs import run_folder
 from rltrain.types import Completion, Group, Problem, Prompt
 
@@ -63,3 +68,15 @@ def test_what_cannot_be_sampled_is_named(run, tmp_path):
         sample.source_of(str(tmp_path))
     with pytest.raises(ConfigError, match="--answer: .* is no run with rewards"):
         sample.main([str(run / "cold_start"), "1+2=", "--answer", "3"])
+
+
+@pytest.mark.parametrize("reward", [
+    RandomCalculationRewardConfig(kind="exact", weight=2.0), CodeConfig(kind="binary"), MathConfig(),
+], ids=["random_calculation", "code", "math"])  # fmt: skip
+def test_rewards_are_known_from_the_plain_form_of_a_run(reward):
+    """Two of them have a key ``kind`` of their own, which stands where others have the part's name."""
+    config = cli.compose(["+experiment=quickstart"])
+    config.rewards = {"answer": reward}
+    plain = run_folder.resolved(config)["rewards"]["answer"]
+    known = {part.name: part.config for part in parts("reward")}
+    assert sample._reward(known, "answer", dict(plain)) == reward
