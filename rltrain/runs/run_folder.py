@@ -80,13 +80,13 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(plain))
 
 
-def with_new_keys(before: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def with_new_keys(before: Mapping[str, Any], config: Any, *, is_group: bool = False) -> dict[str, Any]:
     """``before``, a resolved config, with the defaults of the keys that it lacks because rltrain was older.
 
-    A group that became a choice of parts had no ``kind``: it is today's part if that has all of its keys.
+    A group of a run that became a choice of parts had no ``kind``: it is today's part if that has all of its keys.
     """
     filled = dict(before)
-    kind = next((part.name for part in parts() if part.config is type(config)), None)
+    kind = next((part.name for part in parts() if is_group and part.config is type(config)), None)
     if kind is not None and "kind" not in before and set(before) <= {entry.name for entry in fields(config)}:
         filled["kind"] = kind
     for entry in fields(config):
@@ -95,7 +95,7 @@ def with_new_keys(before: Mapping[str, Any], config: Any) -> dict[str, Any]:
             plain = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
             filled[entry.name] = json.loads(json.dumps(plain))
         elif is_dataclass(value) and isinstance(old, Mapping):
-            filled[entry.name] = with_new_keys(old, value)
+            filled[entry.name] = with_new_keys(old, value, is_group=isinstance(config, RunConfig))
         elif isinstance(value, dict) and isinstance(old, Mapping):
             known = {
                 key: with_new_keys(old[key], part) for key, part in value.items() if is_dataclass(part) and key in old

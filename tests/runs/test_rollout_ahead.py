@@ -91,7 +91,7 @@ def test_one_update_takes_its_own_logprobs_for_the_old_ones(tmp_path, algorithm)
     loss = config(tmp_path, "rollout.ahead=true", f"algorithm={algorithm}").loss
     batch = dataclasses.replace(
         empty_batch(),
-        **{name: torch.tensor([0, 1, 1]) for name in ("source_N", "sequence_N", "targets_N")},
+        **{name: torch.tensor([0, 1, 1]) for name in ("source_N", "sequence_N", "targets_N", "keys_N")},
         boundaries_S1=torch.tensor([0, 1, 2]),
         weights_N=torch.tensor([0.5, 0.25, 0.25]),
         advantages_N=torch.tensor([1.0, -2.0, 1.0]),
