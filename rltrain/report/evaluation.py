@@ -17,6 +17,7 @@ from rltrain.runs.summary import held_out_metric
 from rltrain.types import is_right
 
 TAIL_CHARACTERS = 600
+UNSHOWN = ("eval_accuracy_se", "eval_problems")  # the intervals and the heading say them
 Problems = Mapping[Any, Sequence[SampleRow]]
 
 
@@ -101,7 +102,8 @@ def evaluation(run: RecordedRun) -> Evaluation | None:
         return None
     first, last = evaluations[0], evaluations[-1]
     before, after = _problems(run, first["step"]), _problems(run, last["step"])
-    names = [name for name in last if name.startswith("eval_") and None not in (first.get(name), last[name])]
+    shown = [name for name in last if name.startswith("eval_") and name not in UNSHOWN]
+    names = [name for name in shown if None not in (first.get(name), last[name])]
     changes = [_change(name, first[name], last[name], before, after) for name in names]
     main = held_out_metric({run.label: run.rows})
     turned = _turned_problems(before, after) if _tells(changes) and first["step"] != last["step"] else None

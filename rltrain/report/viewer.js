@@ -51,7 +51,7 @@
       ["place", `${t + 1} of ${one.length}, ${called(equalTo(c))}`],
       ["log-prob", logprob === null || logprob === undefined ? "–" : `${number(logprob)} (p = ${number(Math.exp(logprob))})`],
     ];
-    if (one.values.length) pairs.push(["value before → after", `${number(one.values[t])} → ${number(one.values[t + 1])}`]);
+    if (one.values.length) pairs.push(["prefix-tree value before → after", `${number(one.values[t])} → ${number(one.values[t + 1])}`]);
     for (const estimate of group.estimates) {
       const advantage = estimate.advantages?.[c]?.[t];
       if (advantage !== undefined) pairs.push([`advantage, ${estimate.name}`, signed(advantage)]);
@@ -148,7 +148,7 @@
         draw("text", { x: x + 12, y: y + 4 }, label.length > room ? `${label.slice(0, room - 1)}…` : label));
       tint(node.children[1], (row.value ?? base) - base, spread);
       const show = () => inspect([
-        ["tokens", `${row.start + 1}–${row.stop}`], ["of", who], ["value before → after", `${number(before.value)} → ${number(row.value)}`],
+        ["tokens", `${row.start + 1}–${row.stop}`], ["of", who], ["prefix-tree value before → after", `${number(before.value)} → ${number(row.value)}`],
         ["text", make("code", {}, visible(row.text))]]);
       node.addEventListener("focus", show);
       node.addEventListener("mouseenter", show);

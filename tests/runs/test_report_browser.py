@@ -170,7 +170,7 @@ def test_pointing_at_a_token_shows_its_numbers(opened):
         "token": "4",
         "place": "3 of 7, completion 0",
         "log-prob": "-0.75 (p = 0.472)",
-        "value before → after": "0.5 → 1",  # "3+" is shared by a right and a wrong completion
+        "prefix-tree value before → after": "0.5 → 1",  # "3+" is shared by a right and a wrong completion
         "advantage, advantage (as trained)": "+0.5",
         "step, advantage (as trained)": "1 of 2, potential 0.25",
         "advantage, grpo": "+1.15",  # (1 - 1/3) / sqrt(1/3)
@@ -211,7 +211,7 @@ def test_the_tree_and_the_potentials_answer_to_mouse_and_keyboard(opened):
         "completion 2, value 0",
     ]
     opened.page.focus('[data-branch="2"]')
-    assert opened.panel()["value before → after"] == "0.5 → 1"
+    assert opened.panel()["prefix-tree value before → after"] == "0.5 → 1"
     opened.page.hover('[data-branch="1"]')
     assert opened.panel()["text"] == "3+"
     opened.page.focus('[aria-label="completion 0, step 2, potential 0.75"]')
