@@ -262,6 +262,7 @@ def _counting(telling: _Telling) -> Any:
 def _arguments(config: ColdStartConfig, folder: Path, *, seed: int, dtype: str) -> Any:
     from trl import SFTConfig
 
+    in_order: dict[str, Any] = {"train_sampling_strategy": "sequential"} if config.order == "data" else {}
     arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -278,7 +279,7 @@ def _arguments(config: ColdStartConfig, folder: Path, *, seed: int, dtype: str) 
         use_cpu=dtype == "bfloat16" and not torch.cuda.is_available(),  # else refused without a GPU
         seed=seed,
         data_seed=seed,
-        **({"train_sampling_strategy": "sequential"} if config.order == "data" else {}),
+        **in_order,
         save_strategy="no",
         report_to=[],
         logging_steps=10,
