@@ -118,7 +118,8 @@ def example(
     if not before or [row["problem_id"] for row in before] != [row["problem_id"] for row in after]:
         return []
     pairs = list(zip(before, after, strict=True))
-    changed = next((pair for pair in pairs if pair[0]["reward"] != pair[1]["reward"]), None)
+    # An abstention is NaN, which differs from itself.
+    changed = next((pair for pair in pairs if repr(pair[0]["reward"]) != repr(pair[1]["reward"])), None)
     samples = changed or pairs[0]
     which = "The first held-out problem whose reward changed" if changed else "The first held-out problem"
     asked = f"{which}, answer {samples[0]['answer']}: {shortened(samples[0]['prompt'])}"

@@ -56,6 +56,14 @@ def test_every_experiment_takes_another_algorithm(experiment, algorithm):
     cli.compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
 
 
+@pytest.mark.parametrize("choice", [
+    ["data=hub", "data.path=mine.jsonl", 'data.prompt="{question}"'], ["data=wordy_solutions"], ["model=smollm2"],
+], ids=["hub", "wordy_solutions", "smollm2"])  # fmt: skip
+def test_the_quickstart_takes_other_data_and_models(choice):
+    """Keys of a data set or a model stand in their own YAML, so that another can be chosen."""
+    cli.compose(["+experiment=quickstart", *choice])
+
+
 @pytest.mark.parametrize("experiment", ["quickstart", "chains", "rlp"])
 @pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
 def test_an_experiment_takes_every_algorithm(experiment, algorithm):

@@ -50,6 +50,12 @@ def test_the_last_lines(folder):
     assert (folder / "learning_curve.png").exists()
 
 
+def test_two_abstentions_are_no_change(folder):
+    for step in (0, 2):
+        run_folder.write_samples(folder, f"eval_step_{step:06d}", samples(step, [float("nan"), 0.0, float(step > 0)]))
+    assert "whose reward changed, answer 3: 2+1=" in ending.last_lines(folder)
+
+
 def test_where_no_reward_changed_the_first_problem_is_shown(folder):
     run_folder.write_samples(folder, "eval_step_000002", samples(2, BEFORE))
     lines = ending.last_lines(folder).splitlines()
