@@ -53,7 +53,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class ChildReply:
     """The outcome of an item.
 
     ``ok`` and ``error`` come from the function. ``memory`` and ``cpu``: the item used up its share. ``timeout``: the
@@ -279,7 +279,7 @@ class Pool:
             return not isinstance(slot, str)
         return False
 
-    def call(self, *arguments: Any, wait_s: float = 60.0, total_s: float = math.inf) -> Reply:
+    def call(self, *arguments: Any, wait_s: float = 60.0, total_s: float = math.inf) -> ChildReply:
         """Apply the function in a child; never raises. Waits at most ``wait_s`` for a child that is free or starting.
 
         ``total_s`` bounds the waiting and the item together.
@@ -289,9 +289,9 @@ class Pool:
         try:
             slot = self.free.get(timeout=max(min(wait_s, total_s), 0.0))
         except queue.Empty:
-            return Reply(status="skipped" if self.busy else "timeout", value="no child was ready")
+            return ChildReply(status="skipped" if self.busy else "timeout", value="no child was ready")
         if isinstance(slot, str):
-            return Reply(status="died", value=slot)
+            return ChildReply(status="died", value=slot)
         kept = None
         with self.lock:
             self.busy += 1
@@ -304,7 +304,7 @@ class Pool:
                 end_child(child)
             return reply
         except Exception as error:
-            return Reply(status="died", value=f"{type(error).__name__}: {error}")
+            return ChildReply(status="died", value=f"{type(error).__name__}: {error}")
         finally:
             self._give_back(kept)
 
@@ -326,33 +326,33 @@ class Pool:
         describe("the CAS", json.loads(line)["value"])
         return child
 
-    def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any], deadline: float) -> Reply:
+    def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any], deadline: float) -> ChildReply:
         request = json.dumps(arguments).encode() + b"\n"
         line, state = exchange(child, request, deadline, limit=_REPLY_BYTES, one_line=True)
         if state == "ok":
             reply = json.loads(line)
-            return Reply(status=reply["status"], value=reply["value"])
+            return ChildReply(status=reply["status"], value=reply["value"])
         if state == "end":
             # The pipe closes a moment before the exit code of the process can be read.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(1.0)
             code = end_child(child)
             if code in (-signal.SIGPROF, -signal.SIGXCPU):
-                return Reply(status="cpu")
-            return Reply(
+                return ChildReply(status="cpu")
+            return ChildReply(
                 status="memory" if code in (-signal.SIGSEGV, -signal.SIGABRT) else "died", value=f"exit code {code}"
             )
-        return Reply(status="timeout")
+        return ChildReply(status="timeout")
 
-    def map(self, items: Sequence[tuple[Any, ...]], *, deadline_s: float = 60.0) -> list[Reply]:
+    def map(self, items: Sequence[tuple[Any, ...]], *, deadline_s: float = 60.0) -> list[ChildReply]:
         """``call`` on each distinct item, ``workers`` at a time. Items whose turn does not come are ``skipped``."""
         end = time.monotonic() + deadline_s
         keys: list[Hashable] = [json.dumps(item) for item in items]
         distinct = dict(zip(keys, items, strict=True))
 
-        def reply_to(item: tuple[Any, ...]) -> Reply:
+        def reply_to(item: tuple[Any, ...]) -> ChildReply:
             left_s = end - time.monotonic()
-            return self.call(*item, wait_s=left_s) if left_s > 0 else Reply(status="skipped")
+            return self.call(*item, wait_s=left_s) if left_s > 0 else ChildReply(status="skipped")
 
         with ThreadPoolExecutor(self.workers) as threads:
             replies = dict(zip(distinct, threads.map(reply_to, distinct.values()), strict=True))

@@ -12,7 +12,7 @@ import time
 from functools import lru_cache
 from typing import Any
 
-from rltrain.rewards.sandbox.pool import Pool, Reply, shared_pool
+from rltrain.rewards.sandbox.pool import ChildReply, Pool, shared_pool
 
 # A verdict may take VERDICT_S of the CAS in all, the start of a child and the reading of the gold included.
 VERDICT_S, ITEM_DEADLINE_S, ITEM_CPU_S = 0.9, 0.8, 0.7
@@ -95,12 +95,12 @@ def warm(wait_s: float = 0.0) -> bool:
 
 
 @lru_cache(maxsize=65536)
-def _known(gold: str, answer: str) -> list[Reply]:
+def _known(gold: str, answer: str) -> list[ChildReply]:
     """A cell that remembers a final reply; an empty one is filled by ``ask``."""
     return []
 
 
-def ask(gold: str, answer: str, *, end: float) -> Reply:
+def ask(gold: str, answer: str, *, end: float) -> ChildReply:
     """The child's verdict before the time ``end``, remembered unless the machine and not the item was at fault."""
     cell = _known(gold, answer)
     if cell:
