@@ -1,6 +1,6 @@
 """``rltrain COMMAND …`` is ``python -m rltrain.COMMAND …``; ``rltrain list`` and ``rltrain help`` explain the choices.
 
-rltrain list [experiments | algorithms | estimators | data | rewards | models | rollout engines]
+rltrain list [experiments | algorithms | estimators | losses | data | rewards | models | rollout engines | environments]
 rltrain help [COMMAND | SECTION | KEY | CHOICE | keys]
 """
 

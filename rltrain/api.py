@@ -32,6 +32,7 @@ from rltrain.runtime import progress
 
 # Keys whose value names a choice, those of them whose group has another name, and those that no default chooses.
 CHOICES = ("algorithm", "model", "data", "eval_data", "cold_start_data", "advantage", "loss", "rollout", "deepspeed")
+CHOICES += ("environment",)
 OTHER_GROUP = {"eval_data": "data@eval_data", "cold_start_data": "data@cold_start_data"}
 OPTIONAL = ("eval_data", "cold_start_data")
 REWARDS = ("rewards", "eval_rewards")

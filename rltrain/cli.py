@@ -59,7 +59,8 @@ def compose(words: list[str]) -> RunConfig:
     import hydra
 
     store_nodes()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+    folder = str(config_folder())
+    with _hydra_errors_of_other_types(words), hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
         return to_config(hydra.compose("config", overrides=words))
 
 
@@ -172,7 +173,7 @@ def run(task: Callable[[RunConfig], None]) -> None:
     try:
         with errors_in_one_line():
             words += checked_overrides(sys.argv[1:])
-            with _hydra_errors_of_other_types():
+            with _hydra_errors_of_other_types(sys.argv[1:]):
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(compose_only)()
             for config in configs:
                 if isinstance(config, ConfigError):
@@ -206,7 +207,7 @@ def checked_overrides(arguments: list[str]) -> list[str]:
 
 
 @contextmanager
-def _hydra_errors_of_other_types() -> Iterator[None]:
+def _hydra_errors_of_other_types(words: list[str]) -> Iterator[None]:
     """Hydra lets some of its own errors, and those of YAML, out as they are."""
     import yaml
 
@@ -215,6 +216,7 @@ def _hydra_errors_of_other_types() -> Iterator[None]:
     except (AssertionError, ValueError, yaml.YAMLError) as error:
         if isinstance(error, ConfigError):
             raise
+        overrides.check_chosen(words, error)
         raise ConfigError(f"the command line or its YAML cannot be composed: {' '.join(str(error).split())}") from error
 
 

@@ -18,6 +18,7 @@ from rltrain.registry import register as register  # where estimators of users h
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
 from rltrain.runtime.records import DebugConfig, TrackingConfig
 from rltrain.runtime.watchdog import WatchdogConfig
+from rltrain.runtime.workers import WorkersConfig
 from rltrain.types import Need
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -119,6 +120,42 @@ class RolloutConfig:
     def rows_in_flight(self, completions: int) -> int:
         """How many of a rank's ``completions`` are decoded at once."""
         return completions
+
+
+@dataclass(kw_only=True)
+class EnvironmentConfig(WorkersConfig):
+    """Base of every environment's config; the class, built as ``Environment(config)``, answers the model's turns."""
+
+    max_turns: int = 8  # turns of the model in a completion
+    turn_tokens: int = 0  # longest turn of the model; 0: no limit but sampling.max_new_tokens
+    reply_tokens: int = 128  # longest observation
+    long_reply: str = "cut"  # of an observation over reply_tokens: cut it, with a mark, or fail
+    on_failure: str = "wrong"  # of a reply: wrong or abstain end the completion, tell lets the model read the cause
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of(("cut", "fail"), "environment.long_reply", self.long_reply)
+        require_one_of(("wrong", "abstain", "tell"), "environment.on_failure", self.on_failure)
+        require(self.turn_tokens >= 0, f"environment.turn_tokens={self.turn_tokens}: must be >= 0; 0 sets no limit")
+        for key in ("max_turns", "reply_tokens"):
+            require(getattr(self, key) >= 1, f"environment.{key}={getattr(self, key)}: set at least 1")
+
+    def replies_here(self) -> bool:
+        """Whether threads of the run compute the replies, because the environment has processes of its own."""
+        return False
+
+    def told(self, cause: str) -> str:
+        """What the model reads of a reply that failed, where ``on_failure=tell``."""
+        return f"[{cause}]"
+
+    def check(self, max_new_tokens: int) -> None:
+        """``ConfigError`` where a completion has no room for a reply."""
+        for key in ("turn_tokens", "reply_tokens"):
+            require(
+                getattr(self, key) < max_new_tokens,
+                f"environment.{key}={getattr(self, key)}: a completion has sampling.max_new_tokens={max_new_tokens}, "
+                "replies included; lower the one or raise the other",
+            )
 
 
 @dataclass(kw_only=True)
@@ -381,6 +418,7 @@ class RunConfig:
     advantage: AdvantageConfig = MISSING  # the estimator: rewards to one value per token
     loss: LossConfig = MISSING  # the policy loss: its term of a token, KL, entropy, importance correction
     rollout: RolloutConfig = MISSING  # the engine that samples completions
+    environment: EnvironmentConfig | None = None  # what answers the model's turns; none: a completion is one turn
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the distribution that completions are drawn from
     batch: BatchConfig = field(default_factory=BatchConfig)  # what makes a step, and what a micro-batch holds
     scorer: ScorerConfig = field(default_factory=ScorerConfig)  # the model that rewards read likelihoods from
@@ -415,6 +453,9 @@ class RunConfig:
             self.loss = copy.copy(self.loss)  # keeps a key that + added, which is refused later
             self.loss.importance_correction = self.rollout.needed_correction()
         self.rollout.tree.check(self.batch.group_size)
+        if self.environment is not None:
+            self.environment.check(self.sampling.max_new_tokens)
+            self.environment.check_wait(self.deadline_s)
         self._check_rewards()
         self.advantage.check_run(self)
         require(

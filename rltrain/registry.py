@@ -1,7 +1,7 @@
 """The registry of parts. Imports no torch.
 
-A part (estimator, loss, reward, data set, rollout engine, model source) is one file holding its config dataclass and
-its function under ``@register(group, name, Config)``; importing the file makes ``group=name`` a choice.
+A part (estimator, loss, reward, environment, data set, rollout engine, model source) is one file holding its config
+dataclass and its function under ``@register(group, name, Config)``; importing the file makes ``group=name`` a choice.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MISSING: Any = "???"  # the default of an option that must be set
 
 PART_MODULES = ("rltrain.policy.load", "rltrain.policy.tiny")
 PART_PACKAGES = ("rltrain.advantages", "rltrain.losses", "rltrain.rewards", "rltrain.data", "rltrain.rollout")
+PART_PACKAGES += ("rltrain.environments",)
 
 
 @dataclass(frozen=True)

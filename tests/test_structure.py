@@ -27,6 +27,7 @@ LAYERS = [
     {"data/", "rollout/", "runs/"},
     {"advantages/"},
     {"rewards/"},
+    {"environments/"},
     {"evaluate", "sft"},
     {"build"},
     {"update"},

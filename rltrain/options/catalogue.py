@@ -19,6 +19,7 @@ LISTS = (
     ("rewards", "reward@rewards.answer=NAME", "reward", "reward"),
     ("models", "model=NAME", "model", "model"),
     ("rollout engines", "rollout=NAME", None, "rollout"),
+    ("environments", "environment=NAME", "environment", "environment"),
 )
 PACKAGES = {
     "model": "policy",
@@ -27,6 +28,7 @@ PACKAGES = {
     "reward": "rewards",
     "data": "data",
     "rollout": "rollout",
+    "environment": "environments",
 }
 WIDTH = 120
 PACKAGE = Path(__file__).parents[1]

@@ -23,10 +23,11 @@ from rltrain.options.described import (
 WIDTH = 100
 # The commands that compose a config, and the sections of keys that each of them reads, beside the keys of no section.
 READS = {
-    "train": "model data eval_data cold_start_data rewards eval_rewards advantage loss rollout sampling batch scorer "
-    "optimizer deepspeed evaluation checkpoint tracking cold_start watchdog debug",
+    "train": "model data eval_data cold_start_data rewards eval_rewards advantage loss rollout environment sampling "
+    "batch scorer optimizer deepspeed evaluation checkpoint tracking cold_start watchdog debug",
     "sft": "model data cold_start_data cold_start tracking watchdog",
-    "evaluate": "model data eval_data rewards eval_rewards rollout sampling scorer evaluation tracking watchdog",
+    "evaluate": "model data eval_data rewards eval_rewards rollout environment sampling scorer evaluation tracking "
+    "watchdog",
     "compress": "model data rollout sampling scorer compress tracking watchdog",
     "plan": "model rollout sampling batch scorer loss optimizer deepspeed",
     "audit": "model data rewards sampling",

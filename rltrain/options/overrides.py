@@ -15,6 +15,9 @@ from rltrain.registry import parts
 
 log = logging.getLogger(__name__)
 
+# Parts that a run may be without, and how each is chosen.
+OPTIONAL = {"environment": "environment", "eval_data": "+data@eval_data", "cold_start_data": "+data@cold_start_data"}
+
 
 def split(override: str) -> tuple[str, str | None]:
     """``+key=value`` as key, without its sign, and value; the value is None where there is no ``=``."""
@@ -91,6 +94,14 @@ def quoted(key: str, value: str) -> str:
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', bare)  # a backslash counts double before a quote, and only there
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return shlex.quote(f'{key}="{escaped}"')
+
+
+def check_chosen(overrides: Sequence[str], error: Exception) -> None:
+    """Refuse a key of an optional part that is not chosen, where ``error`` is OmegaConf's about a key of nothing."""
+    if "NoneType" in str(error):
+        for key in (split(override)[0] for override in overrides):
+            if (place := key.partition(".")[0]) in OPTIONAL and place != key:
+                raise ConfigError(f"{key}: no {place} is chosen; choose it first: {OPTIONAL[place]}=NAME") from None
 
 
 def check_texts(overrides: Sequence[str], composed: Any) -> None:

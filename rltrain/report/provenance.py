@@ -38,7 +38,7 @@ class Origin:
 def origin(run: RecordedRun) -> Origin:
     """From ``run.json`` and ``config.yaml``."""
     arguments = [str(argument) for argument in run.provenance.get("command") or []]
-    command = shlex.join(["python", *arguments[1:]]) if arguments else ""
+    command = f"python {shlex.join(arguments[1:])}".rstrip() if arguments else ""
     chosen = [argument for argument in arguments if argument.lstrip("+").startswith("experiment=")]
     preset = chosen[0].lstrip("+") if chosen else "the defaults (configs/config.yaml)"
     if not run.config:

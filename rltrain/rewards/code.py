@@ -44,7 +44,7 @@ STATUSES: tuple[CodeStatus, ...] = CodeStatus.__args__  # pyright: ignore[report
 MAX_SOURCE_CHARACTERS = 65536
 
 _FENCE = re.compile(r"[ ]{0,3}```[ \t]*(?P<language>[\w+#-]*)[^`\n]*")
-_PYTHON = ("python", "py", "python3")
+_PYTHON = "python py python3".split()
 # What the harnesses of function tests provide: their starter code names List and Optional without importing them.
 _PREAMBLE = """from typing import *
 import bisect, collections, functools, heapq, itertools, math, re, string

@@ -53,6 +53,7 @@ WHY = {
     "advantage": "credit before and after would mean different things",
     "loss": "the gradient before and after would be of different objectives",
     "rollout": "completions would come from another sampler",
+    "environment": "replies before and after would be of different worlds",
     "sampling": "completions would come from another distribution",
     "batch": "what makes a step would change",
     "scorer": "the model that rewards read likelihoods from would change",

@@ -153,6 +153,11 @@ def test_needs_follow_from_the_parts():
     ([f"seed={2**63}"], f"seed={2**63}: must lie in -2**63..2**63-1; 0 is usual"),
     ([f"seed={-(2**63) - 1}"], f"seed={-(2**63) - 1}: must lie in -2**63..2**63-1; 0 is usual"),
     (["run_dir=''"], "run_dir: is empty; set a folder"),
+    (
+        ["environment.max_turns=3"],
+        "environment.max_turns: no environment is chosen; choose it first: environment=NAME",
+    ),
+    (["eval_data.seed=3"], "eval_data.seed: no eval_data is chosen; choose it first: +data@eval_data=NAME"),
     (["optimizer.schedule=step"], "set one of constant, linear, cosine"),
 ])  # fmt: skip
 def test_impossible_combinations_name_key_cause_and_remedy(overrides, message):
