@@ -85,18 +85,15 @@ class Reply:
 
 
 class Environment(Protocol):
-    """What answers the model's turns. ``respond`` is pure in (state, text): replaying a conversation repeats it."""
+    """What answers the model's turns. ``respond`` is pure in (state, text): replaying a conversation repeats it.
 
-    @property
-    def stop(self) -> Sequence[str]:
-        """Strings that end a turn of the model, beside the stop ids, such as ``</calc>``."""
-        ...
+    ``stop`` are strings that end a turn of the model, beside the stop ids, such as ``</calc>``. ``role`` None inserts a
+    reply's text as it is. Else it is a message of this role ("tool", "user"), between the chat template's own markers
+    and followed by its generation prompt. A class that derives from this has ``start`` and ``respond`` to write.
+    """
 
-    @property
-    def role(self) -> str | None:
-        """None: a reply's text is inserted as it is. Else: as a message of this role ("tool", "user"), between the
-        chat template's own markers and followed by its generation prompt."""
-        ...
+    stop: Sequence[str] = ()
+    role: str | None = None
 
     def start(self, problem: Problem) -> Any:
         """The state before the first turn, of JSON's types."""
@@ -108,4 +105,4 @@ class Environment(Protocol):
 
     def key(self, state: Any) -> str | None:
         """Equal states have equal keys. None: the environment knows no equality of states."""
-        ...
+        return None
