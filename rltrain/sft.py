@@ -23,8 +23,10 @@ import torch
 from rltrain import cli
 from rltrain.config import ColdStartConfig, RunConfig
 from rltrain.errors import ConfigError, RunError
+from rltrain.policy import curio
 from rltrain.policy.encode import encode_all, why_left_out
 from rltrain.policy.load import Policy, load_policy
+from rltrain.policy.tiny import TinyConfig
 from rltrain.registry import part_of
 from rltrain.runs import cold_starts, run_folder
 from rltrain.runtime import dist, progress, watchdog
@@ -223,13 +225,14 @@ def train(config: RunConfig, folder: Path, telling: _Telling | None = None) -> N
 
     data = config.data if config.cold_start_data is None else config.cold_start_data
     source = part_of(data).function(data, "train")
+    _refuse_random_start(config)
     count = min(config.cold_start.problems, len(source), config.cold_start.steps * config.cold_start.batch_size)
     # Weights and moments are fp32, also where RL trains in bf16: autocast then computes in bf16.
     policy = load_policy(dataclasses.replace(config.model, dtype="float32"))
     rows = examples([source[index] for index in range(count)], policy, config)
     writing = folder.with_name(".writing_cold_start")
     shutil.rmtree(writing, ignore_errors=True)
-    trainer = SFTTrainer(
+    trainer = _trainer_class(SFTTrainer, policy, config.cold_start)(
         model=policy.model,
         processing_class=policy.tokenizer,
         args=_arguments(config.cold_start, writing, seed=config.seed, dtype=config.model.dtype),
@@ -244,6 +247,21 @@ def train(config: RunConfig, folder: Path, telling: _Telling | None = None) -> N
     (writing / "sft.json").write_text(json.dumps(made, indent=1))
     writing.replace(folder)
     log.info("cold start: loss %.4f after %d steps, saved to %s", result.training_loss, config.cold_start.steps, folder)
+
+
+def _trainer_class(base: type, policy: Policy, config: ColdStartConfig) -> type:
+    if config.objective != "curio":
+        return base
+    return curio.trainer_class(base, policy.model, alpha=config.curio_alpha)
+
+
+def _refuse_random_start(config: RunConfig) -> None:
+    is_random = isinstance(config.model, TinyConfig) and config.model.path is None
+    if config.cold_start.objective == "curio" and is_random:
+        raise ConfigError(
+            "cold_start.objective=curio with model=tiny: it keeps the entropy of the model it starts from, and these "
+            "are random weights; set model.path=FOLDER, such as another run's cold_start"
+        )
 
 
 def _counting(telling: _Telling) -> Any:

@@ -196,7 +196,8 @@ def overrides(case: Case, folder: Path, weights: Path) -> list[str]:
 
 def unshared(checkout: Checkout) -> tuple[str, ...]:
     """Each run trains its cold start anew; a commit from before cold starts were shared has no key for it."""
-    config = (checkout.root / "rltrain/config.py").read_text(encoding="utf-8")
+    homes = (checkout.root / name for name in ("rltrain/config.py", "rltrain/runtime/cold_starts.py"))
+    config = "".join(path.read_text(encoding="utf-8") for path in homes if path.exists())
     return ("cold_start.share=false",) if "\n    share: bool" in config else ()
 
 
