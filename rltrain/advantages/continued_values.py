@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import as_rewards
-from rltrain.advantages.whitening import whiten
+from rltrain.advantages.whitening import whiten_where
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
 from rltrain.rollout.continuation_types import ContinuationRequest, ContinuationSampling
@@ -181,16 +181,6 @@ def segment_tokens(length: int, borders: Sequence[int]) -> Tensor:
     return torch.tensor([0, *borders, length]).diff()
 
 
-def whitened(rows: Sequence[Tensor], counted: Sequence[Tensor], *, name: str) -> list[Tensor]:
-    """The rows whitened over the tokens where ``counted`` is True, and 0 elsewhere, over all ranks."""
-    kept = iter(
-        whiten([row_T[mask_T] for row_T, mask_T in zip(rows, counted, strict=True)], eps=WHITENING_EPS, name=name)
-    )
-    return [
-        torch.zeros_like(row_T).masked_scatter(mask_T, next(kept)) for row_T, mask_T in zip(rows, counted, strict=True)
-    ]
-
-
 def spread(
     rewards: Sequence[Sequence[float | None] | Tensor],
     values: Sequence[Sequence[Sequence[float] | Tensor]],
@@ -216,15 +206,16 @@ def finished(
     rows: Sequence[Sequence[Tensor]], counted: Sequence[Sequence[Tensor]], *, whiten: bool, name: str
 ) -> list[list[Tensor]]:
     """Values of the tokens that count, whitened or not; 0 on all others and on abstentions."""
-    flat = [row_T for group in rows for row_T in group]
-    masks = [mask_T & ~row_T.isnan() for row_T, mask_T in zip(flat, (m for g in counted for m in g), strict=True)]
-    done = (
-        whitened(flat, masks, name=name)
-        if whiten
-        else [torch.where(mask_T, row_T, 0.0) for row_T, mask_T in zip(flat, masks, strict=True)]
-    )
-    remaining = iter(done)
-    return [[next(remaining) for _ in group] for group in rows]
+    masks = [
+        [mask_T & ~row_T.isnan() for row_T, mask_T in zip(group, of_group, strict=True)]
+        for group, of_group in zip(rows, counted, strict=True)
+    ]
+    if whiten:
+        return whiten_where(rows, masks, eps=WHITENING_EPS, name=name)
+    return [
+        [torch.where(mask_T, row_T, 0.0) for row_T, mask_T in zip(group, of_group, strict=True)]
+        for group, of_group in zip(rows, masks, strict=True)
+    ]
 
 
 def estimate(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rltrain.advantages.group import as_rewards, group_advantages, per_token
+from rltrain.advantages.group import as_rewards, group_advantages
+from rltrain.advantages.written import among_zeros, written_entropies
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
 from rltrain.registry import register
@@ -49,29 +50,27 @@ def threshold(entropies_N: Tensor, share: float) -> tuple[float, float]:
 def entropy_mask(groups: Sequence[Group], config: EntropyMaskConfig, context: Context) -> Advantages:
     r"""``A_i·N/N_kept`` on tokens whose entropy reaches :func:`threshold`, 0 elsewhere, float64.
 
-    A_i is GRPO's advantage (sample std, ddof 1, plus ``eps``). N counts the tokens of the whole rollout and all ranks,
-    before it is split into minibatches, without completions that abstain. Under a token mean the loss is then the mean
-    over the kept tokens. All rewards of a group equal gives exact zeros.
+    A_i is GRPO's advantage (sample std, ddof 1, plus ``eps``). N counts the written tokens of the whole rollout and all
+    ranks, before it is split into minibatches, without completions that abstain. Under a token mean the loss is then
+    the mean over the kept tokens. All rewards of a group equal gives exact zeros.
     """
-    entropies = [[token.entropy_T.double() for token in row] for row in context.entropy(groups)]
+    entropies = written_entropies(groups, context)
     counted = [
-        entropy_T
+        entropy_W
         for group, row in zip(groups, entropies, strict=True)
-        for entropy_T, abstains in zip(row, as_rewards(group.rewards_G).isnan().tolist(), strict=True)
+        for entropy_W, abstains in zip(row, as_rewards(group.rewards_G).isnan().tolist(), strict=True)
         if not abstains
     ]
     entropies_N = torch.cat([torch.zeros(0, dtype=torch.float64), *counted])
     lowest, factor = threshold(entropies_N, config.share)
-    values = [
-        [
-            torch.where(entropy_T >= lowest, row_T * factor, 0.0)
-            for row_T, entropy_T in zip(
-                per_token(group_advantages(as_rewards(group.rewards_G), eps=config.eps), group.completion_ids),
-                row,
-                strict=True,
-            )
-        ]
-        for group, row in zip(groups, entropies, strict=True)
-    ]
+    values = []
+    for group, row in zip(groups, entropies, strict=True):
+        advantages_G = group_advantages(as_rewards(group.rewards_G), eps=config.eps)
+        values.append(
+            [
+                among_zeros(torch.where(entropy_W >= lowest, advantage * factor, 0.0), completion)
+                for advantage, entropy_W, completion in zip(advantages_G, row, group.completions, strict=True)
+            ]
+        )
     metrics = {"entropy_mask/kept_share": Mean.of(entropies_N >= lowest), "entropy_mask/threshold": Max(value=lowest)}
     return Advantages(values=values, metrics=metrics)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import as_rewards, group_advantages
+from rltrain.advantages.written import among_zeros, written_entropies
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require, require_one_of
 from rltrain.registry import register
@@ -41,19 +42,20 @@ def entropy_factors(entropy_T: Tensor, mean: float, beta: float) -> Tensor:
 def gtpo(groups: Sequence[Group], config: GTPOConfig, context: Context) -> Advantages:
     r"""``A_i·max(0, 1 + beta·(H_t / mean(H) - 1))``, float64.
 
-    A_i is GRPO's advantage (sample std, ddof 1, plus ``eps``). The mean is over the completion's tokens (a choice of
-    ours), or over those of the whole rollout and all ranks, without completions that abstain. Where no factor is cut
-    at 0 a completion's mean advantage is A_i. NaN rewards abstain and get 0. All rewards equal gives exact zeros.
+    A_i is GRPO's advantage (sample std, ddof 1, plus ``eps``). The mean is over the completion's written tokens (a
+    choice of ours), or over those of the whole rollout and all ranks, without completions that abstain. Where no factor
+    is cut at 0 a completion's mean advantage is A_i. NaN rewards abstain and get 0. All rewards equal gives exact
+    zeros.
     """
-    entropies = [[token.entropy_T.double() for token in row] for row in context.entropy(groups)]
+    entropies = written_entropies(groups, context)
     advantages = [group_advantages(as_rewards(group.rewards_G), eps=config.eps) for group in groups]
     batch_mean = _batch_mean(groups, entropies) if config.mean_over == "batch" else None
     values = [
         [
-            advantage * entropy_factors(entropy_T, _mean(entropy_T, batch_mean), config.beta)
-            for advantage, entropy_T in zip(advantages_G, row, strict=True)
+            among_zeros(advantage * entropy_factors(entropy_W, _mean(entropy_W, batch_mean), config.beta), completion)
+            for advantage, entropy_W, completion in zip(advantages_G, row, group.completions, strict=True)
         ]
-        for advantages_G, row in zip(advantages, entropies, strict=True)
+        for advantages_G, row, group in zip(advantages, entropies, groups, strict=True)
     ]
     return Advantages(values=values)
 

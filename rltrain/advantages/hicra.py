@@ -9,6 +9,7 @@ import torch
 
 from rltrain.advantages.group import as_rewards, group_advantages
 from rltrain.advantages.phrases import compiled, in_phrases
+from rltrain.advantages.written import among_zeros, written_spans
 from rltrain.config import AdvantageConfig
 from rltrain.errors import RunError, require
 from rltrain.registry import register
@@ -47,7 +48,8 @@ def hicra(groups: Sequence[Group], config: HicraConfig, context: Context) -> Adv
     r"""``A_{i,t} = A_i + alpha·|A_i|`` on tokens inside a planning phrase, ``A_i`` elsewhere, float64.
 
     A_i is GRPO's advantage (sample std, ddof 1, plus ``eps``). The phrases are searched for in the decoded completion,
-    and their tokens are those of the sampled ids. NaN rewards abstain and get 0. All rewards equal gives exact zeros.
+    and their tokens are those of the sampled ids. What an environment wrote is not searched, and no phrase spans
+    two turns. NaN rewards abstain and get 0. All rewards equal gives exact zeros.
     """
     if context.tokenizer is None:
         raise RunError("advantage=hicra: the tokenizer is not at hand, and phrases are looked for in text")
@@ -55,11 +57,14 @@ def hicra(groups: Sequence[Group], config: HicraConfig, context: Context) -> Adv
     values, planning = [], Mean(total=0, count=0)
     for group in groups:
         rows = []
-        for ids, advantage in zip(
-            group.completion_ids, group_advantages(as_rewards(group.rewards_G), eps=config.eps), strict=True
+        for completion, advantage in zip(
+            group.completions, group_advantages(as_rewards(group.rewards_G), eps=config.eps), strict=True
         ):
-            inside_T = in_phrases(context.tokenizer, ids, pattern)
-            rows.append(torch.where(inside_T, advantage + config.alpha * advantage.abs(), advantage))
-            planning += Mean.of(inside_T)
+            spans = written_spans(completion)
+            inside = [in_phrases(context.tokenizer, completion.token_ids[slice(*span)], pattern) for span in spans]
+            inside_W = torch.cat([torch.zeros(0, dtype=torch.bool), *inside])
+            row_W = torch.where(inside_W, advantage + config.alpha * advantage.abs(), advantage)
+            rows.append(among_zeros(row_W, completion))
+            planning += Mean.of(inside_W)
         values.append(rows)
     return Advantages(values=values, metrics={"hicra/planning_share": planning})

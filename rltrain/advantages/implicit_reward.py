@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import as_rewards, group_advantages
-from rltrain.advantages.scored_completions import all_completions, logprobs_of, zeros_like_completions
-from rltrain.advantages.whitening import whiten_kept
+from rltrain.advantages.scored_completions import all_completions, logprobs_of
+from rltrain.advantages.whitening import whiten_where
+from rltrain.advantages.written import among_zeros, counted_tokens
 from rltrain.config import AdvantageConfig, RunConfig
 from rltrain.errors import require
 from rltrain.registry import register
@@ -75,25 +76,38 @@ def implicit_reward(groups: Sequence[Group], config: ImplicitRewardConfig, conte
     The reference is the initial policy, or ``reference``. Population std (ddof 0) plus ``eps``, over all ranks;
     ``whiten=False`` returns A. A group of equal rewards still has token rewards that differ, and takes part.
     Completions that abstain, and groups of fewer than two that do not, are in no statistic and get 0. With
-    ``scorer.kind=ema`` phi is the initial policy at the first step, and q is 0 where the reference is, too.
+    ``scorer.kind=ema`` phi is the initial policy at the first step, and q is 0 where the reference is, too. Ids that an
+    environment wrote have no q: they are left out of the sums, the means and the whitening.
     """
-    wanted, token_rewards = all_completions(groups), zeros_like_completions(groups)
+    wanted = all_completions(groups)
+    token_rewards = [[torch.zeros(one.written_tokens).double() for one in group.completions] for group in groups]
     scored = (logprobs_of(groups, wanted, score) for score in (context.scorer.phi, context.scorer.reference))
-    for (p, g, _), phi_T, reference_T in zip(wanted, *scored, strict=True):
-        token_rewards[p][g] = config.beta * (phi_T - reference_T)
+    for (p, g, _), phi_W, reference_W in zip(wanted, *scored, strict=True):
+        token_rewards[p][g] = config.beta * (phi_W - reference_W)
     rewards = [as_rewards(group.rewards_G) for group in groups]
     values = [implicit_reward_returns(*pair) for pair in zip(token_rewards, rewards, strict=True)]
+    values, token_rewards = _laid_out(values, groups), _laid_out(token_rewards, groups)
     kept = [[bool((~row_G.isnan()).sum() > 1) and not reward.isnan() for reward in row_G] for row_G in rewards]
+    counted = counted_tokens(groups, kept)
     if config.whiten:
-        values = whiten_kept(values, kept, eps=config.eps, name="advantages of implicit rewards")
-    return Advantages(values=values, metrics=_metrics(token_rewards, kept), notes=_notes(token_rewards))
+        values = whiten_where(values, counted, eps=config.eps, name="advantages of implicit rewards")
+    return Advantages(values=values, metrics=_metrics(token_rewards, kept, counted), notes=_notes(token_rewards))
 
 
-def _metrics(token_rewards: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[bool]]) -> dict[str, Mean]:
+def _laid_out(rows: Sequence[Sequence[Tensor]], groups: Sequence[Group]) -> list[list[Tensor]]:
+    return [
+        [among_zeros(*pair) for pair in zip(of_group, group.completions, strict=True)]
+        for of_group, group in zip(rows, groups, strict=True)
+    ]
+
+
+def _metrics(
+    token_rewards: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[bool]], counted: Sequence[Sequence[Tensor]]
+) -> dict[str, Mean]:
     rows = [
-        q_T
-        for group, flags in zip(token_rewards, kept, strict=True)
-        for q_T, keep in zip(group, flags, strict=True)
+        q_T[mask_T]
+        for group, flags, masks in zip(token_rewards, kept, counted, strict=True)
+        for q_T, keep, mask_T in zip(group, flags, masks, strict=True)
         if keep
     ]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rltrain.advantages.group import as_rewards, group_advantages
 from rltrain.advantages.key_tokens import token_weights
+from rltrain.advantages.written import among_zeros, written_ids
 from rltrain.config import AdvantageConfig
 from rltrain.errors import RunError, require
 from rltrain.registry import register
@@ -59,16 +61,15 @@ def ktae_advantages(
 
 
 def end_ids(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that ended a completion: special tokens at the end of one that stopped.
+    """The ids that ended a completion that stopped, or a turn that was answered: special tokens at its end.
 
-    A stop string ends a completion with an ordinary token, which is none of them.
+    A stop string ends a completion or turn with an ordinary token, which is none of them.
     """
-    last = {
-        completion.token_ids[-1]
-        for group in groups
-        for completion in group.completions
-        if completion.finish == "stop" and completion.token_ids
-    }
+    completions = [completion for group in groups for completion in group.completions]
+    last = {one.token_ids[-1] for one in completions if one.finish == "stop" and one.token_ids}
+    for one in completions:
+        pairs = itertools.pairwise(zip(one.token_ids, one.written_T, strict=True)) if one.turns else ()
+        last |= {token for (token, written), (_, goes_on) in pairs if written and not goes_on}
     return last & set(tokenizer.all_special_ids)
 
 
@@ -76,6 +77,7 @@ def end_ids(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> set[
 def ktae(groups: Sequence[Group], config: KTAEConfig, context: Context) -> Advantages:
     """:func:`ktae_advantages` of every group. ``ktae/shift`` is the mean of what a token is moved by.
 
+    Ids that an environment wrote are not counted.
     ``RunError`` without a tokenizer, which alone says whether a last token is EOS or that of a stop string.
     """
     if context.tokenizer is None:
@@ -88,9 +90,13 @@ def ktae(groups: Sequence[Group], config: KTAEConfig, context: Context) -> Advan
     for group in groups:
         rewards_G = as_rewards(group.rewards_G)
         rows = ktae_advantages(
-            group.completion_ids, rewards_G, correct_above=config.correct_above, eps=config.eps, ends=ends
+            [written_ids(completion) for completion in group.completions],
+            rewards_G,
+            correct_above=config.correct_above,
+            eps=config.eps,
+            ends=ends,
         )
-        values.append(rows)
+        values.append([among_zeros(*pair) for pair in zip(rows, group.completions, strict=True)])
         for row_T, advantage in zip(rows, group_advantages(rewards_G, eps=config.eps), strict=True):
             shift += Mean.of((row_T - advantage).abs())
     return Advantages(values=values, metrics={"ktae/shift": shift})

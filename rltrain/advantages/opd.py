@@ -14,6 +14,7 @@ from rltrain.advantages.scored_completions import (
     require_whole_distribution,
     zeros_like_completions,
 )
+from rltrain.advantages.written import among_zeros, written_values
 from rltrain.config import AdvantageConfig, RunConfig
 from rltrain.errors import require
 from rltrain.registry import register
@@ -65,17 +66,18 @@ def opd(groups: Sequence[Group], config: OPDConfig, context: Context) -> Advanta
     """:func:`opd_advantages` of every completion, 0 on the tokens that :func:`fell`. Rewards are not used.
 
     The loss leaves out completions that abstain, where there are rewards. ``opd/reverse_kl`` is the mean of
-    log pi - log pi_teacher over the tokens, an estimate of KL(pi || teacher) per token.
+    log pi - log pi_teacher over the written tokens, an estimate of KL(pi || teacher) per token.
     """
     wanted, values = all_completions(groups), zeros_like_completions(groups)
     teachers, policies = (logprobs_of(groups, wanted, score) for score in (context.scorer.phi, context.scorer.policy))
     gaps, dropped = Mean(total=0, count=0), Mean(total=0, count=0)
-    for (p, g, _), teacher_T, policy_T in zip(wanted, teachers, policies, strict=True):
-        values[p][g] = opd_advantages(teacher_T, policy_T)
-        gaps += Mean.of(-values[p][g])
+    for (p, g, _), teacher_W, policy_W in zip(wanted, teachers, policies, strict=True):
+        completion, row_W = groups[p].completions[g], opd_advantages(teacher_W, policy_W)
+        gaps += Mean.of(-row_W)
         if config.max_drop is not None:
-            sampler_T = torch.tensor(groups[p].completions[g].logprobs, dtype=torch.float64)
-            fell_T = fell(sampler_T, policy_T, max_drop=config.max_drop)
-            values[p][g] = values[p][g].masked_fill(fell_T, 0.0)
-            dropped += Mean.of(fell_T)
+            sampler_W = written_values(torch.tensor(completion.logprobs, dtype=torch.float64), completion)
+            fell_W = fell(sampler_W, policy_W, max_drop=config.max_drop)
+            row_W = row_W.masked_fill(fell_W, 0.0)
+            dropped += Mean.of(fell_W)
+        values[p][g] = among_zeros(row_W, completion)
     return Advantages(values=values, metrics={"opd/reverse_kl": gaps, "opd/dropped_share": dropped})

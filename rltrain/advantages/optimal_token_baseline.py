@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rltrain.advantages.group import as_rewards
 from rltrain.advantages.score_norms import exact_norms
+from rltrain.advantages.written import among_zeros, written_values
 from rltrain.config import AdvantageConfig
 from rltrain.registry import register
 from rltrain.types import Advantages, Context, Group, Need
@@ -61,13 +62,16 @@ def optimal_token_advantages(
 
 @register("advantage", "optimal_token_baseline", OptimalTokenBaselineConfig, needs={Need.ENTROPY})
 def optimal_token_baseline(groups: Sequence[Group], config: OptimalTokenBaselineConfig, context: Context) -> Advantages:
-    """:func:`optimal_token_advantages` with the exact norms of the sampling distribution."""
-    values = [
-        optimal_token_advantages(
-            [exact_norms(*pair) for pair in zip(group.completions, row, strict=True)],
-            as_rewards(group.rewards_G),
-            leave_one_out=config.leave_one_out,
-        )
-        for group, row in zip(groups, context.entropy(groups), strict=True)
-    ]
+    """:func:`optimal_token_advantages` with the exact norms of the sampling distribution, over written tokens.
+
+    Token t is the t-th that the policy wrote, so that observations of other lengths shift nothing.
+    """
+    values = []
+    for group, row in zip(groups, context.entropy(groups), strict=True):
+        norms = [
+            written_values(exact_norms(completion, token), completion)
+            for completion, token in zip(group.completions, row, strict=True)
+        ]
+        rows = optimal_token_advantages(norms, as_rewards(group.rewards_G), leave_one_out=config.leave_one_out)
+        values.append([among_zeros(*pair) for pair in zip(rows, group.completions, strict=True)])
     return Advantages(values=values)

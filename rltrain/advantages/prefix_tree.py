@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rltrain.advantages.rewards import as_rewards
-from rltrain.types import Mean
+from rltrain.advantages.written import written_values
+from rltrain.types import Group, Mean
 
 TokenIds = Sequence[int] | Tensor
 
@@ -80,13 +81,15 @@ def leaf_counts(common_GG: Tensor, counted_G: Tensor) -> list[Tensor]:
     ]
 
 
-def leaves_per_token(groups: Sequence[Sequence[TokenIds]]) -> Mean:
-    """Mean of n(s_{t+1}) over the tokens of the groups' completions, whatever their rewards; 1 if none is shared."""
+def leaves_per_token(groups: Sequence[Group]) -> Mean:
+    """Mean of n(s_{t+1}) over the written tokens of the groups' completions, whatever their rewards; 1 if none is
+    shared."""
     shared = Mean(total=0, count=0)
-    for completion_ids in groups:
-        common_GG = common_prefixes(completion_ids)
+    for group in groups:
+        common_GG = common_prefixes(group.completion_ids)
         everybody_G = torch.ones(len(common_GG), dtype=torch.bool)
-        shared += Mean.of(torch.cat([counts_T1[1:] for counts_T1 in leaf_counts(common_GG, everybody_G)]))
+        rows = zip(leaf_counts(common_GG, everybody_G), group.completions, strict=True)
+        shared += Mean.of(torch.cat([written_values(counts_T1[1:], completion) for counts_T1, completion in rows]))
     return shared
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from rltrain.advantages.group import as_rewards
 from rltrain.advantages.prefix_tree import common_prefixes, leave_one_out_values
 from rltrain.advantages.score_norms import exact_norms, lite_norms
+from rltrain.advantages.written import written_mask
 from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require, require_one_of
@@ -94,21 +95,22 @@ class RegressionRow:
 def rows_of_group(group: Group, norms: Sequence[Tensor], config: RegressionConfig) -> list[RegressionRow | None]:
     r"""Per completion the features ``f = (1, R, T(s_t))`` and the weights w.
 
-    None where the reward abstains, or alone counts in its group. R is the mean reward of the
-    others, T is :func:`~rltrain.advantages.prefix_tree.leave_one_out_values`.
+    None where the reward abstains, or alone counts in its group. The weights are 0 at observed ids. R is the mean
+    reward of the others, T is :func:`~rltrain.advantages.prefix_tree.leave_one_out_values`.
     """
     rewards_G = as_rewards(group.rewards_G)
     values = leave_one_out_values(common_prefixes(group.completion_ids), rewards_G, kappa=config.kappa)
     counted_G = ~rewards_G.isnan()
     total, others = rewards_G[counted_G].sum(), int(counted_G.sum()) - 1
     rows: list[RegressionRow | None] = []
-    for reward, counts, value_T, norms_T in zip(rewards_G, counted_G, values, norms, strict=True):
+    columns = zip(rewards_G, counted_G, values, norms, group.completions, strict=True)
+    for reward, counts, value_T, norms_T, completion in columns:
         if not counts or others < 1:
             rows.append(None)
             continue
         ones_T = torch.ones(len(value_T), dtype=torch.float64)
         features = [ones_T, ones_T * ((total - reward) / others), *([value_T] if config.tree else [])]
-        weights_T = norms_T.cumsum(0) if config.running_sum else norms_T
+        weights_T = norms_T.cumsum(0).masked_fill(~written_mask(completion), 0.0) if config.running_sum else norms_T
         rows.append(RegressionRow(reward=float(reward), features_TF=torch.stack(features, 1), weights_T=weights_T))
     return rows
 

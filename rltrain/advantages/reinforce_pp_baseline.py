@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rltrain.advantages.group import as_rewards, group_advantages, per_token
-from rltrain.advantages.whitening import whiten
+from rltrain.advantages.whitening import whiten_where
+from rltrain.advantages.written import counted_tokens
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
 from rltrain.registry import register
@@ -27,17 +28,13 @@ class ReinforcePPBaselineConfig(AdvantageConfig):
 def reinforce_pp_baseline(groups: Sequence[Group], config: ReinforcePPBaselineConfig, context: Context) -> Advantages:
     r"""``A = (B - mean_tokens(B)) / (std_tokens(B) + eps)`` with ``B_i = r_i - mean(r)`` on every token of i, float64.
 
-    Mean and population std (ddof 0) run over all tokens of the global batch, all ranks. Long completions weigh more, so
-    the token mean of B need not be 0. NaN rewards abstain: their tokens leave the statistics and get 0. All groups of
-    equal rewards, and G = 1, give exact zeros.
+    Mean and population std (ddof 0) run over all written tokens of the global batch, all ranks. Long completions weigh
+    more, so the token mean of B need not be 0. NaN rewards abstain: their tokens leave the statistics and get 0. All
+    groups of equal rewards, and G = 1, give exact zeros.
     """
-    rewards_B = [reward for group in groups for reward in as_rewards(group.rewards_G)]
     centred = [
-        row_T
-        for group in groups
-        for row_T in per_token(group_advantages(as_rewards(group.rewards_G), scale="none"), group.completion_ids)
+        per_token(group_advantages(as_rewards(group.rewards_G), scale="none"), group.completion_ids) for group in groups
     ]
-    counted = [row_T for row_T, reward in zip(centred, rewards_B, strict=True) if not reward.isnan()]
-    whitened = iter(whiten(counted, eps=config.eps, name="group-centred rewards"))
-    rows = iter([row_T if reward.isnan() else next(whitened) for row_T, reward in zip(centred, rewards_B, strict=True)])
-    return Advantages(values=[[next(rows) for _ in group.completions] for group in groups])
+    return Advantages(
+        values=whiten_where(centred, counted_tokens(groups), eps=config.eps, name="group-centred rewards")
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from rltrain.advantages.written import written_spans
 from rltrain.config import RunConfig
 from rltrain.errors import require
 from rltrain.types import Group, SpanRequest
@@ -17,25 +18,27 @@ Scored = tuple[int, int, tuple[int, ...]]
 
 
 def all_completions(groups: Sequence[Group]) -> list[Scored]:
-    """Every completion that has tokens, after its own prompt."""
+    """Every completion that the policy wrote tokens of, after its own prompt."""
     return [
         (p, g, group.prompt.token_ids)
         for p, group in enumerate(groups)
         for g, completion in enumerate(group.completions)
-        if completion.token_ids
+        if completion.written_tokens
     ]
 
 
 def logprobs_of(groups: Sequence[Group], wanted: Sequence[Scored], score: Score) -> Iterator[Tensor]:
-    """Log-probs of each wanted completion's tokens, float64 [T], at temperature 1; all ranks call this together.
+    """Log-probs of each wanted completion's written tokens, float64 [W], at temperature 1.
 
-    ``score`` is a method of ``context.scorer``.
+    They are those behind all ids before them, an environment's too. All ranks call this together. ``score`` is a method
+    of ``context.scorer``.
     """
     requests = []
     for p, g, prompt_ids in wanted:
-        ids, start = prompt_ids + groups[p].completion_ids[g], len(prompt_ids)
-        requests.append(SpanRequest(token_ids=ids, spans=((start, len(ids)),), prompt_tokens=start))
-    return (span_T.double() for (span_T,) in score(requests))
+        completion, start = groups[p].completions[g], len(prompt_ids)
+        spans = tuple((start + first, start + stop) for first, stop in written_spans(completion))
+        requests.append(SpanRequest(token_ids=prompt_ids + completion.token_ids, spans=spans, prompt_tokens=start))
+    return (torch.cat(list(spans)).double() for spans in score(requests))
 
 
 def zeros_like_completions(groups: Sequence[Group]) -> list[list[Tensor]]:

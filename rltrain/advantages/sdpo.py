@@ -13,6 +13,7 @@ from rltrain.advantages.scored_completions import (
     require_whole_distribution,
     zeros_like_completions,
 )
+from rltrain.advantages.written import among_zeros
 from rltrain.config import AdvantageConfig, RunConfig
 from rltrain.errors import RunError, require
 from rltrain.registry import register
@@ -110,7 +111,7 @@ def _wanted(groups: Sequence[Group], config: SDPOConfig, context: Context) -> tu
             if tuple(shown) not in known:
                 known[tuple(shown)] = _reprompt_ids(group, shown, config, context)
             ids = known[tuple(shown)]
-            counts = not rewards_G[g].isnan() and bool(group.completion_ids[g])
+            counts = not rewards_G[g].isnan() and group.completions[g].written_tokens > 0
             shown_share += Mean.of(float(ids is not None and counts))
             long_share += Mean.of(float(ids is None and bool(shown)))
             if ids is not None and counts:
@@ -122,7 +123,8 @@ def _wanted(groups: Sequence[Group], config: SDPOConfig, context: Context) -> tu
 def sdpo(groups: Sequence[Group], config: SDPOConfig, context: Context) -> Advantages:
     """``A_t = log pi_phi(y_t | reprompt, y_<t) - log pi(y_t | prompt, y_<t)`` at temperature 1, float64.
 
-    The reprompt shows the first solution of the group that is another completion and fits. Completions without one, or
+    The reprompt shows the first solution of the group that is another completion and fits. A solution of several turns
+    is its last one. Completions without one, or
     that abstain, get exact zeros; they count in the loss's denominators unless they abstain. ``sdpo/gap`` is the mean
     of -A over the tokens taught.
     """
@@ -132,7 +134,8 @@ def sdpo(groups: Sequence[Group], config: SDPOConfig, context: Context) -> Advan
     teachers = logprobs_of(groups, wanted, context.scorer.phi)
     policies = logprobs_of(groups, plain, context.scorer.policy)
     gap = Mean(total=0, count=0)
-    for (p, g, _), teacher_T, policy_T in zip(wanted, teachers, policies, strict=True):
-        values[p][g] = teacher_T - policy_T
-        gap += Mean.of(-values[p][g])
+    for (p, g, _), teacher_W, policy_W in zip(wanted, teachers, policies, strict=True):
+        row_W = teacher_W - policy_W
+        values[p][g] = among_zeros(row_W, groups[p].completions[g])
+        gap += Mean.of(-row_W)
     return Advantages(values=values, metrics=metrics | {"sdpo/gap": gap})

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rltrain.advantages import whitening
 from rltrain.advantages.group import as_rewards
 from rltrain.advantages.spae_steps import Steps, check_delimiter, split_steps
+from rltrain.advantages.whitening import whiten_where
+from rltrain.advantages.written import written_masks
 from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
@@ -108,6 +109,7 @@ def spae_advantages(
     eps_sat: float,
     whiten: bool = True,
     saturate_positive_only: bool = False,
+    written: Sequence[Sequence[Tensor]] | None = None,
 ) -> list[list[Tensor]]:
     r"""One float64 tensor [T] per completion. All arguments are nested groups x completions (x steps).
 
@@ -121,7 +123,8 @@ def spae_advantages(
     the caller to leave out: given here, they take part and get g. ``saturate_positive_only`` (our switch) sets f = 1
     where r_i <= mean(r).
 
-    NaN or None rewards abstain: they leave every statistic and get 0. Lengths that disagree are an error.
+    NaN or None rewards abstain: they leave every statistic and get 0. So do tokens that the masks [T] ``written`` do
+    not mark, where they are given. Lengths that disagree are an error.
     """
     sizes = [len(group) for group in tail_tokens]
     bases = [base for group in rewards for base in _centred(group)]
@@ -140,12 +143,20 @@ def spae_advantages(
         credit_K1 = torch.cat([bases[i] * shrink_K + xi * gain_K, bases[i][None]])
         credits.append(credit_K1.repeat_interleave(torch.tensor([*steps[i], tails[i]])))
     rows = [torch.zeros(sum(row) + tail).double() for row, tail in zip(steps, tails, strict=True)]
-    if whiten:
-        credits = whitening.whiten(credits, eps=WHITENING_EPS, name="SPAE's advantages")
     for i, row_T in zip(counted, credits, strict=True):
         rows[i] = row_T
-    remaining = iter(rows)
+    marked = _marked(rows, counted, written)
+    if whiten:
+        (rows,) = whiten_where([rows], [marked], eps=WHITENING_EPS, name="SPAE's advantages")
+    remaining = iter(row_T.masked_fill(~mask_T, 0.0) for row_T, mask_T in zip(rows, marked, strict=True))
     return [[next(remaining) for _ in range(size)] for size in sizes]
+
+
+def _marked(rows: Sequence[Tensor], counted: Sequence[int], written: Sequence[Sequence[Tensor]] | None) -> list[Tensor]:
+    """The tokens that have credit: those that are written, of the completions that count."""
+    everywhere = [torch.ones(len(row_T), dtype=torch.bool) for row_T in rows]
+    masks = [mask_T for of_group in written for mask_T in of_group] if written else everywhere
+    return [mask_T & (i in set(counted)) for i, mask_T in enumerate(masks)]
 
 
 def _centred(rewards: Sequence[float | None] | Tensor) -> Tensor:
@@ -170,12 +181,13 @@ def _split_group(group: Group, config: SpaeConfig, texts: Sequence[str]) -> list
     """Steps per completion. A completion that abstains is all tail."""
     return [
         split_steps(
-            [texts[token] if token < len(texts) else "" for token in ids],
+            [texts[token] if token < len(texts) else "" for token in completion.token_ids],
             delimiter=config.delimiter,
             close=config.think_close,
             max_steps=0 if reward.isnan() else config.max_steps,
+            turns=completion.turns,
         )
-        for ids, reward in zip(group.completion_ids, as_rewards(group.rewards_G), strict=True)
+        for completion, reward in zip(group.completions, as_rewards(group.rewards_G), strict=True)
     ]
 
 
@@ -221,19 +233,23 @@ def _probe(
 
 
 def _diagnostics(
-    rewards: Sequence[float], splits: Sequence[Steps], potentials: Sequence[Tensor], config: SpaeConfig
+    rewards: Sequence[Tensor],
+    splits: Sequence[Steps],
+    potentials: Sequence[Tensor],
+    written: Sequence[Tensor],
+    config: SpaeConfig,
 ) -> dict[str, Mean]:
     """Over the completions given. Right-to-Wrong: wrong although some step was saturated.
 
-    Solving tokens reach up to the first saturated step, in right completions that have one. Checking tokens are the
-    rest of their think block.
+    Tokens are written ones. Solving tokens reach up to the first saturated step, in right completions that have one.
+    Checking tokens are the rest of their think blocks.
     """
     first_saturated = [_first(phi_K > config.eps_sat) for phi_K in potentials]
-    right = [is_right(reward, above=config.correct_above) for reward in rewards]
+    right = [bool(is_right(reward, above=config.correct_above)) for reward in rewards]
     lost = [float(first is not None and not is_right) for first, is_right in zip(first_saturated, right, strict=True)]
-    solving_and_think = [
-        (sum(steps.step_tokens[: first + 1]), steps.think_tokens)
-        for first, is_right, steps in zip(first_saturated, right, splits, strict=True)
+    solving_and_checking = [
+        (int(mask_T[: steps.cuts[first]].sum()), steps.think_tokens_behind(steps.cuts[first]))
+        for first, is_right, steps, mask_T in zip(first_saturated, right, splits, written, strict=True)
         if first is not None and is_right
     ]
     by_step = {
@@ -243,8 +259,8 @@ def _diagnostics(
     return by_step | {
         "spae/potential/mean": Mean.of([float(phi) for phi_K in potentials for phi in phi_K]),
         "spae/steps": Mean.of([len(phi_K) for phi_K in potentials]),
-        "spae/solving_tokens": Mean.of([solving for solving, _ in solving_and_think]),
-        "spae/checking_tokens": Mean.of([think - solving for solving, think in solving_and_think]),
+        "spae/solving_tokens": Mean.of([solving for solving, _ in solving_and_checking]),
+        "spae/checking_tokens": Mean.of([checking for _, checking in solving_and_checking]),
         "spae/right_to_wrong": Mean.of(lost),
         "spae/right_to_wrong_of_saturated": Mean.of(
             [is_lost for is_lost, first in zip(lost, first_saturated, strict=True) if first is not None]
@@ -275,6 +291,7 @@ def _of_kept(groups: Sequence[Group], config: SpaeConfig, context: Context) -> A
     seconds = Mean.of(time.perf_counter() - started_s)
     accuracy = [[probe.accuracy_K for probe in group] for group in probes]
     confidence = [[probe.confidence_K for probe in group] for group in probes]
+    written = written_masks(groups)
     values = spae_advantages(
         rewards,
         [[steps.step_tokens for steps in group] for group in splits],
@@ -286,15 +303,20 @@ def _of_kept(groups: Sequence[Group], config: SpaeConfig, context: Context) -> A
         eps_sat=config.eps_sat,
         whiten=config.whiten,
         saturate_positive_only=config.saturate_positive_only,
+        written=written,
     )
     counted = [
-        (reward, steps, step_potential(probe.accuracy_K, probe.confidence_K))
-        for rewards_G, split, group in zip(rewards, splits, probes, strict=True)
-        for reward, steps, probe in zip(rewards_G.tolist(), split, group, strict=True)
-        if reward == reward  # NaN abstains
+        (reward, steps, step_potential(probe.accuracy_K, probe.confidence_K), mask_T)
+        for rewards_G, split, group, masks in zip(rewards, splits, probes, written, strict=True)
+        for reward, steps, probe, mask_T in zip(rewards_G, split, group, masks, strict=True)
+        if not reward.isnan()
     ]
     metrics = _diagnostics(
-        [row[0] for row in counted], [row[1] for row in counted], [row[2] for row in counted], config
+        [row[0] for row in counted],
+        [row[1] for row in counted],
+        [row[2] for row in counted],
+        [row[3] for row in counted],
+        config,
     )
     notes = [_notes(*pair) for pair in zip(splits, probes, strict=True)]
     return Advantages(values=values, metrics=metrics | {"timing_s/probe": seconds}, notes=notes)

@@ -17,9 +17,10 @@ from rltrain.advantages.continued_values import (
     spread,
 )
 from rltrain.advantages.group import as_rewards
+from rltrain.advantages.written import written_mask
 from rltrain.errors import require
 from rltrain.registry import register
-from rltrain.types import Advantages, Context, Group, Need
+from rltrain.types import Advantages, Completion, Context, Group, Need
 
 
 @dataclass(kw_only=True)
@@ -78,10 +79,11 @@ def segment_borders(probabilities_T: Sequence[float] | Tensor, *, threshold: flo
 
 @register("advantage", "spo", SPOConfig, needs={Need.CONTINUATIONS})
 def spo(groups: Sequence[Group], config: SPOConfig, context: Context) -> Advantages:
-    """:func:`spo_advantages` with values by continuations at every cut; p is the sampled tokens' own probability."""
-    probabilities = [
-        [torch.tensor(list(one.logprobs), dtype=torch.float64).exp() for one in group.completions] for group in groups
-    ]
+    """:func:`spo_advantages` with values by continuations at every cut; p is the sampled tokens' own probability.
+
+    What an environment wrote has p = 1: it is no uncertain token.
+    """
+    probabilities = [[_probabilities(one) for one in group.completions] for group in groups]
     borders = [
         [segment_borders(p_T, threshold=config.threshold, interval=config.interval) for p_T in rows]
         for rows in probabilities
@@ -94,3 +96,8 @@ def spo(groups: Sequence[Group], config: SPOConfig, context: Context) -> Advanta
     rewards = [as_rewards(group.rewards_G) for group in groups]
     rows = spo_advantages(rewards, values, tokens, probabilities, threshold=config.threshold, whiten=config.whiten)
     return estimate(rows, values, tokens, name="spo")
+
+
+def _probabilities(completion: Completion) -> Tensor:
+    p_T = torch.tensor(list(completion.logprobs), dtype=torch.float64).exp()
+    return p_T.masked_fill(~written_mask(completion), 1.0) if completion.turns else p_T

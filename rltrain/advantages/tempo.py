@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rltrain.advantages.group import as_rewards
 from rltrain.advantages.prefix_tree import TokenIds, common_prefixes, node_values, prefix_values
+from rltrain.advantages.written import written_mask
 from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
@@ -74,7 +75,10 @@ def _splits_late(common_GG: Tensor) -> bool:
 
 @register("advantage", "tempo", TempoConfig)
 def tempo(groups: Sequence[Group], config: TempoConfig, context: Context) -> Advantages:
-    """:func:`tempo_advantages` of every group, with three metrics of its distance from the group advantage."""
+    """:func:`tempo_advantages` of every group, with three metrics of its distance from the group advantage.
+
+    The metrics count written tokens.
+    """
     advantages = []
     nonzero, alone, late = Mean(total=0, count=0), Mean(total=0, count=0), Mean(total=0, count=0)
     for group in groups:
@@ -84,8 +88,11 @@ def tempo(groups: Sequence[Group], config: TempoConfig, context: Context) -> Adv
         counted = (~rewards_G.isnan()).nonzero().flatten()
         if len(counted):
             trie_GG = common_GG[counted][:, counted]
-            nonzero += Mean.of(torch.cat([values[i].diff() != 0 for i in counted]))
-            alone += Mean.of(_depths_alone(trie_GG))
+            written = [written_mask(group.completions[i]) for i in counted]
+            moved = [(values[i].diff() != 0)[mask_T] for i, mask_T in zip(counted, written, strict=True)]
+            nonzero += Mean.of(torch.cat(moved))
+            depths = zip(written, _depths_alone(trie_GG).tolist(), strict=True)
+            alone += Mean.of([int(mask_T[:depth].sum()) for mask_T, depth in depths])
             late += Mean.of(float(_splits_late(trie_GG)))
     metrics = {"tempo/nonzero_td_share": nonzero, "tempo/alone_depth_tokens": alone, "tempo/late_split_share": late}
     return Advantages(values=advantages, metrics=metrics)

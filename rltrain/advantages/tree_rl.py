@@ -17,6 +17,7 @@ from rltrain.advantages.prefix_tree import (
     node_starts,
     node_values,
 )
+from rltrain.advantages.written import written_mask
 from rltrain.batching.zero_variance import is_zero_variance
 from rltrain.config import AdvantageConfig
 from rltrain.registry import register
@@ -31,7 +32,11 @@ class TreeRLConfig(AdvantageConfig):
 
 
 def tree_rl_advantages(
-    completion_ids: Sequence[TokenIds], rewards: Sequence[float | None] | Tensor, *, divide_by_leaves: bool = True
+    completion_ids: Sequence[TokenIds],
+    rewards: Sequence[float | None] | Tensor,
+    *,
+    divide_by_leaves: bool = True,
+    written: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     r"""``A_t = (R_t - mean(R)) / sqrt(n)``, float64, one tensor [T] per completion.
 
@@ -40,7 +45,8 @@ def tree_rl_advantages(
 
     A node is a stretch of tokens that the same completions share. The parent is the stretch before it, or the root.
     mean(R) runs over the tokens of all completions of the group, a shared token once per leaf, so that the sum of
-    ``sqrt(n)·A_t`` over them is 0. ``divide_by_leaves=False`` leaves the root of n out.
+    ``sqrt(n)·A_t`` over them is 0. Where masks [T] ``written`` are given it runs over the tokens that they mark.
+    ``divide_by_leaves=False`` leaves the root of n out.
 
     NaN or None rewards abstain: they are no leaves and get 0. Fewer than two rewards that count, or all equal, give
     exact zeros.
@@ -56,7 +62,7 @@ def tree_rl_advantages(
     leaves = counted_G.nonzero().flatten().tolist()
     for i in leaves:
         rows[i] = _node_rewards(values[i], counts[i])
-    mean = torch.cat([rows[i] for i in leaves]).mean()
+    mean = torch.cat([rows[i] if written is None else rows[i][written[i]] for i in leaves]).mean()
     for i in leaves:
         rows[i] = (rows[i] - mean) / (counts[i][1:].double().sqrt() if divide_by_leaves else 1)
     return rows
@@ -74,8 +80,12 @@ def _node_rewards(values_T1: Tensor, counts_T1: Tensor) -> Tensor:
 def tree_rl(groups: Sequence[Group], config: TreeRLConfig, context: Context) -> Advantages:
     """:func:`tree_rl_advantages` of every group; ``tree/leaves_per_token`` as in TreePO's."""
     values = [
-        tree_rl_advantages(group.completion_ids, as_rewards(group.rewards_G), divide_by_leaves=config.divide_by_leaves)
+        tree_rl_advantages(
+            group.completion_ids,
+            as_rewards(group.rewards_G),
+            divide_by_leaves=config.divide_by_leaves,
+            written=[written_mask(completion) for completion in group.completions],
+        )
         for group in groups
     ]
-    shared = leaves_per_token([group.completion_ids for group in groups])
-    return Advantages(values=values, metrics={"tree/leaves_per_token": shared})
+    return Advantages(values=values, metrics={"tree/leaves_per_token": leaves_per_token(groups)})

@@ -13,6 +13,7 @@ from torch import Tensor
 from rltrain.advantages.check import EstimatorError
 from rltrain.advantages.custom import KEY, UserEstimatorConfig
 from rltrain.advantages.group import as_rewards
+from rltrain.advantages.written import written_mask
 from rltrain.errors import require
 from rltrain.registry import register
 from rltrain.types import Advantages, Context, Group
@@ -57,7 +58,10 @@ class VerlFunctionConfig(UserEstimatorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VerlBatch:
-    """B completions as verl pads them: right-padded, rewards on the last token, one index per prompt."""
+    """B completions as verl pads them: right-padded, rewards on the last written token, one index per prompt.
+
+    The response mask is 0 at padding and at ids that an environment wrote.
+    """
 
     token_level_rewards_BT: Tensor
     response_mask_BT: Tensor
@@ -65,25 +69,26 @@ class VerlBatch:
 
 
 def verl_batch(groups: Sequence[Group]) -> tuple[VerlBatch, list[tuple[int, int]]]:
-    """The completions that do not abstain and have a token, and for each its (group, sample)."""
+    """The completions that do not abstain and have a written token, and for each its (group, sample)."""
     import numpy as np
 
     rewards = [as_rewards(group.rewards_G) for group in groups]
     places = [
         (g, i)
         for g, group in enumerate(groups)
-        for i, ids in enumerate(group.completion_ids)
-        if len(ids) and not rewards[g][i].isnan()
+        for i, completion in enumerate(group.completions)
+        if completion.written_tokens and not rewards[g][i].isnan()
     ]
-    lengths_B = torch.tensor([len(groups[g].completion_ids[i]) for g, i in places], dtype=torch.long)
-    width = int(lengths_B.max()) if places else 0
-    mask_BT = torch.arange(width) < lengths_B[:, None]
+    width = max((len(groups[g].completion_ids[i]) for g, i in places), default=0)
+    mask_BT = torch.zeros(len(places), width)
     rewards_BT = torch.zeros(len(places), width)
     for row, (g, i) in enumerate(places):
-        rewards_BT[row, lengths_B[row] - 1] = rewards[g][i]
+        written_T = written_mask(groups[g].completions[i])
+        mask_BT[row, : len(written_T)] = written_T.float()
+        rewards_BT[row, int(written_T.nonzero()[-1])] = rewards[g][i]
     batch = VerlBatch(
         token_level_rewards_BT=rewards_BT,
-        response_mask_BT=mask_BT.float(),
+        response_mask_BT=mask_BT,
         index_B=np.array([f"{g}/{groups[g].prompt.problem.id}" for g, _ in places], dtype=object),
     )
     return batch, places

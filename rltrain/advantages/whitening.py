@@ -24,13 +24,16 @@ def whiten(rows: Sequence[Tensor], *, eps: float, name: str) -> list[Tensor]:
     return list((centred / ((squares / count).sqrt() + eps)).split([len(row_T) for row_T in rows]))
 
 
-def whiten_kept(
-    values: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[bool]], *, eps: float, name: str
+def whiten_where(
+    values: Sequence[Sequence[Tensor]], counted: Sequence[Sequence[Tensor]], *, eps: float, name: str
 ) -> list[list[Tensor]]:
-    """:func:`whiten` of the rows ``values[p][g]`` that are kept; the others are in no statistic and become zeros."""
-    pairs = [pair for group, flags in zip(values, kept, strict=True) for pair in zip(group, flags, strict=True)]
-    whitened = iter(whiten([row_T for row_T, keep in pairs if keep], eps=eps, name=name))
+    """:func:`whiten` of ``values[p][g]`` over the tokens where ``counted[p][g]`` is True; the others become 0."""
+    pairs = [pair for rows, masks in zip(values, counted, strict=True) for pair in zip(rows, masks, strict=True)]
+    whitened = iter(whiten([row_T[mask_T] for row_T, mask_T in pairs], eps=eps, name=name))
     return [
-        [next(whitened) if keep else torch.zeros_like(row_T).double() for row_T, keep in zip(group, flags, strict=True)]
-        for group, flags in zip(values, kept, strict=True)
+        [
+            torch.zeros(len(row_T), dtype=torch.float64).masked_scatter(mask_T, next(whitened))
+            for row_T, mask_T in zip(rows, masks, strict=True)
+        ]
+        for rows, masks in zip(values, counted, strict=True)
     ]

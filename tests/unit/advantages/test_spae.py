@@ -158,7 +158,7 @@ def test_two_ranks_give_the_advantages_of_one(tmp_path):
 )
 def test_steps_end_at_tokens_whose_text_ends_in_the_delimiter(texts, tokens, tail, think):
     steps = split_steps(texts, delimiter=".\n\n", close="</think>", max_steps=64)
-    assert (steps.step_tokens, steps.tail_tokens, steps.think_tokens) == (tokens, tail, think)
+    assert (steps.step_tokens, steps.tail_tokens, steps.think_tokens_behind(0)) == (tokens, tail, think)
 
 
 def test_more_steps_than_the_cap_are_merged_evenly_and_the_last_end_stays():
