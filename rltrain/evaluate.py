@@ -33,6 +33,7 @@ from rltrain.rollout.ahead import check_rollout
 from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
+from rltrain.runs.turn_metrics import turn_metrics
 from rltrain.runtime import dist, progress
 from rltrain.types import Context, Group, Mean, Metrics, Need, Problem, Prompt, Std, Sum
 
@@ -117,7 +118,8 @@ def group_metrics(group: Group, samples: int) -> Metrics:
         shown = zip(group.completions, group.right_G.tolist(), strict=True)
         votes = [(completion.text, bool(right)) for completion, right in shown if not math.isnan(right)]
         metrics[f"maj@{samples}"] = Mean.of(majority(*zip(*votes, strict=True)))
-    return metrics | {f"pass@{k}": Mean.of(pass_at_k(judged, right, k)) for k in ks}
+    metrics |= {f"pass@{k}": Mean.of(pass_at_k(judged, right, k)) for k in ks}
+    return metrics | turn_metrics(group.completions)
 
 
 def majority(texts: Sequence[str], right: Sequence[bool]) -> float:

@@ -28,7 +28,7 @@ from rltrain.rewards.scoring import score
 from rltrain.rollout.local import LocalRollout, LocalRolloutConfig
 from rltrain.runs import checkpoint, run_folder
 from rltrain.runtime import progress
-from rltrain.types import Context, Group, Problem
+from rltrain.types import Completion, Context, Group, Problem
 
 # Colours of a terminal for a token of at most this probability; likelier tokens have none.
 COLOURS = ((0.1, 41), (0.3, 43), (0.6, 46), (0.9, 42))
@@ -109,24 +109,41 @@ def shown(group: Group, *, colours: bool) -> str:
     blocks = []
     for index, completion in enumerate(group.completions):
         probabilities = [math.exp(value) for value in completion.logprobs]
+        likely = math.prod(value for value in probabilities if not math.isnan(value))
         reward = "" if group.rewards_G is None else f"reward {float(group.rewards_G[index]):.3g}, "
-        likely = math.exp(sum(completion.logprobs))
         cut = ", cut at the limit" if completion.finish == "length" else ""
         head = f"[{index + 1}] {reward}{len(completion.token_ids)} tokens, probability {likely:.3g}{cut}"
         tokens = [str(token) for token in group.notes["tokens"][index]]
-        blocks.append("\n".join([head, *_lines(tokens, probabilities, completion.text, colours=colours)]))
+        lines = _lines(tokens, probabilities, completion.transcript, colours=colours)
+        blocks.append("\n".join([head, *lines, *_turns(completion)]))
     return "\n\n".join(blocks)
+
+
+def _turns(completion: Completion) -> list[str]:
+    """A line per turn, such as ``turn 1: 12 tokens, calls, read 2 tokens, reward 0.5``; none without an environment."""
+    lines = []
+    for number, turn in enumerate(completion.turns, start=1):
+        facts = [f"{turn.written} tokens", *(["calls"] if turn.called else [])]
+        facts += [f"read {turn.observed} tokens"] if turn.observed else []
+        facts += [f"reward {turn.reward:.3g}"] if turn.reward else []
+        facts += [f"failed: {turn.failure}"] if turn.failure else []
+        lines.append(f"  turn {number}: {', '.join(facts)}")
+    return lines
 
 
 def _lines(tokens: Sequence[str], probabilities: Sequence[float], text: str, *, colours: bool) -> list[str]:
     if colours:
         return ["".join(coloured(token, each) for token, each in zip(tokens, probabilities, strict=True))]
-    pairs = [f"{token!r} {each:.2f}" for token, each in zip(tokens, probabilities, strict=True)]
+    pairs = [f"{token!r} {_shown(each)}" for token, each in zip(tokens, probabilities, strict=True)]
     return [text, "  " + "  ".join(pairs)]
 
 
+def _shown(probability: float) -> str:
+    return "read" if math.isnan(probability) else f"{probability:.2f}"
+
+
 def coloured(token: str, probability: float) -> str:
-    """A token on the background of its probability; a line break ends the colour before it."""
+    """A token on the background of its probability, none where the model read it; a line break ends the colour."""
     code = next((colour for limit, colour in COLOURS if probability <= limit), None)
     return token if code is None else "\n".join(f"\x1b[30;{code}m{part}\x1b[0m" for part in token.split("\n"))
 

@@ -15,6 +15,7 @@ from rltrain.report.estimators import Estimate, SampledStep
 from rltrain.report.folder import RecordedRun
 from rltrain.report.samples import NOTE, SampleRow, as_group, by_group, notes, reward
 from rltrain.report.tree import branches
+from rltrain.types import Completion
 
 PREVIEW_CHARACTERS = 80
 BYTES_PER_NUMBER = 10
@@ -93,15 +94,32 @@ def _group(
                 "tokens": texts[:most_tokens],
                 "logprobs": _row((row.get("logprobs") or [])[:most_tokens]),
                 "values": _row(values[i].tolist()[: most_tokens + 1]) if has_ids else [],
+                **_turns(group.completions[i]),
             }
             for i, (row, texts) in enumerate(zip(rows, tokens, strict=True))
         ],
         "estimates": [
-            _estimate(estimate, index, [len(texts) for texts in tokens], most_tokens) for estimate in estimates
+            _estimate(estimate, index, group.completions, [len(texts) for texts in tokens], most_tokens)
+            for estimate in estimates
         ],
         "tree": _tree(group.completion_ids, rewards, tokens) if has_ids else [],
         "gain": _target_gain(rows),
     }
+
+
+def _turns(completion: Completion) -> dict[str, list[dict[str, Any]]]:
+    """What the viewer says of each turn; nothing for a completion without turns."""
+    shown = [
+        {
+            "written": turn.written,
+            "observed": turn.observed,
+            "reward": _short(turn.reward),
+            "called": turn.called,
+            "failure": turn.failure,
+        }
+        for turn in completion.turns
+    ]
+    return {"turns": shown} if shown else {}
 
 
 def _tokens(row: SampleRow) -> list[str]:
@@ -109,14 +127,16 @@ def _tokens(row: SampleRow) -> list[str]:
     return list(row.get("tokens") or [row.get("completion") or ""])
 
 
-def _estimate(estimate: Estimate, index: int, lengths: Sequence[int], most_tokens: int) -> dict[str, Any]:
-    """One estimator's credit for a group, empty for completions with another number of tokens."""
+def _estimate(
+    estimate: Estimate, index: int, completions: Sequence[Completion], lengths: Sequence[int], most_tokens: int
+) -> dict[str, Any]:
+    """One estimator's credit for a group, empty for completions with another number of tokens; of observed ids none."""
     plain = {"name": estimate.name, "remark": estimate.remark, "advantages": None, "steps": []}
     if estimate.values is None:
         return plain
     advantages = [
-        _row(values[:most_tokens]) if len(values) == length else []
-        for values, length in zip(estimate.values[index], lengths, strict=True)
+        _row(_written(values[:most_tokens], completion)) if len(values) == length else []
+        for values, completion, length in zip(estimate.values[index], completions, lengths, strict=True)
     ]
     noted = estimate.notes[index]
     if "step_potential" in noted:
@@ -125,6 +145,12 @@ def _estimate(estimate: Estimate, index: int, lengths: Sequence[int], most_token
             for tokens, potential in zip(noted["step_tokens"], noted["step_potential"], strict=True)
         ]
     return plain | {"advantages": advantages}
+
+
+def _written(values: Sequence[float], completion: Completion) -> Sequence[float | None]:
+    if not completion.turns:
+        return values
+    return [value if written else None for value, written in zip(values, completion.written_T, strict=False)]
 
 
 def _tree(

@@ -37,11 +37,18 @@ TRAINING = {
         title="completions cut off", says="Share of completions that ran into sampling.max_new_tokens."
     ),
 }
+TURNS = {  # of runs with an environment
+    "turns/mean": CurveWords(title="turns", says="Mean turns of the step's completions."),
+    "environment/call_ratio": CurveWords(
+        title="completions with a call", says="Share of completions that ask the environment for something."
+    ),
+    "turns/reward": CurveWords(title="turn reward", says="Mean over completions of the sum of their turns' rewards."),
+}
 CURVES = RESULTS | TRAINING
 
 SHARE = re.compile(
     r"accuracy|(^|_)(pass|maj|avg)@|(^|/)clipped_ratio|clip_ratio/|(^|_)frac_|_share$|^groups/|^answered$"
-    r"|^rewards/.*/(errors|timeouts|abstained)$"
+    r"|^rewards/.*/(errors|timeouts|abstained)$|(^|_)environment/(errors|timeouts|(call|failed)_ratio)$"
 )
 
 

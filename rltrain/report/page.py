@@ -46,6 +46,7 @@ class RunView:
             "model": run.part("model").get("kind"),
             "data": run.part("data").get("kind"),
             "rewards": ", ".join(f"{name}: {_kind(part)}" for name, part in rewards.items()),
+            "environment": run.part("environment").get("kind"),
             "advantage": run.part("advantage").get("kind"),
             "seed": run.config.get("seed"),
             "ranks": provenance.get("world_size"),
@@ -85,7 +86,7 @@ def build(folders: Sequence[Path], *, estimators: Sequence[str] = (), groups: in
         views=views,
         stage_colours={name: index for index, name in enumerate(stages)},
         results=_charts(rows, curves.RESULTS),
-        training=_charts(rows, curves.TRAINING),
+        training=_charts(rows, curves.TRAINING | curves.TURNS),
         others=_charts(rows, _others(rows.values())),
         credit=sampled,
         style=asset("page.css"),
@@ -129,7 +130,7 @@ def _charts(rows: Mapping[str, MetricRows], chosen: Mapping[str, curves.CurveWor
 
 def _others(runs: Iterable[MetricRows]) -> dict[str, curves.CurveWords]:
     names = sorted({name for rows in runs for row in rows for name in row})
-    chosen = [name for name in names if name not in curves.CURVES and not name.startswith(NOT_CURVES)]
+    chosen = [name for name in names if name not in curves.CURVES | curves.TURNS and not name.startswith(NOT_CURVES)]
     return {name: curves.CurveWords(title=name, says="") for name in chosen}
 
 

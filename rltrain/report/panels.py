@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rltrain import cli
 from rltrain.config import TrackingConfig
 from rltrain.errors import RunError
-from rltrain.report.curves import CURVES
+from rltrain.report.curves import CURVES, TURNS
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace  # pyright: ignore[reportMissingImports]
@@ -50,6 +50,11 @@ SECTIONS = {
         Panel(title="grader failures", metrics=["rewards/answer/errors", "rewards/answer/timeouts"]),
         Panel(title="learning rate", metrics=["learning_rate"]),
         Panel(title="completion tokens a second", metrics=["perf/throughput"]),
+    ],
+    "Turns": [
+        *(Panel(title=curve.title, metrics=[name]) for name, curve in TURNS.items()),
+        Panel(title="environment failures", metrics=["environment/errors", "environment/timeouts"]),
+        Panel(title="slowest replies, seconds", metrics=["environment/latency_p99_s"]),
     ],
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rltrain.runs import turn_columns
 from rltrain.types import Completion, Group, Notes, Problem, Prompt, UnknownLogprobs
 
 SampleRow = Mapping[str, Any]
@@ -60,9 +61,11 @@ def _completion(row: SampleRow) -> Completion:
     ids = tuple(row.get("token_ids") or ())
     logprobs = tuple(row.get("logprobs") or ())
     known = len(logprobs) == len(ids)
+    turns = turn_columns.turns_of(row)
     return Completion(
         token_ids=ids,
         logprobs=logprobs if known else UnknownLogprobs(reason="the samples of this run hold none"),
         finish="length" if row.get("finish") == "length" else "stop",
-        text=row.get("completion") or "",
+        text=turns[-1].text if turns else row.get("completion") or "",
+        turns=turns,
     )

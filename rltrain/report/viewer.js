@@ -51,6 +51,11 @@
       ["place", `${t + 1} of ${one.length}, ${called(equalTo(c))}`],
       ["log-prob", logprob === null || logprob === undefined ? "–" : `${number(logprob)} (p = ${number(Math.exp(logprob))})`],
     ];
+    const inTurn = turnAt(one.turns ?? [], t);
+    if (inTurn) {
+      const [k, observed, turn] = inTurn;
+      pairs.push(["turn", [`${k + 1} of ${one.turns.length}`, observed ? "observed" : "written", ...factsOf(turn)].join(", ")]);
+    }
     if (one.values.length) pairs.push(["prefix-tree value before → after", `${number(one.values[t])} → ${number(one.values[t + 1])}`]);
     for (const estimate of group.estimates) {
       const advantage = estimate.advantages?.[c]?.[t];
@@ -73,7 +78,7 @@
     const byContent = new Map();
     group.completions.forEach((one, c) => {
       const credit = group.estimates.map((estimate) => estimate.advantages?.[c]);
-      const content = JSON.stringify([one.tokens, one.length, one.reward, one.parts, one.finish, credit]);
+      const content = JSON.stringify([one.tokens, one.length, one.reward, one.parts, one.finish, credit, one.turns]);
       byContent.set(content, [...(byContent.get(content) ?? []), c]);
     });
     return [...byContent.values()];
@@ -89,6 +94,29 @@
 
   const largestOf = (estimate) => Math.max(0, ...estimate.advantages.flat().map((one) => Math.abs(one ?? 0)));
 
+  // Turns: what an environment wrote has its own colour, and a line with the turn's facts stands before its first token.
+  function markTurns(turns, spans) {
+    let start = 0;
+    turns.forEach((turn, k) => {
+      const first = spans[start], observed = start + turn.written;
+      if (first) first.dataset.turn = [`turn ${k + 1}`, ...factsOf(turn)].join(" · ");
+      start = observed + turn.observed;
+      for (const span of spans.slice(observed, start)) span.classList.add("observed");
+    });
+  }
+  const factsOf = (turn) => [
+    ...(turn.called ? ["calls"] : []),
+    ...(turn.reward ? [`reward ${signed(turn.reward)}`] : []),
+    ...(turn.failure ? [`failed: ${turn.failure}`] : [])];
+  function turnAt(turns, t) {
+    let start = 0;
+    for (const [k, turn] of turns.entries()) {
+      if (t < start + turn.written + turn.observed) return [k, t >= start + turn.written, turn];
+      start += turn.written + turn.observed;
+    }
+    return null;
+  }
+
   function tokens(c, estimate, largest) {
     const box = make("div", { class: "tokens", "data-c": c, role: "group", "aria-label": `completion ${c}, ${estimate.name}` });
     group.completions[c].tokens.forEach((text, t) => {
@@ -97,6 +125,7 @@
       tint(span, estimate.advantages[c][t], largest);
       box.append(span);
     });
+    markTurns(group.completions[c].turns ?? [], [...box.children]);
     return box;
   }
 
@@ -242,6 +271,7 @@
     viewer.replaceChildren(
       make("h3", {}, "Prompt"), make("pre", {}, group.prompt), ...answer,
       ...missing.map((one) => make("p", { class: "note" }, `${one.name}: ${one.remark}`)),
+      ...(group.completions.some((one) => one.turns) ? [make("p", { class: "hint" }, "The environment wrote ", make("span", { class: "t observed" }, "these tokens"), "; they carry no loss.")] : []),
       make("div", { class: "estimates" }, ...shown.map((estimate, e) => legend(estimate, largest[e]))),
       ...completions(shown, largest), make("div", { id: "drawings" }));
     inspector.replaceChildren(make("p", { class: "hint" }, "Point at a token."));

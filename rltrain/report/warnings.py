@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rltrain.runs.summary import MetricRows, series
@@ -135,10 +135,20 @@ def zero_variance_groups(rows: MetricRows, *, most: float = 0.7) -> str | None:
 def verifier_trouble(rows: MetricRows) -> str | None:
     """Time-outs, errors or a failing infrastructure of any reward, at any step."""
     endings = ("/timeouts", "/errors", "verifier/timeout", "verifier/infra")
-    names = sorted({name for row in rows for name in row if name.endswith(endings)})
+    bad = _shares_above_zero(rows, lambda name: name.endswith(endings) and "environment/" not in name)
+    return f"rewards failed on some completions: {bad}" if bad else None
+
+
+def environment_trouble(rows: MetricRows) -> str | None:
+    """Time-outs or errors of the environment, at any step."""
+    bad = _shares_above_zero(rows, lambda name: name.endswith(("environment/timeouts", "environment/errors")))
+    return f"the environment failed on some turns: {bad}" if bad else None
+
+
+def _shares_above_zero(rows: MetricRows, is_meant: Callable[[str], bool]) -> str:
+    names = sorted({name for row in rows for name in row if is_meant(name)})
     shares = {name: statistics.fmean(values) for name in names if (values := series(rows, name)[1])}
-    bad = [f"{name} {share:.2%}" for name, share in shares.items() if share > 0]
-    return f"rewards failed on some completions: {', '.join(bad)}" if bad else None
+    return ", ".join(f"{name} {share:.2%}" for name, share in shares.items() if share > 0)
 
 
 def _last_fifth(rows: MetricRows, name: str) -> float | None:
@@ -157,5 +167,6 @@ def all_warnings(rows: MetricRows, *, evaluated: int) -> Sequence[str]:
         truncated(rows),
         zero_variance_groups(rows),
         verifier_trouble(rows),
+        environment_trouble(rows),
     ]
     return [sentence for sentence in sentences if sentence]

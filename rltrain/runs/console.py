@@ -89,7 +89,7 @@ def sampled(group: Group) -> str:
     asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
     rewards = group.rewards_G.tolist()
     shown = zip(rewards[:SAMPLES], group.completions[:SAMPLES], strict=True)
-    return "\n".join([shortened(asked), *(f"{reward:6.3g}  {shortened(each.text)}" for reward, each in shown)])
+    return "\n".join([shortened(asked), *(f"{reward:6.3g}  {shortened(each.transcript)}" for reward, each in shown)])
 
 
 def shortened(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rltrain.config import RunConfig
 from rltrain.registry import parts
-from rltrain.runs import lock, log_file, machine
+from rltrain.runs import lock, log_file, machine, turn_columns
 from rltrain.runtime import dist
 from rltrain.types import Advantages, Group, Notes
 
@@ -203,9 +203,10 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """One row per completion: prompt, completion, rewards, and each token's log-prob and advantage.
 
-    Notes of rewards and of the estimator are columns ``note/NAME``, empty where a group has none.
+    Notes of rewards and of the estimator are columns ``note/NAME``, empty where a group has none. Where an environment
+    took part, ``completion`` is the whole conversation, and each turn has a value in the columns ``turn/NAME``.
     """
-    notes = _notes(groups, advantages)
+    notes, turns = _notes(groups, advantages), turn_columns.columns(groups)
     names = sorted(set().union(*notes))
     rows = []
     for p, group in enumerate(groups):
@@ -218,7 +219,7 @@ def sample_rows(
                     "sample": g,
                     "prompt": tokenizer.decode(group.prompt.token_ids),
                     "prompt_ids": list(group.prompt.token_ids),
-                    "completion": completion.text,
+                    "completion": completion.transcript,
                     "answer": group.prompt.problem.answer,
                     "finish": completion.finish,
                     "reward": None if rewards_G is None else float(rewards_G[g]),
@@ -228,6 +229,7 @@ def sample_rows(
                     "tokens": [tokenizer.decode([token]) for token in completion.token_ids],
                     "logprobs": list(completion.logprobs),
                     "advantages": [] if advantages is None else advantages.values[p][g].tolist(),
+                    **turns[p][g],
                     **{f"note/{name}": list(notes[p][name][g]) if name in notes[p] else [] for name in names},
                 }
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 from rltrain.batching.collate import Denominators
 from rltrain.config import BatchConfig
 from rltrain.runs.metrics import Accumulator
+from rltrain.runs.turn_metrics import turn_metrics
 from rltrain.types import Group, Max, Mean, Metrics, Min, Sum, TokenBatch
 
 CONTINUED_S = "timing_s/continuations"  # a part of the stages in which it was asked for
@@ -45,7 +46,8 @@ def completion_metrics(groups: Sequence[Group]) -> Metrics:
     if not lengths:
         return metrics
     longest, shortest = Max(value=float(max(lengths))), Min(value=float(min(lengths)))
-    return metrics | {"completions/max_length": longest, "completions/min_length": shortest}
+    metrics |= {"completions/max_length": longest, "completions/min_length": shortest}
+    return metrics | turn_metrics(completions)
 
 
 def kept_metrics(groups: Sequence[Group]) -> Metrics:

@@ -1,10 +1,12 @@
 """``rltrain sample``: probabilities are the model's, the run's reward judges, colours are optional."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_run import config
+from turn_groups import called, failed, group
 
 from rltrain import cli
 from rltrain.commands import sample
@@ -60,6 +62,23 @@ def test_text_with_and_without_colours():
     head = "[1] 2 tokens, probability 0.475, cut at the limit"
     assert sample.shown(GROUP, colours=False).splitlines() == [head, "a", "b", "  'a\\n' 0.50  'b' 0.95"]
     assert sample.shown(GROUP, colours=True).splitlines() == [head, "\x1b[30;46ma\x1b[0m", "\x1b[30;46m\x1b[0mb"]
+
+
+def test_what_the_model_read_has_no_probability():
+    """Of ``ab`` read ``c`` wrote ``d``: e^-0.5 · e^-0.25 · e^-1 = 0.174."""
+    made = replace(group(called(), failed()), rewards_G=None, notes={"tokens": [list("abcd"), list("aca")]})
+    first, second = (block.splitlines() for block in sample.shown(made, colours=False).split("\n\n"))
+    assert first == [
+        "[1] 4 tokens, probability 0.174",
+        "abcd",
+        "  'a' 0.61  'b' 0.78  'c' read  'd' 0.37",
+        "  turn 1: 2 tokens, calls, read 1 tokens, reward 0.5",
+        "  turn 2: 1 tokens",
+    ]
+    assert second[-2:] == [
+        "  turn 1: 1 tokens, calls, read 1 tokens, reward -1, failed: error",
+        "  turn 2: 1 tokens, calls, failed: timeout",
+    ]
 
 
 def test_what_cannot_be_sampled_is_named(run, tmp_path):

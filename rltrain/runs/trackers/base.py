@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,8 +107,21 @@ def stable_id(folder: Path, tracker: str) -> str:
 
 # The columns of a samples file that a person reads; the lists of tokens and their numbers stay in the files.
 READ = ("sample", "prompt", "completion", "answer", "finish", "reward")
+READ_PREFIXES = ("reward/", "turn/reward", "turn/failure")
+STATE_KEYS = "turn/state_key"
 
 
 def readable(row: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a row of samples for a table of text."""
-    return {name: value for name, value in row.items() if name in READ or name.startswith("reward/")}
+    return {name: value for name, value in row.items() if name in READ or name.startswith(READ_PREFIXES)}
+
+
+def typed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of samples for a service that wants a type per column, also in lists: without None and NaN in them.
+
+    An observed id, which has no log-prob, gets 0: it was given. State keys are left out.
+    """
+    kept = {name: value for name, value in row.items() if name != STATE_KEYS}
+    if "turn/observed" in row:
+        kept["logprobs"] = [0.0 if math.isnan(value) else value for value in row["logprobs"]]
+    return kept

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rltrain.runs.trackers.base import TrackedRun, Tracker, stable_id
+from rltrain.runs.trackers.base import TrackedRun, Tracker, stable_id, typed
 
 
 class WandbTracker(Tracker):
@@ -46,9 +46,10 @@ class WandbTracker(Tracker):
         """Add rows to the ``completions`` table, which grows over the run."""
         import wandb
 
+        cells = [typed(row) for row in rows]
         if self._table is None:
-            self._table = wandb.Table(columns=list(rows[0]), log_mode="INCREMENTAL")
-        for row in rows:
+            self._table = wandb.Table(columns=list(cells[0]), log_mode="INCREMENTAL")
+        for row in cells:
             self._table.add_data(*row.values())
         self._run.log({"completions": self._table}, step=step)
 
