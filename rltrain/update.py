@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rltrain.batching.collate import Denominators, collate, padding_share
+from rltrain.batching.masks import Masks, loss_masks, truncated_metrics
 from rltrain.batching.minibatches import split
 from rltrain.build import Run
 from rltrain.engine.deepspeed import NonFiniteError, learning_rate
@@ -29,12 +30,13 @@ class Minibatch:
 
     groups: Sequence[Group]
     advantages: Sequence[Sequence[Tensor]]
+    masks: Masks
     batches: Sequence[TokenBatch]
     denominators: Denominators
 
     def record(self, step: int, epoch: int, index: int) -> StepRecord:
         """What its update in ``epoch`` fills; ``step`` counts from 1, ``index`` from 0."""
-        return StepRecord(step, epoch, self.groups, self.advantages, self.batches, minibatch=index)
+        return StepRecord(step, epoch, self.groups, self.advantages, self.batches, minibatch=index, masks=self.masks)
 
 
 def make_minibatches(run: Run, scope: Scope, groups: Sequence[Group], advantages: Advantages) -> list[Minibatch]:
@@ -43,19 +45,23 @@ def make_minibatches(run: Run, scope: Scope, groups: Sequence[Group], advantages
     Their old log-probs are those before the first update. Advantages were estimated over the whole rollout.
     """
     made = []
+    cut = run.config.loss.mask_truncated
+    masks = loss_masks(groups, advantages.masks, mask_truncated=cut)
+    scope.metrics.add(truncated_metrics(groups) if cut else {})
     parts = split(len(groups), run.config.batch.minibatches, seed=run.config.seed, step=scope.step)
     for index, part in enumerate(parts):
         some, values = [groups[i] for i in part], [advantages.values[i] for i in part]
-        batches, denominators = micro_batches(run, some, values)
+        masked = [masks[i] for i in part] if masks else ()
+        batches, denominators = micro_batches(run, some, values, masked)
         scope.metrics.add({"padding_share": padding_share(batches)})
         batches = with_fixed_logprobs(run, batches)
         batches = run.config.loss.marked(batches, f"{run.config.seed:d}/{scope.step:d}/{index:d}")
-        made.append(Minibatch(groups=some, advantages=values, batches=batches, denominators=denominators))
+        made.append(Minibatch(groups=some, advantages=values, masks=masked, batches=batches, denominators=denominators))
     return made
 
 
 def micro_batches(
-    run: Run, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]
+    run: Run, groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]], masks: Masks = ()
 ) -> tuple[list[TokenBatch], Denominators]:
     """This rank's micro-batches on its device; rows that cannot move the policy are left out."""
     config = run.config
@@ -66,6 +72,7 @@ def micro_batches(
         token_budget=config.batch.token_budget,
         max_new_tokens=config.sampling.max_new_tokens,
         keep_zero_advantages=config.loss.keeps_zero_advantages(),
+        masks=masks,
         layouts=run.layouts,
         hidden_size=run.policy.model.config.get_text_config().hidden_size,
     )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rltrain import cli
+from rltrain.advantages.check import without_observed
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
 from rltrain.policy.logprobs import LogprobModel, micro_batch_loss
@@ -89,7 +90,7 @@ def rounding_of(made: StepDump) -> float:
 def not_finite(records: Sequence[StepRecord]) -> list[str]:
     """Where values are not finite, in the order in which a step computes them. A NaN reward abstains; it is shown."""
     quantities: dict[str, Callable[[StepRecord], list[tuple[str, Tensor]]]] = {
-        "sampler log-probs": lambda r: [(p, torch.tensor(one.logprobs)) for p, one in completions(r)],
+        "sampler log-probs": lambda r: [(p, torch.tensor(one.written_logprobs)) for p, one in completions(r)],
         "rewards": lambda r: [(f"group {i}", g.rewards_G) for i, g in enumerate(r.groups) if g.rewards_G is not None],
         "advantages": lambda r: [(place, value) for (place, _), value in zip(completions(r), flat(r), strict=True)],
         "old log-probs": lambda r: [
@@ -126,6 +127,13 @@ def flat(record: StepRecord) -> list[Tensor]:
     return [values for group in record.advantages for values in group]
 
 
+def masks(record: StepRecord) -> list[Tensor]:
+    """Which ids of every completion carry loss, in the order of :func:`completions`."""
+    if not record.masks:
+        return [torch.ones(len(one.token_ids), dtype=torch.bool) for _, one in completions(record)]
+    return [mask_T for group in record.masks for mask_T in group]
+
+
 def check_advantages(made: StepDump, rounding: float) -> Check:
     """Run the estimator again on the groups of each rank."""
     facts = made.facts
@@ -135,7 +143,7 @@ def check_advantages(made: StepDump, rounding: float) -> Check:
     sampling = facts["config"]["sampling"]
     context = Context(step=facts["step"] - 1, seed=facts["config"]["seed"], max_new_tokens=sampling["max_new_tokens"])
     (record,) = made.records
-    again = part.function(record.groups, config, context).values
+    again = without_observed(record.groups, part.function(record.groups, config, context)).values
     recomputed = [values for group in again for values in group]
     places = [place for place, _ in completions(record)]
     return compare("advantages", zip(places, flat(record), recomputed, strict=True), rounding)
@@ -145,8 +153,11 @@ def check_micro_batches(made: StepDump) -> Check:
     """Each completion of a micro-batch carries the advantages that the groups have for it."""
     known: dict[tuple[Any, ...], list[Tensor]] = {}
     for record in made.records:
-        for (_, one), values in zip(completions(record), flat(record), strict=True):
-            known.setdefault((one.token_ids, one.logprobs), []).append(values.float())
+        rows = zip(completions(record), flat(record), masks(record), strict=True)
+        for (_, one), values, mask_T in rows:
+            logprobs = torch.tensor(one.logprobs, dtype=torch.float32)
+            key = (tuple(torch.tensor(one.token_ids)[mask_T].tolist()), tuple(logprobs[mask_T].tolist()))
+            known.setdefault(key, []).append(values[mask_T].float())
 
     def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
         for rank, record in enumerate(made.records):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from inspect import isgenerator
 from typing import Any
 
@@ -22,7 +23,8 @@ class EstimatorError(RunError):
 def check_advantages(groups: Sequence[Group], advantages: Any, name: str) -> None:
     """``EstimatorError`` unless ``advantages`` holds one finite floating-point value per completion token, on the CPU.
 
-    The values of a completion that abstains (its reward is NaN) need not be finite: no loss reads them.
+    No loss reads the values of a completion that abstains (its reward is NaN), nor those at ids that an environment
+    wrote: they need not be finite.
     """
     if not isinstance(advantages, Advantages):
         raise EstimatorError(f"{name}: returned {_what(advantages)}, expected Advantages; {_return_hint(advantages)}")
@@ -32,6 +34,18 @@ def check_advantages(groups: Sequence[Group], advantages: Any, name: str) -> Non
         _check_group(group, rows, place, turned=_is_turned(groups, advantages.values))
     _check_metrics(advantages.metrics, name)
     _check_notes(groups, advantages.notes, name)
+    _check_masks(groups, advantages.masks, name)
+
+
+def without_observed(groups: Sequence[Group], advantages: Advantages) -> Advantages:
+    """The same with 0 at the ids that an environment wrote."""
+    if not any(one.turns for group in groups for one in group.completions):
+        return advantages
+    values = [
+        [row_T.where(torch.tensor(one.written_T), 0.0) for one, row_T in zip(group.completions, rows, strict=True)]
+        for group, rows in zip(groups, advantages.values, strict=True)
+    ]
+    return replace(advantages, values=values)
 
 
 def _what(value: Any) -> str:
@@ -111,10 +125,11 @@ def _row_fault(row_T: Any, tokens: int) -> str:
 def _check_finite(group: Group, rows: Sequence[Tensor], place: str) -> None:
     if not rows or bool(torch.cat(list(rows)).isfinite().all()):
         return
+    written = [torch.tensor(one.written_T, dtype=torch.bool) for one in group.completions]
     rewards_G = group.rewards_G
     abstains = [False] * len(rows) if rewards_G is None else rewards_G.isnan().tolist()
     for index, (row_T, abstain) in enumerate(zip(rows, abstains, strict=True)):
-        bad = (~row_T.isfinite()).nonzero().flatten().tolist()
+        bad = (~row_T.isfinite() & written[index]).nonzero().flatten().tolist()
         if bad and not abstain:
             hint = (
                 "; a reward of this group is NaN (it abstains): leave it out of mean and std" if any(abstains) else ""
@@ -154,6 +169,23 @@ def _check_notes(groups: Sequence[Group], notes: Any, name: str) -> None:
                     f"{name}: notes[{index}][{key!r}] has {len(rows)} entries, expected {len(group.completions)}, one "
                     "list per completion"
                 )
+
+
+def _check_masks(groups: Sequence[Group], masks: Any, name: str) -> None:
+    if not isinstance(masks, Sequence) or len(masks) not in (0, len(groups)):
+        raise EstimatorError(f"{name}: masks has not one list per group; give {len(groups)} of them, or none at all")
+    for index, (group, rows) in enumerate(zip(groups, masks, strict=False)):
+        sizes = [len(ids) for ids in group.completion_ids]
+        if not isinstance(rows, Sequence) or [_mask_tokens(mask_T) for mask_T in rows] != sizes:
+            raise EstimatorError(
+                f"{name}: masks[{index}] does not fit; give a bool tensor per completion, of {sizes} tokens, on the CPU"
+            )
+
+
+def _mask_tokens(mask_T: Any) -> int:
+    """The length of a mask; -1 for what is none."""
+    fits = isinstance(mask_T, Tensor) and mask_T.dtype == torch.bool and mask_T.dim() == 1
+    return len(mask_T) if fits and mask_T.device.type == "cpu" else -1
 
 
 def copied_rewards(groups: Sequence[Group]) -> list[dict[str, Tensor]]:

@@ -8,7 +8,13 @@ from dataclasses import FrozenInstanceError, dataclass
 from types import FunctionType
 from typing import Any
 
-from rltrain.advantages.check import EstimatorError, check_advantages, check_unchanged, copied_rewards
+from rltrain.advantages.check import (
+    EstimatorError,
+    check_advantages,
+    check_unchanged,
+    copied_rewards,
+    without_observed,
+)
 from rltrain.advantages.custom import UserEstimatorConfig
 from rltrain.config import AdvantageConfig
 from rltrain.errors import ConfigError, require, require_one_of
@@ -21,7 +27,9 @@ EstimatorLike = AdvantageConfig | str | Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator:
-    """``estimator(groups, context)`` gives what the function returns, checked; ``name`` begins each error message.
+    """``estimator(groups, context)`` gives what the function returns, checked, with 0 at ids that an environment wrote.
+
+    ``name`` begins each error message.
 
     Its state in ``context`` has the key ``advantage/part``.
     """
@@ -42,7 +50,7 @@ class Estimator:
             ) from error
         check_unchanged(groups, before, self.name)
         check_advantages(groups, advantages, self.name)
-        return advantages
+        return without_observed(groups, advantages)
 
 
 def estimator_of(advantage: EstimatorLike, options: Mapping[str, Any] | None = None) -> Estimator:

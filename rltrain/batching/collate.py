@@ -21,6 +21,7 @@ from rltrain.batching.bins import (
     padded_bins,
     padded_work,
 )
+from rltrain.batching.masks import Masks
 from rltrain.runtime import dist
 from rltrain.types import Group, Mean, Prompt, TokenBatch
 
@@ -30,23 +31,38 @@ Unit = tuple["LossRow", ...]  # completions of one prompt that are forwarded tog
 
 @dataclass(frozen=True, kw_only=True)
 class LossRow:
-    """One completion that carries loss, with its prompt."""
+    """One completion with its prompt. ``places`` are those of the ids that carry loss, ascending; None: all of them."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
     advantages_T: Tensor
     key: int = 0
+    places: tuple[int, ...] | None = None
+
+    @property
+    def loss_places(self) -> Sequence[int]:
+        """The places of the ids that carry loss."""
+        return range(len(self.completion_ids)) if self.places is None else self.places
+
+    @property
+    def loss_advantages_N(self) -> Tensor:
+        """The advantages of the ids that carry loss."""
+        return self.advantages_T if self.places is None else self.advantages_T[list(self.places)]
 
     @property
     def fed_ids(self) -> tuple[int, ...]:
-        """The completion as an input, without its last token, which predicts nothing."""
-        return self.completion_ids[:-1]
+        """The completion as an input: up to its last loss token, which predicts nothing that is wanted."""
+        places = self.loss_places
+        return self.completion_ids[: places[-1]] if places else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Denominators:
-    """Rows and completion tokens of the optimiser batch, over all ranks."""
+    """Completions and loss tokens of the optimiser batch, over all ranks.
+
+    A completion none of whose tokens carries loss, such as a truncated one that is masked, still counts as a row.
+    """
 
     rows: float
     tokens: float
@@ -62,7 +78,7 @@ class Weighting:
 
     def of(self, row: LossRow) -> float:
         return token_weight(
-            len(row.completion_ids),
+            len(row.loss_places),
             self.denominators,
             aggregation=self.aggregation,
             max_new_tokens=self.max_new_tokens,
@@ -73,15 +89,15 @@ NO_WEIGHTING = Weighting(aggregation="token", denominators=Denominators(rows=1, 
 """For micro-batches that give log-probs alone: every token weighs 1."""
 
 
-def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> list[LossRow]:
-    """The completions that carry loss: not empty, and their reward did not abstain."""
+def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]], masks: Masks = ()) -> list[LossRow]:
+    """The completions that count: the model wrote some of them, and their reward did not abstain."""
     rows = []
-    for group, values in zip(groups, advantages, strict=True):
+    for index, (group, values) in enumerate(zip(groups, advantages, strict=True)):
         abstains = [False] * len(values) if group.rewards_G is None else group.rewards_G.isnan().tolist()
         for sample, (completion, advantages_T, abstain) in enumerate(
             zip(group.completions, values, abstains, strict=True)
         ):
-            if abstain or not completion.token_ids:
+            if abstain or completion.abstains or not completion.written_tokens:
                 continue
             if len(advantages_T) != len(completion.token_ids):
                 raise ValueError(
@@ -95,9 +111,14 @@ def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]]) -> 
                     completion_ids=completion.token_ids,
                     sampler_logprobs=tuple(completion.logprobs),
                     advantages_T=advantages_T,
+                    places=_places(masks[index][sample]) if masks else None,
                 )
             )
     return rows
+
+
+def _places(mask_T: Tensor) -> tuple[int, ...] | None:
+    return None if bool(mask_T.all()) else tuple(mask_T.nonzero().flatten().tolist())
 
 
 def row_key(prompt: Prompt, sample: int) -> int:
@@ -107,14 +128,14 @@ def row_key(prompt: Prompt, sample: int) -> int:
 
 
 def denominators_of(rows: Sequence[LossRow]) -> Denominators:
-    """Count rows and tokens over all ranks, in one reduction."""
-    local = torch.tensor([len(rows), sum(len(row.completion_ids) for row in rows)], dtype=torch.float64)
+    """Count rows and loss tokens over all ranks, in one reduction."""
+    local = torch.tensor([len(rows), sum(len(row.loss_places) for row in rows)], dtype=torch.float64)
     count, tokens = dist.all_sum(local, name="loss denominators").tolist()
     return Denominators(rows=max(count, 1.0), tokens=max(tokens, 1.0))
 
 
 def token_weight(length: int, denominators: Denominators, *, aggregation: str, max_new_tokens: int) -> float:
-    """The weight of each token of a completion of ``length`` tokens.
+    """The weight of each loss token of a completion that has ``length`` of them.
 
     token (DAPO): 1/N. sequence (GRPO): 1/(rows·length). constant (Dr.GRPO): 1/(rows·L_max).
     sequence_sum (RLOO): 1/rows.
@@ -146,6 +167,7 @@ def collate(
     token_budget: int,
     max_new_tokens: int,
     keep_zero_advantages: bool = True,
+    masks: Masks = (),
     layouts: Sequence[Layout] = ("padded",),
     hidden_size: int = 1024,
 ) -> tuple[list[TokenBatch], Denominators]:
@@ -154,12 +176,15 @@ def collate(
     Of the ``layouts`` the one of the least work over the rows of all ranks is taken, for a model of ``hidden_size``.
     Then the ranks are given equal work. No micro-batch feeds more than ``token_budget`` tokens, padding included.
     ``keep_zero_advantages=False`` leaves out rows whose advantages are all zero: exact when the loss has no KL and no
-    entropy term. They still count in the denominators.
+    entropy term. They still count in the denominators. ``masks`` say which ids carry loss
+    (:func:`~rltrain.batching.masks.loss_masks`). The others are fed, as what later ids depend on, and appear nowhere
+    else: not among the loss tokens, nor in the denominators.
     """
-    rows = rows_of(groups, advantages)
+    rows = rows_of(groups, advantages, masks)
     weighting = Weighting(aggregation=aggregation, denominators=denominators_of(rows), max_new_tokens=max_new_tokens)
+    rows = [row for row in rows if row.loss_places]
     if not keep_zero_advantages:
-        rows = [row for row in rows if bool((row.advantages_T != 0).any())]
+        rows = [row for row in rows if bool((row.loss_advantages_N != 0).any())]
     layout, arranged = arrange(rows, layouts, token_budget=token_budget, hidden_size=hidden_size)
     units = _in_equal_shares([tuple(rows[i] for i in unit) for unit in arranged], hidden_size)
     bins = bins_of([unit_segments(unit) for unit in units], layout, token_budget)
@@ -268,20 +293,22 @@ def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> 
         prompt_segment, prompt_end = len(prefix) - 1, len(ids)
         for row in unit:
             # The token at position t is predicted by the hidden state at t - 1.
+            first = len(ids) if shared else len(ids) + len(prompt_ids)
+            before = prompt_end - 1 if shared else first - 1
+            source += [first + place - 1 if place else before for place in row.loss_places]
             if shared:
-                source += [prompt_end - 1, *range(len(ids), len(ids) + len(row.fed_ids))]
                 add(row.fed_ids, len(prompt_ids), prompt_segment)
             else:
-                first = len(ids) + len(prompt_ids) - 1
-                source += range(first, first + len(row.completion_ids))
                 add(prompt_ids + row.fed_ids, 0, -1)
-            sequence += [len(prefix) - 1] * len(row.completion_ids)
+            sequence += [len(prefix) - 1] * len(row.loss_places)
     rows = [row for unit in units for row in unit]
-    completion_S = torch.tensor([len(row.completion_ids) for row in rows])
+    loss_tokens_S = torch.tensor([len(row.loss_places) for row in rows])
     weights_S = torch.tensor([weighting.of(row) for row in rows], dtype=torch.float32)
     keys_S = torch.tensor([row.key for row in rows])
-    places_N = torch.cat([torch.arange(len(row.completion_ids)) for row in rows])
-    sampler_logprobs_N = torch.tensor([value for row in rows for value in row.sampler_logprobs], dtype=torch.float32)
+    places_N = torch.tensor([place for row in rows for place in row.loss_places])
+    sampler_logprobs_N = torch.tensor(
+        [row.sampler_logprobs[place] for row in rows for place in row.loss_places], dtype=torch.float32
+    )
     return TokenBatch(
         input_ids_L=torch.tensor(ids),
         positions_L=torch.tensor(positions),
@@ -289,12 +316,12 @@ def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> 
         prefix_S=None if layout == "padded" else torch.tensor(prefix),
         source_N=torch.tensor(source),
         sequence_N=torch.tensor(sequence),
-        targets_N=torch.tensor([token for row in rows for token in row.completion_ids]),
-        weights_N=torch.repeat_interleave(weights_S, completion_S),
-        advantages_N=torch.cat([row.advantages_T for row in rows]).float(),
+        targets_N=torch.tensor([row.completion_ids[place] for row in rows for place in row.loss_places]),
+        weights_N=torch.repeat_interleave(weights_S, loss_tokens_S),
+        advantages_N=torch.cat([row.loss_advantages_N for row in rows]).float(),
         old_logprobs_N=sampler_logprobs_N,
         sampler_logprobs_N=sampler_logprobs_N,
-        keys_N=torch.repeat_interleave(keys_S, completion_S) + places_N,
+        keys_N=torch.repeat_interleave(keys_S, loss_tokens_S) + places_N,
     )
 
 

@@ -7,8 +7,10 @@ trainer = GRPOTrainer(..., advantage=TempoConfig())             # or advantage="
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -19,7 +21,18 @@ from rltrain.advantages.estimator import Estimator, EstimatorLike, estimator_of
 from rltrain.errors import require
 from rltrain.policy.load import Policy, stop_token_ids
 from rltrain.rollout.probes import PolicyProber
-from rltrain.types import Completion, Context, Group, Mean, Need, Problem, Prompt, RolloutServices, UnknownLogprobs
+from rltrain.types import (
+    Completion,
+    Context,
+    Group,
+    Mean,
+    Need,
+    Problem,
+    Prompt,
+    RolloutServices,
+    Turn,
+    UnknownLogprobs,
+)
 
 try:
     import trl
@@ -113,7 +126,11 @@ class GRPOTrainer(trl.GRPOTrainer):
         groups = self._groups(output, mode)
         estimated = self.estimator(groups, self._context())
         rows = _without_abstentions(groups, estimated.values)
-        self._log(rows, estimated.metrics, mode)
+        completions = [one for group in groups for one in group.completions]
+        written = [
+            row_T[torch.tensor(one.written_T, dtype=torch.bool)] for one, row_T in zip(completions, rows, strict=True)
+        ]
+        self._log(written, estimated.metrics, mode)
 
         first = self.accelerator.process_index * len(inputs)
         advantages_BT = torch.zeros(output["completion_ids"].shape, device=output["completion_ids"].device)
@@ -142,9 +159,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         tokenizer: Any = self._tokenizer
         stop_ids = set(stop_token_ids(self._module, tokenizer))
         prompt_ids = [ids_T[mask_T.bool()] for ids_T, mask_T in zip(*fed, strict=True)]
-        texts = tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True)
         lengths = [len(ids) for ids in scored.completion_ids]
         logprobs = sampled_logprobs(output, lengths, not_the_samplers=self._why_old_logprobs_differ())
+        turns = row_turns(output, scored.completion_ids, partial(tokenizer.decode, skip_special_tokens=True))
         return [
             _Sample(
                 prompt=prompt,
@@ -154,11 +171,12 @@ class GRPOTrainer(trl.GRPOTrainer):
                     token_ids=tuple(ids),
                     logprobs=logprobs_T,
                     finish="stop" if len(ids) and ids[-1] in stop_ids else "length",
-                    text=text,
+                    text=turns_G[-1].text if turns_G else tokenizer.decode(ids, skip_special_tokens=True),
+                    turns=turns_G,
                 ),
             )
-            for row, prompt, prompt_ids_T, ids, logprobs_T, text in zip(
-                scored.rows, scored.prompts, prompt_ids, scored.completion_ids, logprobs, texts, strict=True
+            for row, prompt, prompt_ids_T, ids, logprobs_T, turns_G in zip(
+                scored.rows, scored.prompts, prompt_ids, scored.completion_ids, logprobs, turns, strict=True
             )
         ]
 
@@ -197,7 +215,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         )
 
     def _log(self, rows: Sequence[Tensor], metrics: Any, mode: str) -> None:
-        """One number per completion replaces TRL's own advantages in the completions table."""
+        """One number per completion, over what the model wrote, replaces TRL's own in the completions table."""
         logged = self._logs["advantages"]
         for _ in range(min(len(rows), len(logged))):
             logged.pop()
@@ -218,28 +236,51 @@ def sampled_logprobs(
     """The sampler's log-probs of each row of TRL's output, where TRL kept them; else :class:`UnknownLogprobs`.
 
     TRL's ``sampling_per_token_logps`` are the sampler's (vLLM, or a ``rollout_func``). ``old_per_token_logps`` are the
-    model's at generation, which are the sampler's unless ``not_the_samplers`` says why not. A row with a token that was
-    not sampled (a tool's answer), or without a log-prob (NaN), is unknown.
+    model's at generation, which are the sampler's unless ``not_the_samplers`` says why not. They are NaN at what a tool
+    wrote. A row with a sampled token that has no log-prob (NaN) is unknown.
     """
     source = "sampling_per_token_logps" if "sampling_per_token_logps" in output else "old_per_token_logps"
     if source not in output:
         return [UnknownLogprobs(reason=NOT_KEPT)] * len(lengths)
     if source == "old_per_token_logps" and not_the_samplers:
         return [UnknownLogprobs(reason=not_the_samplers)] * len(lengths)
-    logprobs_BT: Tensor = output[source]
-    sampled_BT = output.get("tool_mask", torch.ones_like(logprobs_BT)).bool()
-    return [
-        _row_logprobs(logprobs_T[:length], sampled_T[:length])
-        for logprobs_T, sampled_T, length in zip(logprobs_BT, sampled_BT, lengths, strict=True)
-    ]
+    sampled = [sampled_T[:length] for sampled_T, length in zip(_sampled(output), lengths, strict=True)]
+    return [_row_logprobs(row_T[: len(mask_T)], mask_T) for row_T, mask_T in zip(output[source], sampled, strict=True)]
+
+
+def _sampled(output: Mapping[str, Any]) -> Tensor:
+    """Which tokens of TRL's output the model wrote, [B, T]. Its mask is 0 at those of a tool."""
+    return output["tool_mask"].bool() if "tool_mask" in output else torch.ones_like(output["completion_ids"]).bool()
 
 
 def _row_logprobs(logprobs_T: Tensor, sampled_T: Tensor) -> tuple[float, ...] | UnknownLogprobs:
-    if not bool(sampled_T.all()):
-        return UnknownLogprobs(reason="a tool wrote some of the completion's tokens")
-    if bool(logprobs_T.isnan().any()):
+    if bool(logprobs_T[sampled_T].isnan().any()):
         return UnknownLogprobs(reason="the sampler gave none for some of the completion's tokens")
-    return tuple(logprobs_T.tolist())
+    return tuple(logprobs_T.where(sampled_T, torch.nan).tolist())
+
+
+def row_turns(
+    output: Mapping[str, Any], completion_ids: Sequence[Sequence[int]], decode: Callable[..., str]
+) -> list[tuple[Turn, ...]]:
+    """The turns of each row, none where no tool wrote into it.
+
+    With ``mask_truncated_completions`` TRL's mask is 0 all over a truncated row, which then is an observation.
+    """
+    return [
+        _turns(ids, sampled_T[: len(ids)].tolist(), decode)
+        for ids, sampled_T in zip(completion_ids, _sampled(output), strict=True)
+    ]
+
+
+def _turns(ids: Sequence[int], sampled: Sequence[bool], decode: Callable[..., str]) -> tuple[Turn, ...]:
+    if all(sampled):
+        return ()
+    turns, firsts = [], [i for i in range(1, len(ids)) if sampled[i] and not sampled[i - 1]]
+    for start, stop in itertools.pairwise([0, *firsts, len(ids)]):
+        middle = start + sum(sampled[start:stop])  # in a turn the model writes first
+        text, reply = decode(ids[start:middle]), decode(ids[middle:stop])
+        turns.append(Turn(written=middle - start, observed=stop - middle, called=stop > middle, text=text, reply=reply))
+    return tuple(turns)
 
 
 def _without_abstentions(groups: Sequence[Group], values: Sequence[Sequence[Tensor]]) -> list[Tensor]:

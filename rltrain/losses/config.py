@@ -19,7 +19,9 @@ CORRECTIONS = ("auto", "none", "truncate", "mask", "sequence_truncate", "sequenc
 class LossConfig:
     """The policy loss: what all losses share; the function is ``f(logprobs_N, batch, config) -> LossTerms``.
 
-    ``importance_correction=auto`` becomes what the rollout engine needs; without one it is ``none``.
+    ``importance_correction=auto`` becomes what the rollout engine needs; without one it is ``none``. A completion that
+    ``mask_truncated`` takes out still counts as a row, in the mean over sequences and in ``constant``, but its tokens
+    do not count, in the mean over tokens. TRL's ``mask_truncated_completions`` does the same.
     """
 
     aggregation: str = "sequence"  # mean per sequence, over tokens, by a constant, or sum per sequence
@@ -28,6 +30,7 @@ class LossConfig:
     entropy_coef: float = 0.0  # weight of the entropy bonus
     importance_correction: str = "auto"  # for an older or other sampler: none, [sequence_]truncate or mask
     importance_cap: float = 2.0  # largest pi_train/pi_sampler of a token or completion
+    mask_truncated: bool = False  # completions cut at the limit carry no loss, KL or entropy (DAPO)
 
     def __post_init__(self) -> None:
         require_one_of(("sequence", "token", "constant", "sequence_sum"), "loss.aggregation", self.aggregation)

@@ -73,10 +73,11 @@ class CompressionRewardConfig(RewardConfig):
 def compressed_ids(prompt: TracePrompt, completion: Completion, tokenizer: Any) -> tuple[int, ...]:
     """The sampled ids between the tags. Empty if a tag is missing or doubled, the text blank, or the output cut.
 
+    An environment's ids are left out, and tags in them do not count.
     A token that holds a tag and other text counts as tag.
     """
     opening, closing = prompt.config.opening, prompt.config.closing
-    pieces = [tokenizer.decode([token]) for token in completion.token_ids]
+    pieces = [tokenizer.decode([token]) for token in completion.written_ids]
     text, ends = "".join(pieces), list(itertools.accumulate(map(len, pieces)))
     prefilled = prompt.config.prefill.rstrip().endswith(opening)
     if completion.finish != "stop" or text.count(closing) != 1 or text.count(opening) != (0 if prefilled else 1):
@@ -85,7 +86,7 @@ def compressed_ids(prompt: TracePrompt, completion: Completion, tokenizer: Any) 
     stop = text.index(closing)
     if not text[start:stop].strip():
         return ()
-    spans = zip(completion.token_ids, [0, *ends], ends, strict=False)
+    spans = zip(completion.written_ids, [0, *ends], ends, strict=False)
     return tuple(token for token, begin, end in spans if begin >= start and end <= stop)
 
 

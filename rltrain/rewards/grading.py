@@ -14,7 +14,7 @@ from rltrain.rewards import failures
 from rltrain.rewards.scoring import score
 from rltrain.rollout.stopping import StopRule
 from rltrain.runs.part_states import copies
-from rltrain.types import Context, Continuer, Grader, Group, Need, RolloutServices, State
+from rltrain.types import Completion, Context, Continuer, Grader, Group, Need, RolloutServices, State
 
 
 class _InsideGrading:
@@ -54,8 +54,18 @@ class RunGrader:
         return graded
 
     def _with_texts(self, group: Group) -> Group:
-        completions = (replace(each, text=self.rule.text(each.token_ids)) for each in group.completions)
-        return replace(group, completions=tuple(completions))
+        return replace(group, completions=tuple(with_text(each, self.rule) for each in group.completions))
+
+
+def with_text(completion: Completion, rule: StopRule) -> Completion:
+    """The completion with its text, and those of its turns, decoded from its ids."""
+    if not completion.turns:
+        return replace(completion, text=rule.text(completion.token_ids))
+    start, turns = 0, []
+    for turn in completion.turns:
+        turns.append(replace(turn, text=rule.text(completion.token_ids[start : start + turn.written])))
+        start += turn.written + turn.observed
+    return replace(completion, text=turns[-1].text, turns=tuple(turns))
 
 
 def with_grades(context: Context, config: RunConfig, policy: Policy) -> Context:

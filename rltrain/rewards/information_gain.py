@@ -119,7 +119,7 @@ def _text_prompt(group: Group, tokenizer: Any) -> TextPrompt:
         )
     for completion in group.completions:
         require(
-            prompt.closing not in tokenizer.decode(completion.token_ids[:-1]),
+            prompt.closing not in tokenizer.decode(completion.written_ids[:-1]),
             f"sampling.stop: lacks {prompt.closing!r}, so that thoughts go on after their end; add it",
         )
     return prompt

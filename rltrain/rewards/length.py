@@ -10,7 +10,7 @@ from rltrain.config import RewardConfig
 from rltrain.errors import require
 from rltrain.registry import register
 from rltrain.rewards.math import verify
-from rltrain.types import Context, Group, Scores
+from rltrain.types import Completion, Context, Group, Scores
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ def soft_overlong_penalty(length_tokens: int, *, max_tokens: int, cache_tokens: 
 
 @register("reward", "overlong", OverlongConfig)
 def overlong(groups: Sequence[Group], config: OverlongConfig, context: Context) -> Scores:
-    """The soft overlong penalty of each completion."""
+    """The soft overlong penalty of each completion, over all its ids, an environment's too, as the limit counts."""
     limit = config.max_tokens or context.max_new_tokens
     cache = config.cache_tokens or max(1, limit // 5)
     require(
@@ -83,27 +83,24 @@ def cosine_length(length_tokens: int, *, at_zero: float, at_limit: float, limit_
 def cosine(groups: Sequence[Group], config: CosineConfig, context: Context) -> Scores:
     """Short right answers get the highest reward, short wrong answers the lowest.
 
-    A completion cut at the limit gets ``exceed``. Abstains where the verifier does.
+    A completion cut at the limit, which counts all ids, gets ``exceed``. The length that the schedule takes is that of
+    the ids which the model wrote. Abstains where the verifier does.
     """
     limit = config.max_tokens or context.max_new_tokens
     require(limit > 0, "reward.max_tokens=0: the sampling limit is unknown here; set reward.max_tokens")
 
-    def reward(text: str, length: int, gold: str) -> float | None:
-        if length >= limit:
+    def reward(completion: Completion, gold: str) -> float | None:
+        if len(completion.token_ids) >= limit:
             return config.exceed
-        right = verify(text, gold).score
+        right = verify(completion.text, gold).score
         if right is None:
             return None
         ends = (config.right_short, config.right_long) if right else (config.wrong_short, config.wrong_long)
-        return cosine_length(length, at_zero=ends[0], at_limit=ends[1], limit_tokens=limit)
+        return cosine_length(completion.written_tokens, at_zero=ends[0], at_limit=ends[1], limit_tokens=limit)
 
     return Scores(
         scores=[
-            [
-                reward(completion.text, len(completion.token_ids), group.prompt.problem.answer)
-                for completion in group.completions
-            ]
-            for group in groups
+            [reward(completion, group.prompt.problem.answer) for completion in group.completions] for group in groups
         ]
     )
 
@@ -120,20 +117,27 @@ class RepetitionConfig(RewardConfig):
         require(self.max_penalty <= 0, f"reward.max_penalty={self.max_penalty}: must be <= 0")
 
 
-def repetition_penalty(token_ids: Sequence[int], *, ngram: int, max_penalty: float) -> float:
-    """``max_penalty·(1 - distinct n-grams / n-grams)`` over token ids, 0 for fewer than n tokens."""
-    grams = list(zip(*(token_ids[offset:] for offset in range(ngram)), strict=False))
+def repetition_penalty(*spans: Sequence[int], ngram: int, max_penalty: float) -> float:
+    """``max_penalty·(1 - distinct n-grams / n-grams)`` over the token ids of all spans, 0 without an n-gram.
+
+    No n-gram reaches from one span into the next.
+    """
+    grams = [gram for ids in spans for gram in zip(*(ids[offset:] for offset in range(ngram)), strict=False)]
     return max_penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
 
 
 @register("reward", "repetition", RepetitionConfig)
 def repetition(groups: Sequence[Group], config: RepetitionConfig, context: Context) -> Scores:
-    """The repetition penalty of each completion."""
+    """The repetition penalty of each completion, over the ids that the model wrote."""
     return Scores(
         scores=[
             [
-                repetition_penalty(ids, ngram=config.ngram, max_penalty=config.max_penalty)
-                for ids in group.completion_ids
+                repetition_penalty(
+                    *(one.token_ids[start:stop] for start, stop in one.written_spans),
+                    ngram=config.ngram,
+                    max_penalty=config.max_penalty,
+                )
+                for one in group.completions
             ]
             for group in groups
         ]

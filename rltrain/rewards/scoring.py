@@ -59,7 +59,8 @@ def score(
     """Groups with ``rewards_G`` (float64, the weighted sum) and ``reward_parts`` (unweighted, by name), and metrics.
 
     A reward that abstains on a whole group does not apply to it and is left out of the sum. Where a reward abstains on
-    some completions of a group, or fails, these completions get NaN. Without any reward the groups stay as they are.
+    some completions of a group, or fails, these completions get NaN. So do completions that abstain themselves
+    (``Completion.abstains``), from every reward. Without any reward the groups stay as they are.
     """
     if not rewards:
         return list(groups), {}
@@ -149,10 +150,16 @@ def _scored(name: str, config: RewardConfig, groups: Sequence[Group], context: C
         failed = [torch.ones(size, dtype=torch.bool) for size in sizes]
         return ScoredReward(scores=scores, failed=failed, metrics=_failures(name, failed, timed_out))
     rows = [[_number(value) for value in row] for row in result.scores]
-    scores = [torch.tensor([value for value, _ in row], dtype=torch.float64) for row in rows]
+    scores = [_judged([value for value, _ in row], group) for row, group in zip(rows, groups, strict=True)]
     failed = [torch.tensor([bad for _, bad in row], dtype=torch.bool) for row in rows]
     metrics = {**result.metrics, **_failures(name, failed, False)}
     return ScoredReward(scores=scores, failed=failed, metrics=metrics, notes=result.notes, right=result.right)
+
+
+def _judged(scores: Sequence[float], group: Group) -> Tensor:
+    """The scores [G], NaN where the completion itself abstains."""
+    pairs = zip(scores, group.completions, strict=True)
+    return torch.tensor([math.nan if one.abstains else value for value, one in pairs], dtype=torch.float64)
 
 
 def _number(value: Any) -> tuple[float, bool]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rltrain.registry import register
 from rltrain.rewards.custom import UserRewardConfig, is_list_of_scores
-from rltrain.types import Context, Group, Scores
+from rltrain.types import Completion, Context, Group, Scores
 
 
 @dataclass(kw_only=True)
@@ -21,7 +21,8 @@ class TrlFunctionConfig(UserRewardConfig):
 def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
     """The keyword arguments of TRL's contract, one entry per completion, groups contiguous.
 
-    A chat prompt gives chat completions (one assistant message), a text prompt gives text.
+    A chat prompt gives chat completions, a text prompt gives text. With turns these are all messages, an environment's
+    replies under the role "tool", or the text of the last turn. ``completion_ids`` are all ids.
     """
     rows = [(group.prompt.problem, completion) for group in groups for completion in group.completions]
     columns = {key for problem, _ in rows for key in problem.meta}
@@ -31,11 +32,18 @@ def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
         "solution": [problem.meta.get("solution", problem.answer) for problem, _ in rows],
         "prompts": [problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt) for problem, _ in rows],
         "completions": [
-            completion.text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": completion.text}]
+            completion.text if isinstance(problem.prompt, str) else _messages(completion)
             for problem, completion in rows
         ],
         "completion_ids": [list(completion.token_ids) for _, completion in rows],
     }
+
+
+def _messages(completion: Completion) -> list[dict[str, str]]:
+    if not completion.turns:
+        return [{"role": "assistant", "content": completion.text}]
+    said = [(("assistant", turn.text), ("tool", turn.reply)) for turn in completion.turns]
+    return [{"role": role, "content": text} for pair in said for role, text in pair if role == "assistant" or text]
 
 
 @register("reward", "trl_function", TrlFunctionConfig)

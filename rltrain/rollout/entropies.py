@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -34,27 +35,25 @@ class SampledEntropies:
 
     def __call__(self, groups: Sequence[Group]) -> list[list[TokenEntropy]]:
         """``[p][g]`` is of completion g of group p. All ranks call this together."""
-        lacking = [
-            (group, completion) for group in groups for completion in group.completions if completion.entropies is None
-        ]
+        lacking = [(group, one) for group in groups for one in group.completions if one.entropies is None]
         scored = iter(self._scored([_request(*pair) for pair in lacking]))
         return [
             [
-                _token_entropy(next(scored) if one.entropies is None else _kept(one.entropies))
+                _token_entropy(_placed(next(scored), one) if one.entropies is None else _kept(one.entropies))
                 for one in group.completions
             ]
             for group in groups
         ]
 
     def _scored(self, requests: Sequence[SpanRequest]) -> list[Tensor]:
-        """``[T, 2]`` of each. No pass where no rank has a request."""
+        """``[tokens, 2]`` of each, over the ids that the model wrote. No pass where no rank has a request."""
         if not int(dist.all_max(torch.tensor(len(requests)), name="completions without entropies")):
             return []
         with inference(unwrapped(self._model)):
             scored = span_values(
                 self._model, requests, token_budget=self._token_budget, layouts=self._layouts, values=self._values
             )
-        return [spans[0] for spans in scored]
+        return [torch.cat([torch.zeros(0, 2), *spans]) for spans in scored]
 
     def _values(self, model: Any, batch: TokenBatch) -> Tensor:
         sampling = self._sampling
@@ -74,10 +73,18 @@ def _kept(entropies: Sequence[tuple[float, float]]) -> Tensor:
     return torch.tensor(entropies, dtype=torch.float64).reshape(-1, 2)
 
 
+def _placed(values_N2: Tensor, completion: Completion) -> Tensor:
+    """One row per id: NaN where an environment wrote it."""
+    written_T = torch.tensor(completion.written_T, dtype=torch.bool)
+    values_T2 = values_N2.new_full((len(written_T), 2), math.nan)
+    values_T2[written_T] = values_N2
+    return values_T2
+
+
 def _request(group: Group, completion: Completion) -> SpanRequest:
     prompt = len(group.prompt.token_ids)
-    ids = group.prompt.token_ids + completion.token_ids
-    return SpanRequest(token_ids=ids, spans=((prompt, len(ids)),), prompt_tokens=prompt)
+    spans = tuple((prompt + start, prompt + stop) for start, stop in completion.written_spans)
+    return SpanRequest(token_ids=group.prompt.token_ids + completion.token_ids, spans=spans, prompt_tokens=prompt)
 
 
 def _token_entropy(values_T2: Tensor) -> TokenEntropy:

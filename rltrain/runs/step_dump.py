@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rltrain.batching.masks import Masks
 from rltrain.config import RunConfig
 from rltrain.engine.deepspeed import NonFiniteError
 from rltrain.errors import ConfigError
@@ -38,7 +39,7 @@ class StepRecord:
     """One optimiser step of one rank, filled micro-batch by micro-batch.
 
     ``epoch`` and ``minibatch`` count from 0 which update of the step it is. ``generator_state`` is torch's at the first
-    micro-batch, from which dropout follows.
+    micro-batch, from which dropout follows. ``masks`` are those of :func:`~rltrain.batching.masks.loss_masks`.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepRecord:
     losses: list[Tensor] = field(default_factory=list)
     grad_norm: float | None = None
     minibatch: int = 0
+    masks: Masks = ()
 
     @property
     def is_first(self) -> bool:
@@ -191,6 +193,8 @@ def _tensors(record: StepRecord) -> dict[str, Tensor]:
         "generator_state": record.generator_state,
         "losses": torch.stack(record.losses) if record.losses else torch.zeros(0),
     }
+    if record.masks:
+        flat["loss_masks"] = _joined([mask_T for rows in record.masks for mask_T in rows])
     for index, batch in enumerate(record.batches):
         flat |= {f"batch{index}/{name}": v for name, v in vars(batch).items() if isinstance(v, Tensor)}
     return flat | {f"logprobs{index}": value for index, value in enumerate(record.logprobs)}
@@ -230,7 +234,6 @@ def read(path: Path) -> StepDump:
 def _record(facts: Mapping[str, Any], entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StepRecord:
     groups = _groups(entry["groups"], tensors)
     counts = [len(ids) for group in groups for ids in group.completion_ids]
-    values = iter(tensors["advantages"].split(counts))
     logprobs = [tensors[f"logprobs{i}"] for i in range(entry["micro_batches"]) if f"logprobs{i}" in tensors]
     return StepRecord(
         step=facts["step"],
@@ -238,12 +241,19 @@ def _record(facts: Mapping[str, Any], entry: Mapping[str, Any], tensors: Mapping
         minibatch=facts.get("minibatch", 0),  # files of 0.1 have none
         grad_norm=facts["grad_norm"],
         groups=groups,
-        advantages=[[next(values) for _ in group.completions] for group in groups],
+        advantages=_by_group(tensors["advantages"].split(counts), groups),
         batches=[_batch(tensors, f"batch{index}/") for index in range(entry["micro_batches"])],
         generator_state=tensors["generator_state"],
         logprobs=logprobs,
         losses=list(tensors["losses"]),
+        masks=_by_group(tensors["loss_masks"].split(counts), groups) if "loss_masks" in tensors else (),
     )
+
+
+def _by_group(rows: Iterable[Tensor], groups: Sequence[Group]) -> list[list[Tensor]]:
+    """One row per completion of each group."""
+    values = iter(rows)
+    return [[next(values) for _ in group.completions] for group in groups]
 
 
 def _batch(tensors: Mapping[str, Tensor], prefix: str) -> TokenBatch:

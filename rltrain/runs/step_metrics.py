@@ -30,19 +30,24 @@ def sampler_difference(logprobs_N: Tensor, batch: TokenBatch) -> Metrics:
 def completion_metrics(groups: Sequence[Group]) -> Metrics:
     """Of all that was sampled, kept or not: lengths, tokens of prompts and completions (``num_tokens``, of this step).
 
+    Lengths and tokens are of all ids of a completion, as ``sampling.max_new_tokens`` limits them. Where an environment
+    wrote some of them, ``completions/written_tokens`` is the mean number of those that the model wrote.
     ``entropy/sampled`` is the mean of -log p of the sampled tokens, whose expectation is the entropy of the sampling
     distribution.
     """
     completions = [completion for group in groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
+    written = [completion.written_tokens for completion in completions]
     prompt_tokens = sum(len(group.prompt.token_ids) * len(group.completions) for group in groups)
     metrics = {
         "completions/mean_length": Mean.of(lengths),
         "completions/clipped_ratio": Mean.of([completion.finish == "length" for completion in completions]),
         "completions/tokens": Sum(value=float(sum(lengths))),
         "num_tokens": Sum(value=float(prompt_tokens + sum(lengths))),
-        "entropy/sampled": Mean(total=-sum(sum(c.logprobs) for c in completions), count=sum(lengths)),
+        "entropy/sampled": Mean(total=-sum(sum(c.written_logprobs) for c in completions), count=sum(written)),
     }
+    if any(completion.turns for completion in completions):
+        metrics["completions/written_tokens"] = Mean.of(written)
     if not lengths:
         return metrics
     longest, shortest = Max(value=float(max(lengths))), Min(value=float(min(lengths)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,7 +47,8 @@ class Completion:
     end. With ``turns`` an environment answered the model: the ids are those of the turns, one after the other. Observed
     ids carry no loss, and their log-probs and entropies are NaN. ``text`` is then that of the last turn, so that a
     reward judges what the model wrote at the end. ``transcript`` is the whole conversation. Ids are never made from
-    texts. ``failed`` is "", or the failure of the environment that ended the completion.
+    texts. ``failed`` is "", or the failure of the environment that ended the completion. ``abstains``: no reward judges
+    it, and it leaves its group's statistics.
     """
 
     token_ids: tuple[int, ...]
@@ -56,6 +58,7 @@ class Completion:
     entropies: tuple[tuple[float, float], ...] | None = None  # H and collision by token, where the sampler kept them
     turns: tuple[Turn, ...] = ()
     failed: str = ""
+    abstains: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.logprobs, UnknownLogprobs) and len(self.token_ids) != len(self.logprobs):
@@ -88,6 +91,25 @@ class Completion:
         return sum(turn.written for turn in self.turns) if self.turns else len(self.token_ids)
 
     @property
+    def written_spans(self) -> tuple[tuple[int, int], ...]:
+        """``(start, stop)`` of the ids that the model wrote, turn by turn. A turn without such ids has no span."""
+        ends = list(itertools.accumulate(turn.written + turn.observed for turn in self._all_turns))
+        spans = zip(self._all_turns, [0, *ends], strict=False)
+        return tuple((start, start + turn.written) for turn, start in spans if turn.written)
+
+    @property
+    def written_ids(self) -> tuple[int, ...]:
+        """The ids that the model wrote."""
+        return tuple(itertools.compress(self.token_ids, self.written_T)) if self.turns else self.token_ids
+
+    @property
+    def written_logprobs(self) -> tuple[float, ...] | UnknownLogprobs:
+        """Their sampled log-probs."""
+        if not self.turns or isinstance(self.logprobs, UnknownLogprobs):
+            return self.logprobs
+        return tuple(itertools.compress(self.logprobs, self.written_T))
+
+    @property
     def transcript(self) -> str:
         """What the model wrote and read, turn by turn, without the chat template's markers."""
         return "".join(turn.text + turn.reply for turn in self.turns) if self.turns else self.text
@@ -108,13 +130,17 @@ class Completion:
             finish=new.finish,
             turns=self._turns_continued(position, new),
             failed=new.failed,
+            abstains=new.abstains,
         )
+
+    @property
+    def _all_turns(self) -> tuple[Turn, ...]:
+        return self.turns or (Turn(written=len(self.token_ids)),)
 
     def _turns_continued(self, position: int, new: Completion) -> tuple[Turn, ...]:
         if not self.turns and not new.turns:
             return ()
-        before = turns_before(self.turns or (Turn(written=len(self.token_ids)),), position)
-        after = new.turns or (Turn(written=len(new.token_ids)),)
+        before, after = turns_before(self._all_turns, position), new._all_turns
         if before and not before[-1].observed:
             cut, first = before[-1], after[0]
             joined = replace(first, written=cut.written + first.written, state_key=cut.state_key or first.state_key)

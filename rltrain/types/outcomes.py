@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 class Advantages:
     """One value per completion token: ``values[p][g]`` has shape ``[T]`` of completion g of group p.
 
+    Values at ids that an environment wrote are ignored, and 0 after the check. ``masks[p][g]``, bool ``[T]``, takes the
+    tokens where it is False out of the loss, its denominators, its KL and its entropy; none at all takes out nothing.
     ``notes[p]`` says how group p came by its values, for the samples that a run keeps; none at all is fine.
     """
 
     values: Sequence[Sequence[Tensor]]
     metrics: Metrics = field(default_factory=dict)
     notes: Sequence[Notes] = ()
+    masks: Sequence[Sequence[Tensor]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

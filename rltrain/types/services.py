@@ -85,6 +85,7 @@ class TokenEntropy:
     """Of the sampling distribution pi at each token of a completion, float32 or float64 on the CPU.
 
     ``entropy_T`` is H = -Σ_v pi_v log pi_v in nats, ``collision_T`` is Σ_v pi_v², the chance that two draws are equal.
+    Both are NaN at the ids that an environment wrote.
     """
 
     entropy_T: Tensor
@@ -116,9 +117,9 @@ class Grader(Protocol):
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with ``rewards_G`` and ``reward_parts`` by the run's own rewards; NaN where they abstain.
 
-        A group may hold any number of completions; their texts are decoded from all their ids. Metrics, failures and
-        states of the rewards are those of the step itself, and stay as they were. All ranks call this together, also
-        those that have no group.
+        A group may hold any number of completions. Their texts, and those of their turns, are decoded from their ids.
+        Metrics, failures and states of the rewards are those of the step itself, and stay as they were. All ranks call
+        this together, also those that have no group.
         """
         ...
 

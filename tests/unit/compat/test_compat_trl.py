@@ -16,7 +16,8 @@ from rltrain.advantages.group import GroupConfig, group_advantages
 from rltrain.advantages.spae import SpaeConfig
 from rltrain.advantages.tempo import TempoConfig, tempo_advantages
 from rltrain.batching.collate import collate
-from rltrain.compat.trl import GRPOTrainer, check_hooks, resolve, sampled_logprobs
+from rltrain.batching.masks import loss_masks
+from rltrain.compat.trl import GRPOTrainer, check_hooks, resolve, row_turns, sampled_logprobs
 from rltrain.config import AdvantageConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.loss import policy_loss
@@ -24,7 +25,7 @@ from rltrain.losses.surrogate import SurrogateConfig
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.tiny import character_tokenizer
 from rltrain.registry import register
-from rltrain.types import Advantages, Completion, Group, Need, Problem, Prompt, UnknownLogprobs
+from rltrain.types import Advantages, Completion, Group, Need, Problem, Prompt, Turn, UnknownLogprobs, among_observed
 
 TOKENIZER = character_tokenizer("0123456789+-*={}\\boxed?.\n ")
 MAX_TOKENS = 12
@@ -315,15 +316,23 @@ def test_a_samplers_own_log_probs_reach_the_estimator(tmp_path):
     assert logprobs[4] == UnknownLogprobs(reason="the sampler gave none for some of the completion's tokens")
 
 
-def test_a_row_that_a_tool_wrote_into_is_unknown():
+def test_what_a_tool_wrote_is_an_observation():
+    """The second row has a tool's token between turns of one token each. The third begins and ends with a tool's."""
     output = {
-        "old_per_token_logps": torch.tensor([[-1.0, -2.0, 0.0], [-3.0, -4.0, -5.0]]),
-        "sampling_per_token_logps": torch.tensor([[-1.5, -2.5, 0.0], [-3.5, -4.5, -5.5]]),
-        "tool_mask": torch.tensor([[1, 1, 0], [1, 0, 1]]),
+        "old_per_token_logps": torch.tensor([[-1.0, -2.0, 0.0], [-3.0, -4.0, -5.0], [0.0, -6.0, 0.0]]),
+        "sampling_per_token_logps": torch.tensor([[-1.5, -2.5, 0.0], [-3.5, 0.0, -5.5], [0.0, -6.5, 0.0]]),
+        "tool_mask": torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 0]]),
     }
-    first, second = sampled_logprobs(output, [2, 3], not_the_samplers="")
+    first, *others = sampled_logprobs(output, [2, 3, 3], not_the_samplers="")
     assert first == (-1.5, -2.5)
-    assert second == UnknownLogprobs(reason="a tool wrote some of the completion's tokens")
+    assert [[value for value in row if value == value] for row in others] == [[-3.5, -5.5], [-6.5]]
+    none, second, third = row_turns(output, [[5, 6], [5, 6, 7], [5, 6, 7]], lambda ids: "".join(map(str, ids)))
+    assert none == ()
+    assert second == (Turn(written=1, observed=1, called=True, text="5", reply="6"), Turn(written=1, text="7"))
+    assert third == (
+        Turn(written=0, observed=1, called=True, reply="5"),
+        Turn(written=1, observed=1, called=True, text="6", reply="7"),
+    )
     assert sampled_logprobs({}, [1], not_the_samplers="")[0].reason.startswith("TRL keeps none where")
 
 
@@ -367,6 +376,25 @@ def fixed_groups():
     return groups
 
 
+def with_turns(groups):
+    """Every completion of three ids and more has a tool's id in its middle; the last of each group was cut."""
+
+    def talk(one, finish):
+        observed = int(len(one.token_ids) > 2)
+        turns = (Turn(written=1, observed=observed), Turn(written=len(one.token_ids) - 1 - observed))
+        written = one.logprobs[:1] + one.logprobs[1 + observed :]
+        logprobs = among_observed(written, turns, float("nan"))
+        return dataclasses.replace(one, turns=turns, logprobs=logprobs, finish=finish)
+
+    return [
+        dataclasses.replace(
+            group,
+            completions=tuple(talk(one, "length" if g == 3 else "stop") for g, one in enumerate(group.completions)),
+        )
+        for group in groups
+    ]
+
+
 def padded(rows, *, left, fill=0):
     width = max(map(len, rows))
     return torch.tensor(
@@ -375,17 +403,24 @@ def padded(rows, *, left, fill=0):
 
 
 def trl_batch(groups, advantages):
+    """With turns as TRL has them under mask_truncated_completions: both masks are 0 in rows that were cut."""
     completions = [completion for group in groups for completion in group.completions]
     prompts = [group.prompt.token_ids for group in groups for _ in group.completions]
     mask = padded([[1] * len(completion.token_ids) for completion in completions], left=False)
+    turns = any(completion.turns for completion in completions)
+    written = padded([completion.written_T for completion in completions], left=False, fill=True).int()
+    kept = torch.tensor([[int(completion.finish == "stop")] for completion in completions])
     return {
         "prompt_ids": padded(prompts, left=True),
         "prompt_mask": padded([[1] * len(ids) for ids in prompts], left=True),
         "completion_ids": padded([completion.token_ids for completion in completions], left=False),
-        "completion_mask": mask,
+        "completion_mask": mask * kept,
         "advantages": torch.cat(advantages).float(),
-        "old_per_token_logps": padded([completion.logprobs for completion in completions], left=False, fill=0.0),
-        "num_items_in_batch": mask.sum(),
+        "old_per_token_logps": padded(
+            [completion.logprobs for completion in completions], left=False, fill=0.0
+        ).nan_to_num(),
+        "num_items_in_batch": (mask * kept * written).sum(),
+        **({"tool_mask": written * kept} if turns else {}),
     }
 
 
@@ -393,7 +428,7 @@ def gradient(model):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize(("micro_batches", "masked"), [(1, False), (4, False), (4, True)], ids=["1", "4", "masked"])
 @pytest.mark.parametrize(
     ("trl_options", "loss", "scale"),
     [
@@ -414,8 +449,8 @@ def gradient(model):
     ],
     ids=["grpo", "dr_grpo", "dapo", "cispo", "gspo"],
 )
-def test_loss_and_gradient_equal_trls(tmp_path, trl_options, loss, scale, micro_batches):
-    groups = fixed_groups()
+def test_loss_and_gradient_equal_trls(tmp_path, trl_options, loss, scale, micro_batches, masked):
+    groups = with_turns(fixed_groups()) if masked else fixed_groups()
     advantages = [group_advantages(group.rewards_G, scale=scale) for group in groups]
     rows = 8 // micro_batches
     trainer = trl.GRPOTrainer(
@@ -447,7 +482,8 @@ def test_loss_and_gradient_equal_trls(tmp_path, trl_options, loss, scale, micro_
         for advantages_G, group in zip(advantages, groups, strict=True)
     ]
     budget = 1000 if micro_batches == 1 else 32
-    batches, _ = collate(groups, values, aggregation=config.aggregation, token_budget=budget, max_new_tokens=MAX_TOKENS)
+    options = {"aggregation": config.aggregation, "token_budget": budget, "max_new_tokens": MAX_TOKENS}
+    batches, _ = collate(groups, values, masks=loss_masks(groups, mask_truncated=masked), **options)
     assert (len(batches) == 1) == (micro_batches == 1)
     for batch in batches:
         logprobs_N, entropy_N, *_ = model(batch)
