@@ -15,8 +15,8 @@ from typing import Any
 from rltrain import cli
 from rltrain.config import RunConfig
 from rltrain.errors import ConfigError
-from rltrain.plan.devices import DEVICES, Device
-from rltrain.plan.memory import GIB, Cluster, Plan, as_json, naive_logits_bytes, plan
+from rltrain.plan.devices import DEVICES, GIB, Device
+from rltrain.plan.memory import Cluster, Plan, as_json, naive_logits_bytes, plan
 from rltrain.plan.model_shape import architecture
 from rltrain.plan.time import Times, estimate, work_of
 

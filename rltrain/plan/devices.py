@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from rltrain.errors import require_one_of
 
 GB, TERA = 1e9, 1e12
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)

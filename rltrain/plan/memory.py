@@ -13,15 +13,12 @@ from typing import Any
 
 from rltrain.config import Need, RunConfig
 from rltrain.errors import require, require_one_of
-from rltrain.plan.devices import DEVICES
-from rltrain.plan.model_shape import ModelShape, activation_bytes, architecture, measure
-from rltrain.rollout.shared_prompt_decoder import grown
-from rltrain.rollout.vllm import VllmRolloutConfig
-from rltrain.rollout.vllm_colocated import CACHE_GIB
+from rltrain.plan.devices import DEVICES, GIB
+from rltrain.plan.load import RankLoad, rank_load
+from rltrain.plan.model_shape import FP32_BYTES, ModelShape, activation_bytes, architecture, measure
+from rltrain.plan.sampling import sampler_bytes, sampling_footprint
 
-GIB = 2**30
 STATE_BYTES = 12  # of AdamW, a parameter: an fp32 copy of the weight and two moments
-FP32_BYTES = 4
 # Of DeepSpeed: elements of a gradient bucket, and of weights that ZeRO 3 keeps gathered at most.
 BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
@@ -29,9 +26,6 @@ LIVE_ELEMENTS = 1_000_000_000
 RESERVE_GIB = 2.0
 # Of what comes and goes on a GPU, activations, logits and cache: the blocks that its caching allocator cannot join.
 ALLOCATOR_SLACK = 0.06
-# Of a colocated vLLM, also while it sleeps: CUDA graphs, its compiled kernels and workspaces.
-VLLM_RESIDENT_GIB = 2.0
-VLLM_ROWS = 256  # vLLM's max_num_seqs on most cards
 SMALL_LOGITS = 2**20  # the most with which the head takes the plain path (rltrain.kernels)
 BLOCK_LOGITS = 2**20
 BLOCK_COLUMNS = 1024  # at least
@@ -65,26 +59,6 @@ class Cluster:
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus_per_node
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankLoad:
-    """The largest amounts that a rank handles at once: a micro-batch, and the completions in flight.
-
-    A micro-batch is ``rows`` of ``tokens``, the longest. ``packed_tokens`` is what it holds without padding, and
-    ``gathered_tokens`` the keys that packed attention copies into rows, a shared prompt once for each completion.
-    """
-
-    rows: int
-    tokens: int
-    packed_tokens: int
-    gathered_tokens: int
-    loss_tokens: int
-    micro_batches: int
-    prompts: int
-    prompt_tokens: int
-    completions: int
-    new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,51 +113,6 @@ class Footprint:
         return self.held + busiest
 
 
-def rank_load(config: RunConfig, ranks: int) -> RankLoad:
-    """The load of full-length prompts and completions, the largest that the limits allow."""
-    sampling, batch = config.sampling, config.batch
-    longest = sampling.max_prompt_tokens + sampling.max_new_tokens
-    prompts = -(-batch.prompts_per_step // ranks)
-    completions = prompts * batch.group_size
-    rows = min(completions, batch.token_budget // longest)
-    packed, gathered, loss_tokens = _packed_load(config, rows, completions)
-    evaluation = config.evaluation
-    held_out = -(-evaluation.problems // ranks) * evaluation.samples if evaluation.every_steps else 0
-    in_flight = config.rollout.rows_in_flight(max(completions, held_out))
-    share = batch.group_size if completions >= held_out else evaluation.samples
-    return RankLoad(
-        rows=rows,
-        tokens=longest,
-        packed_tokens=packed,
-        gathered_tokens=gathered,
-        loss_tokens=loss_tokens,
-        micro_batches=-(-completions // rows),
-        prompts=-(-in_flight // share),
-        prompt_tokens=sampling.max_prompt_tokens,
-        completions=in_flight,
-        new_tokens=sampling.max_new_tokens,
-    )
-
-
-def _packed_load(config: RunConfig, rows: int, completions: int) -> tuple[int, int, int]:
-    """Tokens of a micro-batch, keys that its attention gathers, and tokens with a loss, in the largest layout allowed.
-
-    Padded: ``rows`` of the longest. Packed: rows that fill the budget. Shared: a prompt, and as many of its completions
-    as fit beside it, each of which attends to a copy of the prompt's keys.
-    """
-    sampling, batch = config.sampling, config.batch
-    longest = sampling.max_prompt_tokens + sampling.max_new_tokens
-    padded = rows * longest, 0, rows * sampling.max_new_tokens
-    if batch.packing in ("padded", "auto"):
-        return padded
-    if batch.packing == "packed":
-        tokens = min(batch.token_budget, completions * longest)
-        return tokens, tokens, max(padded[2], tokens - rows * sampling.max_prompt_tokens)
-    beside = max(1, min(batch.group_size, (batch.token_budget - sampling.max_prompt_tokens) // sampling.max_new_tokens))
-    loss_tokens = beside * sampling.max_new_tokens
-    return sampling.max_prompt_tokens + loss_tokens, sampling.max_prompt_tokens + beside * longest, loss_tokens
-
-
 def head_bytes(shape: ModelShape, loss_tokens: int, *, on_gpu: bool = False) -> int:
     """The fused head: hidden states and their gradient, blocks of logits, and dW before it joins the gradient.
 
@@ -220,53 +149,6 @@ def attention_bytes(shape: ModelShape, load: RankLoad, *, checkpointing: bool, o
 def naive_logits_bytes(shape: ModelShape, loss_tokens: int) -> int:
     """The memory of an unfused head: three fp32 copies of [N, V]."""
     return 3 * loss_tokens * shape.vocabulary * FP32_BYTES
-
-
-def kv_cache_bytes(shape: ModelShape, load: RankLoad, *, on_gpu: bool = False) -> int:
-    """The cache holds each prompt once and each completion at full length, and copies one layer while it grows.
-
-    It grows by 16 columns on a CPU and by a quarter on a GPU (:func:`~rltrain.rollout.shared_prompt_decoder.grown`).
-    """
-    columns = 0
-    while columns < load.new_tokens:
-        columns = grown(columns, "cuda" if on_gpu else "cpu")
-    held = shape.kv_bytes(load.prompts * load.prompt_tokens + load.completions * columns)
-    return held + held // shape.layers
-
-
-def local_cache_bytes(shape: ModelShape, load: RankLoad, room: int, *, on_gpu: bool) -> int:
-    """The cache of ``rollout=local``: on a GPU at most ``room``, and at least a single group at full length."""
-    wanted = kv_cache_bytes(shape, load, on_gpu=on_gpu)
-    group = shape.kv_bytes(load.prompt_tokens + -(-load.completions // load.prompts) * load.new_tokens)
-    return min(wanted, max(room, group)) if on_gpu else wanted
-
-
-def sampling_bytes(shape: ModelShape, load: RankLoad) -> int:
-    """Beside the cache: the larger of the prefill and a decoding step's logits, fp32 probabilities and their sums."""
-    prefill = load.prompts * load.prompt_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-    step = load.completions * shape.vocabulary * (shape.dtype_bytes + 2 * FP32_BYTES)
-    return max(prefill * shape.dtype_bytes, step)
-
-
-def vllm_cache_bytes(shape: ModelShape, load: RankLoad, room: int) -> int:
-    """vLLM's cache: what the rows in flight need at full length, at most what is left, at least a single completion."""
-    longest = load.prompt_tokens + load.new_tokens
-    wanted = shape.kv_bytes(min(load.completions, VLLM_ROWS) * longest)
-    return min(wanted, max(room, shape.kv_bytes(longest)))
-
-
-def _sampler(config: RunConfig, shape: ModelShape) -> tuple[int, int, bool]:
-    """Bytes that the rollout holds while the rank trains, weights that sampling adds, and whether both overlap."""
-    rollout = config.rollout
-    if isinstance(rollout, VllmRolloutConfig):
-        if rollout.mode == "server":
-            return 0, 0, False
-        resident, weights = round(VLLM_RESIDENT_GIB * GIB), shape.parameters * shape.dtype_bytes
-        return (resident, weights, False) if rollout.sleep else (resident + weights, 0, True)
-    dtype_bytes = 2 if rollout.decode_dtype() == "bfloat16" else shape.dtype_bytes
-    if rollout.ahead:  # a whole model of its own, unless it lies on another GPU
-        return (0, 0, False) if rollout.device_offset else (shape.parameters * dtype_bytes, 0, True)
-    return (2 * shape.parameters if dtype_bytes != shape.dtype_bytes else 0), 0, False
 
 
 def frozen_bytes(config: RunConfig, shape: ModelShape, *, weight_share: int = 1) -> int:
@@ -323,13 +205,13 @@ def footprint(
 ) -> Footprint:
     """The bytes under one sharding plan, as ZeRO has it (1910.02054): 16 per parameter with bf16 weights and AdamW.
 
-    ``memory`` is the card's, which bounds the cache of a colocated vLLM.
+    ``memory`` is the card's, which bounds the rollout's cache.
     """
     stage, offload = sharding.zero_stage, sharding.offload_optimizer
     share = ranks if stage else 1
     whole = shape.parameters * shape.dtype_bytes
     states = optimizer_bytes(shape, stage, share)
-    sampler, sampling_weights, concurrent = _sampler(config, shape)
+    sampler, sampling_weights, concurrent = sampler_bytes(config, shape)
     made = Footprint(
         weights=whole // ranks if stage == 3 else whole,
         gradients=shape.trainable * gradient_element_bytes(config, shape) // (share if stage >= 2 else 1),
@@ -346,41 +228,19 @@ def footprint(
         sampler=sampler,
         concurrent=concurrent,
     )
-    room = round(memory - RESERVE_GIB * GIB) - made.held - sampling_weights
     slack = ALLOCATOR_SLACK if on_gpu else 0.0
-    sampled = _sampling(
-        config, shape, load, stage, room, extra_weights=sampling_weights, slack=slack, on_gpu=on_gpu
-    )  # fmt: skip
+    sampled = sampling_footprint(
+        config,
+        shape,
+        load,
+        room=round(memory - RESERVE_GIB * GIB) - made.held - sampling_weights,
+        memory=round(memory),
+        gathered=whole if stage == 3 and not config.rollout.ahead else 0,
+        on_gpu=on_gpu,
+        slack=slack,
+    )
+    sampled["sampling"] += sampling_weights
     return dataclasses.replace(made, slack=round(slack * (made.activations + made.head)), **sampled)
-
-
-def _sampling(
-    config: RunConfig,
-    shape: ModelShape,
-    load: RankLoad,
-    stage: int,
-    room: int,
-    *,
-    extra_weights: int,
-    slack: float,
-    on_gpu: bool,
-) -> dict[str, int]:
-    """The cache, and with it all that sampling takes beside what is held. vLLM takes its cache in a single piece."""
-    if isinstance(config.rollout, VllmRolloutConfig):
-        if config.rollout.mode == "server":
-            return {"kv_cache": 0, "sampling": 0}
-        if config.rollout.cache_gib or not config.rollout.sleep:
-            cache = round((config.rollout.cache_gib or CACHE_GIB) * GIB)
-        else:
-            cache = vllm_cache_bytes(shape, load, room)
-        return {"kv_cache": cache, "sampling": cache + extra_weights}
-    if config.rollout.ahead and config.rollout.device_offset:
-        return {"kv_cache": 0, "sampling": 0}  # on the other GPU
-    gathered = shape.parameters * shape.dtype_bytes if stage == 3 and not config.rollout.ahead else 0
-    beside = sampling_bytes(shape, load)
-    cache = local_cache_bytes(shape, load, round((room - gathered) / (1 + slack)) - beside, on_gpu=on_gpu)
-    transient = cache + beside
-    return {"kv_cache": cache, "sampling": transient + round(slack * transient) + gathered}
 
 
 def gradient_element_bytes(config: RunConfig, shape: ModelShape) -> int:

@@ -25,8 +25,9 @@ from rltrain.policy import capabilities
 from rltrain.policy.load import PretrainedConfig, located
 from rltrain.policy.lora import add_lora
 from rltrain.policy.tiny import TinyConfig, tiny_architecture
-from rltrain.rollout.llama_step import MODEL_TYPES
+from rltrain.rollout.llama_step import MODEL_TYPES, LlamaStep
 
+FP32_BYTES = 4
 # Two counts of layers, from which the cost of one more follows. Models with fewer layers are run whole.
 PROBED_LAYERS = (2, 4)
 
@@ -36,6 +37,7 @@ class ModelShape:
     """Counts of a model's elements, unless the name says otherwise. ``dtype_bytes`` is the size of a weight.
 
     ``tied``: the head is the embedding matrix. ``graphs``: ``rollout=local`` decodes it by CUDA graphs on a GPU.
+    ``decode_copies``: elements of the weights that it makes for that, merged LoRA and stacks of small Q, K and V.
     """
 
     trainable: int
@@ -51,6 +53,7 @@ class ModelShape:
     dtype_bytes: int
     tied: bool
     graphs: bool = False
+    decode_copies: int = 0
 
     @property
     def parameters(self) -> int:
@@ -93,9 +96,20 @@ def build(config: ModelConfig, shape: Any, *, device: str) -> Any:
 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
-        if config.lora.rank > 0:
+    if config.lora.rank > 0:
+        with torch.device("meta"):  # elsewhere peft moves new adapters by Module.to, which fake tensors refuse
             model = add_lora(model, config.lora)
+        _settle(model, device=device, dtype=getattr(torch, config.dtype))
     return model.train()
+
+
+def _settle(model: Any, *, device: str, dtype: torch.dtype) -> None:
+    """Give adapters that were made on the meta device memory on ``device``, in the precision that they train in."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta and weight.requires_grad:
+                there = torch.empty_like(weight, device=device, dtype=dtype)
+                setattr(module, name, torch.nn.Parameter(there))
 
 
 def measure(config: ModelConfig, shape: Any) -> ModelShape:
@@ -117,7 +131,27 @@ def measure(config: ModelConfig, shape: Any) -> ModelShape:
         dtype_bytes=getattr(torch, config.dtype).itemsize,
         tied=bool(shape.tie_word_embeddings),
         graphs=shape.model_type in MODEL_TYPES,
+        decode_copies=decode_copies(model),
     )
+
+
+def decode_copies(model: Any) -> int:
+    """Elements of the new weights that a rollout's :class:`~rltrain.rollout.llama_step.LlamaStep` holds; 0 without it.
+
+    Counted as activations are: the step is made of the model, which may lie on the meta device.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not LlamaStep.supports(base):
+        return 0
+    with PeakBytes() as counted:
+        step = LlamaStep(base, _no_attention)
+        live = counted.live
+    del step
+    return live // base.dtype.itemsize
+
+
+def _no_attention(*_: Any) -> torch.Tensor:
+    raise NotImplementedError
 
 
 class PeakBytes(TorchDispatchMode):

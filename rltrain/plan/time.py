@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from rltrain.config import Need, RunConfig
 from rltrain.errors import require
 from rltrain.plan.devices import Device
-from rltrain.plan.memory import FP32_BYTES, VLLM_ROWS, Cluster, gradient_element_bytes
-from rltrain.plan.model_shape import ModelShape
+from rltrain.plan.memory import Cluster, gradient_element_bytes
+from rltrain.plan.model_shape import FP32_BYTES, ModelShape
+from rltrain.plan.sampling import VLLM_ROWS
 from rltrain.rollout.local import LocalRolloutConfig
 from rltrain.rollout.vllm import VllmRolloutConfig
 

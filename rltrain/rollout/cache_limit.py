@@ -9,8 +9,8 @@ import torch
 from rltrain.errors import ConfigError
 from rltrain.policy import capabilities
 
-_RESERVE_SHARE = 0.1  # of the device's memory, for activations of prefill and for what the allocator cannot use
-_LOGITS_BYTES = 16  # an entry of [rows, V]: logits, fp32 probabilities, float64 running sums
+RESERVE_SHARE = 0.1  # of the device's memory, for activations of prefill and for what the allocator cannot use
+LOGITS_BYTES = 16  # an entry of [rows, V]: logits, fp32 probabilities, float64 running sums
 
 
 def token_bytes(model: Any) -> int:
@@ -26,15 +26,27 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + unused - _RESERVE_SHARE * total)
+    return int(free + unused - RESERVE_SHARE * total)
 
 
 def limit_tokens(model: Any, *, configured: int, rows: int, free: int | None) -> int | None:
+    """:func:`bounded_tokens` of a model."""
+    return bounded_tokens(
+        configured=configured,
+        rows=rows,
+        free=free,
+        vocabulary=model.config.get_text_config().vocab_size,
+        token_bytes=token_bytes(model),
+    )
+
+
+def bounded_tokens(
+    *, configured: int, rows: int, free: int | None, vocabulary: int, token_bytes: int
+) -> int | None:  # fmt: skip
     """The smaller of ``configured`` (0: none) and what fits into ``free`` bytes beside the logits of ``rows`` rows."""
     limits = [configured] if configured else []
     if free is not None:
-        logits = rows * model.config.get_text_config().vocab_size * _LOGITS_BYTES
-        limits.append(max(0, free - logits) // token_bytes(model))
+        limits.append(max(0, free - rows * vocabulary * LOGITS_BYTES) // token_bytes)
     return min(limits, default=None)
 
 

@@ -9,11 +9,14 @@ from tiny_run import config as tiny_run
 
 from rltrain import cli
 from rltrain.errors import ConfigError
-from rltrain.plan import memory
+from rltrain.plan import memory, sampling
 from rltrain.plan.__main__ import cluster_of, report
-from rltrain.plan.memory import GIB, Cluster, Footprint, RankLoad, ShardingPlan
-from rltrain.plan.model_shape import ModelShape, PeakBytes, _probe, activation_bytes, architecture, measure
+from rltrain.plan.devices import GIB
+from rltrain.plan.load import RankLoad, rank_load
+from rltrain.plan.memory import Cluster, Footprint, ShardingPlan
+from rltrain.plan.model_shape import ModelShape, PeakBytes, _probe, activation_bytes, architecture, build, measure
 from rltrain.policy.load import load_policy
+from rltrain.rollout.llama_step import LlamaStep
 
 T = 1_000_000
 BF16 = ModelShape(
@@ -72,7 +75,7 @@ def test_offloading_moves_the_states_to_the_host_with_the_gradients_they_are_ste
 def test_zero_3_keeps_live_weights_and_gathers_all_to_sample():
     found = footprint(3, ranks=4)
     assert found.buffers == 2 * memory.BUCKET_ELEMENTS + 2 * T
-    assert found.sampling == 2 * T + round(1.06 * (found.kv_cache + memory.sampling_bytes(BF16, LOAD)))
+    assert found.sampling == 2 * T + round(1.06 * (found.kv_cache + sampling.sampling_bytes(BF16, LOAD)))
 
 
 def test_frozen_weights_of_adapters_have_no_gradient_and_no_state():
@@ -84,21 +87,102 @@ def test_frozen_weights_of_adapters_have_no_gradient_and_no_state():
 def test_keys_and_values_by_hand():
     assert BF16.kv_bytes(5) == 2 * 2 * 3 * 4 * 2 * 5
     # One prompt of 10 tokens, four completions of 20 in columns of 16, and one of two layers again while growing.
-    assert memory.kv_cache_bytes(BF16, LOAD) == BF16.kv_bytes(10 + 4 * 32) * 3 // 2
+    assert sampling.wanted_tokens(LOAD, on_gpu=False) == 10 + 4 * 32
+    assert sampling.cache_bytes(BF16, 10 + 4 * 32) == BF16.kv_bytes(10 + 4 * 32) * 3 // 2
     # A GPU's cache has 64 columns at first, then 80, 112 and so on: a quarter more, in blocks of 16.
-    assert memory.kv_cache_bytes(BF16, LOAD, on_gpu=True) == BF16.kv_bytes(10 + 4 * 64) * 3 // 2
+    assert sampling.wanted_tokens(LOAD, on_gpu=True) == 10 + 4 * 64
     longer = dataclasses.replace(LOAD, new_tokens=81)
-    assert memory.kv_cache_bytes(BF16, longer, on_gpu=True) == BF16.kv_bytes(10 + 4 * 112) * 3 // 2
+    assert sampling.wanted_tokens(longer, on_gpu=True) == 10 + 4 * 112
 
 
-def test_a_local_cache_takes_what_is_left_but_holds_a_group():
+def of_local(*overrides: str, memory_bytes: int, load: RankLoad = LOAD, shape: ModelShape = BF16) -> Footprint:
+    """ZeRO 0 of a million parameters: 14 MB of weights and moments, and 2 GiB that are no one's."""
+    sharding = ShardingPlan(zero_stage=0, offload_optimizer=False, gradient_checkpointing=False)
+    config = cli.compose(list(overrides))
+    return memory.footprint(config, shape, load, sharding, ranks=1, activations=7, memory=memory_bytes)
+
+
+def test_a_local_cache_takes_what_the_decoder_lets_it():
+    """3 prompts of 10 tokens and 12 completions in 64 columns are 798 tokens of 96 bytes; a group of 4 takes 90."""
     many = dataclasses.replace(LOAD, prompts=3, completions=12)
-    wanted = memory.kv_cache_bytes(BF16, many, on_gpu=True)
-    group = BF16.kv_bytes(10 + 4 * 20)
-    assert memory.local_cache_bytes(BF16, many, 10**9, on_gpu=True) == wanted
-    assert memory.local_cache_bytes(BF16, many, wanted - 1, on_gpu=True) == wanted - 1
-    assert memory.local_cache_bytes(BF16, many, -5, on_gpu=True) == group
-    assert memory.local_cache_bytes(BF16, many, -5, on_gpu=False) == memory.kv_cache_bytes(BF16, many)
+    wide = dataclasses.replace(BF16, layers=1000)  # so that a token takes 48 kB, and the growing layer little
+    token = wide.kv_bytes(1)
+    assert (token, sampling.wanted_tokens(many, on_gpu=True), sampling.group_tokens(many)) == (48_000, 798, 90)
+
+    def tokens(memory_bytes: int, *overrides: str) -> float:
+        cache = of_local(*overrides, memory_bytes=memory_bytes, load=many, shape=wide).kv_cache
+        return cache * 1000 / (1001 * token)
+
+    # A tenth of the device, 2 GiB, 14 MB and the logits of 256 rows, 16 bytes each, stay free: 100 tokens are left.
+    taken = 2 * GIB + 14 * T + 256 * 100 * 16
+    device = round((taken + 100 * token) / 0.9) + 1
+    assert tokens(device) == 100
+    assert tokens(device + token) == 100 and tokens(device + 2 * token) == 101
+    assert tokens(100 * GIB) == 798
+    assert tokens(100 * GIB, "rollout.max_cache_tokens=300") == 300
+    assert tokens(device, "rollout.max_cache_tokens=300") == 100
+    # Logits of more rows, 64 kB each.
+    assert tokens(device, "rollout.max_rows=286") == 99
+    # On a CPU there is no limit but the configured one.
+    config = cli.compose(["rollout.max_cache_tokens=300"])
+    options = {"room": 0, "memory": 0, "gathered": 0, "on_gpu": False, "slack": 0.0}
+    assert sampling.sampling_footprint(config, wide, many, **options)["kv_cache"] == 300 * token * 1001 // 1000
+
+
+def test_a_cache_without_room_for_a_group_does_not_fit():
+    """The decoder would refuse to start, although the group itself has a place in the tenth that it keeps free."""
+    wide = dataclasses.replace(BF16, layers=1000)
+    taken, group = 2 * GIB + 14 * T + 256 * 100 * 16, 90 * 48_000
+    device = round((taken + group) / 0.9)
+    for size, fits in ((device + 48_000, True), (device - 48_000, False)):
+        found = of_local(memory_bytes=size, shape=wide)
+        assert found.kv_cache == group * 1001 // 1000
+        assert (found.peak <= size - 2 * GIB) == fits
+
+
+def test_a_cache_of_another_precision_than_the_weights():
+    fp32 = dataclasses.replace(BF16, dtype_bytes=4)
+    half, whole = (
+        of_local(f"rollout.dtype={dtype}", memory_bytes=100 * GIB, shape=fp32) for dtype in ("bfloat16", "policy")
+    )
+    assert whole.kv_cache == 2 * half.kv_cache == 2 * sampling.cache_bytes(BF16, 10 + 4 * 64)
+
+
+def test_the_prefill_goes_in_passes():
+    many = dataclasses.replace(LOAD, prompts=30, completions=1)
+    each = (4 * 64 + 3 * 128) * 2
+    assert sampling.sampling_bytes(BF16, many) == 300 * each
+    assert sampling.sampling_bytes(BF16, many, tokens_per_pass=64) == 64 * each
+    assert sampling.sampling_bytes(BF16, many, tokens_per_pass=4) == 10 * each
+
+
+def test_weights_that_the_decoder_makes_are_those_that_it_holds(tmp_path):
+    """LoRA on q and the down projection of 2 layers with hidden size 32, 2 kv heads of 16, MLP 64.
+
+    Q, K and V are stacked together; merged are the down projections. The weights of the norms of 2 + 2 heads of 16 lie
+    in a row, and the eps of each norm.
+    """
+    targets = "model.lora.target_modules=[q_proj,down_proj]"
+    config = tiny_run(tmp_path, "model.lora.rank=4", targets).model
+    source = architecture(config)
+    attention, mlp = 32 * (32 + 2 * 2 * 16), 32 * source.intermediate_size
+    norms = 2 * (2 + 2) * 16 + 2 * 3 + 1
+    assert measure(config, source).decode_copies == 2 * (attention + mlp) + norms
+    real = load_policy(config).model
+    with PeakBytes() as counted:
+        step = LlamaStep(real.get_base_model(), lambda *_: torch.zeros(0))
+        assert counted.live == 4 * (2 * (attention + mlp) + norms)
+    del step
+
+
+def test_merged_lora_is_there_while_sampling():
+    shape = dataclasses.replace(BF16, decode_copies=5000)
+    plain, merged = (of_local(memory_bytes=100 * GIB, shape=one) for one in (BF16, shape))
+    assert merged.sampling == plain.sampling + 2 * 5000 and merged.held == plain.held
+    sleeping = of_rollout("rollout=vllm")
+    assert of_rollout("rollout=vllm", shape=shape).sampling == sleeping.sampling
+    ahead, alone = (of_rollout("rollout.ahead=true", shape=one) for one in (shape, BF16))
+    assert (ahead.sampler, ahead.sampling) == (alone.sampler, alone.sampling + 2 * 5000)
 
 
 def test_the_logits_that_are_avoided():
@@ -116,7 +200,7 @@ def test_the_peak_is_the_busiest_of_training_stepping_and_sampling():
 def test_the_load_of_a_rank():
     overrides = ["sampling.max_prompt_tokens=32", "sampling.max_new_tokens=48", "batch.token_budget=1000"]
     overrides += ["batch.prompts_per_step=16", "batch.group_size=8", "evaluation.problems=500", "rollout.max_rows=100"]
-    assert memory.rank_load(cli.compose(overrides), 2) == RankLoad(
+    assert rank_load(cli.compose(overrides), 2) == RankLoad(
         rows=12, tokens=80, packed_tokens=960, gathered_tokens=0, loss_tokens=576, micro_batches=6,
         prompts=100, prompt_tokens=32, completions=100, new_tokens=48,
     )  # fmt: skip
@@ -177,6 +261,29 @@ def test_checkpointing_keeps_one_input_a_layer(tmp_path):
     assert sizes[1] - sizes[0] == 4 * 16 * 32 * 4
 
 
+def test_activations_of_adapters_are_those_of_the_model_that_is_trained(tmp_path):
+    """Counted under fake tensors and in a real forward and backward of the loaded model."""
+    config = tiny_run(tmp_path, "model.lora.rank=4")
+    real = load_policy(config.model).model.train()
+    for parameter in real.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    with PeakBytes() as counted:
+        hidden_BTD = real.get_decoder()(
+            input_ids=torch.zeros(4, 16, dtype=torch.long), use_cache=False
+        ).last_hidden_state  # fmt: skip
+        hidden_BTD.backward(torch.ones_like(hidden_BTD))
+    found = _probe(config.model, architecture(config.model), rows=4, tokens=16, checkpointing=False)
+    assert found == pytest.approx(counted.peak, rel=0.03)  # a hidden state more under fake tensors, 8 of 325 kB
+    assert memory.plan(config, Cluster()).shape.trainable == 2 * 4 * 4 * (32 + 32)
+
+
+def test_adapters_take_the_precision_of_the_model(tmp_path):
+    config = tiny_run(tmp_path, "model.lora.rank=4", "model.dtype=bfloat16").model
+    made = [one for one in build(config, architecture(config), device="cpu").parameters() if one.requires_grad]
+    assert {(one.dtype, one.device.type) for one in made} == {(torch.bfloat16, "cpu")}
+
+
 def test_the_command_prints_every_sharding_plan_and_marks_the_chosen_one(tmp_path, capsys):
     cluster, rest = cluster_of(["nodes=2", "gpus_per_node=2", "gpu_gib=16", "steps=3"])
     assert cluster == Cluster(nodes=2, gpus_per_node=2, gpu_gib=16)
@@ -207,14 +314,16 @@ def test_gradients_that_add_up_in_fp32_take_4_bytes_an_element():
 
 def test_vllms_cache_is_what_is_wanted_or_what_is_left_but_holds_a_completion():
     wanted, single = BF16.kv_bytes(4 * 30), BF16.kv_bytes(30)
-    assert memory.vllm_cache_bytes(BF16, LOAD, 10**9) == wanted
-    assert memory.vllm_cache_bytes(BF16, LOAD, wanted - 1) == wanted - 1
-    assert memory.vllm_cache_bytes(BF16, LOAD, -5) == single
+    assert sampling.vllm_cache_bytes(BF16, LOAD, 10**9) == wanted
+    assert sampling.vllm_cache_bytes(BF16, LOAD, wanted - 1) == wanted - 1
+    assert sampling.vllm_cache_bytes(BF16, LOAD, -5) == single
 
 
-def of_rollout(*overrides: str) -> Footprint:
+def of_rollout(*overrides: str, shape: ModelShape = BF16) -> Footprint:
     sharding = ShardingPlan(zero_stage=1, offload_optimizer=False, gradient_checkpointing=False)
-    return memory.footprint(cli.compose(list(overrides)), BF16, LOAD, sharding, ranks=2, activations=7, memory=80 * GIB)
+    return memory.footprint(
+        cli.compose(list(overrides)), shape, LOAD, sharding, ranks=2, activations=7, memory=80 * GIB
+    )
 
 
 def test_what_a_sampler_holds():
@@ -244,7 +353,7 @@ def test_sampling_while_training_adds_up():
 def test_tokens_of_a_micro_batch_in_every_layout(packing, packed, gathered, loss):
     overrides = ["sampling.max_prompt_tokens=10", "sampling.max_new_tokens=20", "batch.token_budget=100"]
     overrides += ["batch.prompts_per_step=2", "batch.group_size=4", f"batch.packing={packing}"]
-    load = memory.rank_load(cli.compose(overrides), 1)
+    load = rank_load(cli.compose(overrides), 1)
     assert (load.packed_tokens, load.gathered_tokens, load.loss_tokens) == (packed, gathered, loss)
 
 
