@@ -27,9 +27,11 @@ from rltrain.errors import RunError, require
 from rltrain.policy.load import Policy, load_policy
 from rltrain.rollout import Rollout, RolloutLost, build_engine, engine_of, probes
 from rltrain.rollout.continuation_types import ContinuationRequest
+from rltrain.rollout.conversation import Answers
 from rltrain.rollout.local import LocalRollout
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.rollout.tree import TreeRollout
+from rltrain.rollout.turns import TurnRollout
 from rltrain.runs import completions
 from rltrain.runtime import dist
 from rltrain.types import Completion, Group, Mean, Metric, Metrics, Need, Prompt
@@ -225,38 +227,57 @@ def _completions(entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Ten
     return [tuple(next(sampled) for _ in entry["completions"]) for entry in entries]
 
 
-def load_rollout(config: RunConfig, policy: Policy, parameters: Parameters, *, initial: str | None) -> Rollout:
+def load_rollout(
+    config: RunConfig,
+    policy: Policy,
+    parameters: Parameters,
+    *,
+    initial: str | None,
+    answers: Answers | None = None,
+) -> Rollout:
     """The rollout engine of a run, around it :class:`Ahead` where asked for; all ranks call this together.
 
     ``parameters`` gives the trained weights by the names of ``LogprobModel``; ``initial`` is where the policy's first
-    weights are.
+    weights are; ``answers`` are those of the run's environment.
     """
     if not config.rollout.ahead:
-        return _sampler(config, policy)
+        return sampler(config, policy, answers)
     # The library's tokenizers are not made for two threads.
     own, present = dataclasses.replace(policy, tokenizer=copy.deepcopy(policy.tokenizer)), None
     if engine_of(config.rollout).uses_policy:
         own = dataclasses.replace(own, model=load_copy(config, initial))
         renew(own, policy, parameters)
         if Need.CONTINUATIONS in config.needs():
-            present = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
-    inner = _sampler(config, own)
+            engine = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
+            present = _with_turns(engine, config, policy, answers)
+    inner = sampler(config, own, answers)
     deadline_s = config.deadline("rollout")
     updates = config.batch.updates
     return Ahead(inner, policy, own, parameters, present=present, updates=updates, deadline_s=deadline_s)
 
 
-def _sampler(config: RunConfig, policy: Policy) -> Rollout:
-    """The engine of the config, around it the trees that it asks for. It keeps entropies where a part wants them."""
+def sampler(config: RunConfig, policy: Policy, answers: Answers | None = None) -> Rollout:
+    """The engine of the config, around it the turns and trees that it asks for; it keeps entropies where wanted."""
     engine, tree = build_engine(config.rollout, config.sampling, policy, seed=config.seed), config.rollout.tree
     if isinstance(engine, LocalRollout):
         engine.keeps_entropies = Need.ENTROPY in config.needs()
+    engine = _with_turns(engine, config, policy, answers)
     return TreeRollout(engine, tree, config.sampling, policy) if tree.rounds else engine
+
+
+def _with_turns(engine: Rollout, config: RunConfig, policy: Policy, answers: Answers | None) -> Rollout:
+    if config.environment is None or answers is None:
+        return engine
+    return TurnRollout(
+        engine, answers, config.environment, config.sampling, policy, model=config.model, seed=config.seed
+    )
 
 
 def check_rollout(rollout: Rollout) -> None:
     """Compare what decodes in this process with the model's own forward; all ranks call this with whole weights."""
-    inner = rollout.engine if isinstance(rollout, TreeRollout) else rollout
+    inner = rollout
+    while isinstance(inner, (TreeRollout, TurnRollout)):
+        inner = inner.engine
     if isinstance(inner, (Ahead, LocalRollout)):
         inner.check()
 

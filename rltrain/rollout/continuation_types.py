@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from rltrain.types import Completion
+    from rltrain.rollout.stopping import StopRule
+    from rltrain.types import Completion, Problem, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,25 @@ class ContinuationSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OneTurn:
+    """A request for the rest of one turn, by :mod:`rltrain.rollout.turns`: it ends by ``rule``.
+
+    The draw has the 64-bit ``key``, and its first token the ``position`` among those of that key.
+    """
+
+    key: int
+    rule: StopRule
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContinuationRequest:
     """A state inside a completion: its prompt and its first ids (none: the state before the first of them).
 
     ``draws`` continuations of up to ``max_new_tokens`` tokens each are wanted. The draws are a function of the run's
     seed, the step, problem, occurrence, ``sample_index``, position and number of the draw, and of nothing else.
+
+    Where an environment answers, ``problem`` and the ``turns`` of ``completion_ids`` let it answer them again.
     """
 
     problem_id: str
@@ -39,6 +54,9 @@ class ContinuationRequest:
     max_new_tokens: int
     occurrence: int = 0
     sampling: ContinuationSampling | None = None
+    problem: Problem | None = None
+    turns: tuple[Turn, ...] = ()
+    one_turn: OneTurn | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

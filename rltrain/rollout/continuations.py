@@ -37,6 +37,13 @@ def draw_key(seed: int, step: int, request: ContinuationRequest, draw: int) -> i
     return row_key(seed, step, name, request.sample_index, request.occurrence)
 
 
+def rule_of(request: ContinuationRequest, rule: StopRule) -> StopRule:
+    """Where the continuations of a request end; ``rule`` is that of whole completions."""
+    if request.one_turn is not None:
+        return request.one_turn.rule
+    return rule.after(request.completion_ids, max_new_tokens=request.max_new_tokens)
+
+
 def sampling_of(request: ContinuationRequest, sampling: SamplingConfig) -> SamplingConfig:
     """The run's sampling, or the request's in its place."""
     wanted = request.sampling
@@ -56,7 +63,7 @@ def check_requests(requests: Sequence[ContinuationRequest], sampling: SamplingCo
                 f"{name}: a prefix of {len(request.prefix_ids)} tokens and max_new_tokens={request.max_new_tokens} "
                 f"exceed sampling.max_prompt_tokens + max_new_tokens = {longest}; lower the request's max_new_tokens"
             )
-        if set(rule.stop_ids) & set(request.completion_ids):
+        if request.one_turn is None and set(rule.stop_ids) & set(request.completion_ids):
             raise RunError(f"{name}: its {request.position} ids hold a stop id; ask for states before the end")
 
 
@@ -133,8 +140,15 @@ class ForkingDecoder:
         last = [place.row * width + place.length - 1 for place in self._places.values()]
         self._logits_SV = own_logits(model, inputs, torch.tensor(last, device=self._device))
 
-    def admit(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
-        """Logits [P·G, V] of the first tokens; the rows of a state are neighbours and follow those in flight."""
+    def admit(
+        self, prompts: Sequence[Sequence[int]], group_size: int, new_tokens_fed: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits [P·G, V] of the first tokens; the rows of a state are neighbours and follow those in flight.
+
+        What has new tokens already is no state any more.
+        """
+        if new_tokens_fed is not None:
+            return self._decoder.admit(prompts, group_size, new_tokens_fed)
         places = [self._places[tuple(ids)] for ids in prompts]
         width = max(place.length for place in places)
         lengths_P1 = self._tensor([place.length for place in places])[:, None]

@@ -23,6 +23,7 @@ CUT_MARK = "[cut]"
 # They stand in a conversation that is rendered to see what lies between and behind them.
 _QUESTION, _WRITTEN, _OBSERVED = "7f3a-question", "7f3a-written", "7f3a-observed"
 _ANCHOR = "\n"
+_CHARACTERS_PER_TOKEN = 64  # what lies behind so many of a long text is not tokenised
 
 
 def plain_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -119,8 +120,9 @@ class Observer:
 
     def text_ids(self, text: str, *, most_tokens: int) -> tuple[tuple[int, ...], bool]:
         """The ids of a text alone, cut to ``most_tokens`` with a mark at the end, and whether they were cut."""
-        ids = plain_ids(self.tokenizer, text)
-        if len(ids) <= most_tokens:
+        begin = text[: _CHARACTERS_PER_TOKEN * most_tokens]
+        ids = plain_ids(self.tokenizer, begin)
+        if len(ids) <= most_tokens and begin == text:
             return ids, False
         mark = plain_ids(self.tokenizer, CUT_MARK)
         mark = mark if len(mark) < most_tokens else ()

@@ -13,8 +13,9 @@ from rltrain.errors import require, require_one_of
 from rltrain.registry import register
 from rltrain.rollout import probes
 from rltrain.rollout.continuation_types import ContinuationRequest
-from rltrain.rollout.continuations import check_requests, draw_key, sampling_of
+from rltrain.rollout.continuations import check_requests, draw_key, rule_of, sampling_of
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
+from rltrain.rollout.sampling import row_key
 from rltrain.rollout.stopping import StopRule
 from rltrain.rollout.vllm_requests import Request, Sampled, SamplingEngine, request_seed, sampling_fields, seed_of
 from rltrain.types import Completion, Group, Prompt
@@ -106,12 +107,12 @@ class VllmRollout:
         """Continuations from inside completions; the engine's cache of prefixes holds what they have in common."""
         rule = StopRule.of(self._policy, self._sampling)
         check_requests(requests, self._sampling, rule)
-        rules = [rule.after(one.completion_ids, max_new_tokens=one.max_new_tokens) for one in requests]
+        rules = [rule_of(one, rule) for one in requests]
         samplings = [sampling_of(one, self._sampling) for one in requests]
         asked = [
             Request(
                 prompt_ids=request.prefix_ids,
-                seed=seed_of(draw_key(self._seed, step, request, draw)),
+                seed=continuation_seed(self._seed, step, request, draw),
                 fields=sampling_fields(sampling, own_rule),
             )
             for request, own_rule, sampling in zip(requests, rules, samplings, strict=True)
@@ -153,6 +154,14 @@ def completion(sampled: Sampled, rule: StopRule, *, greedy: bool) -> Completion:
     end = rule.end(sampled.token_ids, 0)
     ids, logprobs = sampled.token_ids[:end], sampled.logprobs[:end]
     return rule.completion(ids, (0.0,) * len(ids) if greedy else logprobs)
+
+
+def continuation_seed(seed: int, step: int, request: ContinuationRequest, draw: int) -> int:
+    """Of a draw. A later turn of a completion has a seed of its own, since vLLM's numbers begin with every request."""
+    turn = request.one_turn
+    if turn is None:
+        return seed_of(draw_key(seed, step, request, draw))
+    return seed_of(row_key(turn.key, step, "turn", turn.position) if turn.position else turn.key)
 
 
 def _engine(config: VllmRolloutConfig, policy: Any, *, longest: int) -> SamplingEngine:

@@ -1,0 +1,186 @@
+"""Completions over turns: their record, against plain forwards, and the same bits for any arrival and engine."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from local_engine import EOS, PROMPTS, model, plain_logprobs, tokenizer
+from turn_environments import ARRIVALS, SAMPLING, Here, Lengths, Timed, talked, talking
+
+from rltrain.rollout.observations import plain_ids
+from rltrain.rollout.shared_prompt_decoder import SharedDecoder
+from rltrain.types import Reply
+
+
+def completions(groups):
+    return [(group, completion) for group in groups for completion in group.completions]
+
+
+def spans(completion):
+    """Of each turn its written ids and its observed ids."""
+    ids = list(completion.token_ids)
+    for turn in completion.turns:
+        written, observed = ids[: turn.written], ids[turn.written : turn.written + turn.observed]
+        del ids[: turn.written + turn.observed]
+        yield turn, tuple(written), tuple(observed)
+    assert not ids
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2", "gpt2", "mamba"])
+def test_logprobs_of_written_ids_are_those_of_a_plain_forward(name):
+    groups = talked(talking(name, check_steps=2))
+    seen = set()
+    for group, completion in completions(groups):
+        expected = plain_logprobs(model(name), group.prompt, completion.token_ids, 1.0)
+        for logprob, exact, written in zip(completion.logprobs, expected, completion.written_T, strict=True):
+            assert math.isnan(logprob) if not written else abs(logprob - float(exact)) < 2e-5
+        seen.add(len(completion.turns))
+    assert len(seen) > 1
+
+
+def test_a_record_is_what_was_written_and_answered():
+    environment, ends = Lengths(), set()
+    for group, completion in completions(talked(talking(check_steps=2))):
+        state = environment.start(group.prompt.problem)
+        for number, (turn, written, observed) in enumerate(spans(completion), 1):
+            text_ids = written[:-1] if written[-1] == EOS else written
+            assert turn.text == tokenizer().decode(text_ids) and turn.state_key == environment.key(state)
+            assert not any(stop in turn.text[:-1] for stop in environment.stop)
+            reply = environment.respond(state, turn.text)
+            last = number == len(completion.turns)
+            if last and completion.finish == "length" and not turn.called:
+                assert len(completion.token_ids) == 40 and turn.reward == 0
+                continue
+            assert (turn.reward, turn.called, turn.latency_s) == (reply.reward, reply.called, 0.25)
+            assert observed == (() if last else plain_ids(tokenizer(), reply.text))
+            assert turn.reply == ("" if last else reply.text)
+            state = reply.state
+        ends.add((completion.finish, len(completion.turns) == 4, len(completion.token_ids) == 40))
+        assert completion.text == completion.turns[-1].text and not completion.failed
+        if len(completion.turns) == 4 and completion.turns[-1].called:
+            assert completion.finish == "length", "max_turns"
+    assert len(ends) >= 3
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_no_arrival_changes_a_bit(name):
+    by_arrival = [talked(talking(name, arrival=arrival, check_steps=2)) for arrival in ARRIVALS]
+    assert by_arrival[0] == by_arrival[1] == by_arrival[2]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mamba"])
+def test_rounds_of_continuations_give_the_same_spans(name):
+    """Any engine by its continuations, and the local one with its rows kept: the same ids and turns."""
+    whole, rounds = talked(talking(name)), talked(talking(name, rounds=True))
+    for (_, one), (_, other) in zip(completions(whole), completions(rounds), strict=True):
+        assert (one.token_ids, one.turns, one.finish) == (other.token_ids, other.turns, other.finish)
+        torch.testing.assert_close(
+            torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=2e-5, rtol=0, equal_nan=True
+        )
+
+
+def test_batching_changes_no_token():
+    def ids(rollout, prompts=PROMPTS):
+        return {group.prompt.problem.id: group.completion_ids for group in talked(rollout, prompts)}
+
+    expected = ids(talking(check_steps=4))
+    assert ids(talking(max_rows=6, check_steps=1, compact_share=0.01)) == expected
+    assert ids(talking(compact_share=1.0, reply_steps=9), PROMPTS[::-1]) == expected
+    assert ids(talking(speculate_tokens=3, speculate_rows=64)) == expected
+    assert ids(talking(max_cache_tokens=24 + 4 * 40, check_steps=2)) == expected
+
+
+def test_the_first_turn_is_that_of_a_completion_without_turns():
+    for (_, plain), (_, turns) in zip(
+        completions(talking().engine.generate(PROMPTS, step=3, group_size=4, sampling=SAMPLING)),
+        completions(talked(talking())),
+        strict=True,
+    ):
+        first = turns.turns[0].written
+        assert plain.token_ids[:first] == turns.token_ids[:first]
+
+
+def test_others_decode_while_replies_are_pending(monkeypatch):
+    """Decode steps done while an answer was still out, counted, with answers that come only when waited for."""
+    answers, hidden, step = Here(Lengths(), "at last"), [], SharedDecoder.step
+
+    def counted(self, tokens):
+        hidden.append(any(future._state != "FINISHED" for future in answers.pending[len(PROMPTS) :]))
+        return step(self, tokens)
+
+    monkeypatch.setattr(SharedDecoder, "step", counted)
+    talked(talking(answers=answers, check_steps=2, reply_steps=4))
+    assert sum(hidden) > 0.5 * len(hidden)
+
+
+class Failing(Lengths):
+    """Fails at the second turn, by a failure and a text of its own."""
+
+    def __init__(self, failure, text="nothing came"):
+        self.failure, self.text = failure, text
+
+    def respond(self, state, text):
+        if state["turn"] == 2 and text.endswith(self.stop):
+            return Reply(text=self.text, state=state, failure=self.failure)
+        return super().respond(state, text)
+
+
+def failed(groups):
+    return [one for _, one in completions(groups) if any(turn.failure for turn in one.turns)]
+
+
+def test_a_failure_ends_the_completion_or_is_told():
+    wrong = failed(talked(talking(environment=Failing("timeout"), on_failure="wrong")))
+    assert wrong and {(len(one.turns), one.finish, one.failed, one.text) for one in wrong} == {
+        (2, "stop", "timeout", "")
+    }
+    assert {one.turns[-1].observed for one in wrong} == {0}
+    told = failed(talked(talking(environment=Failing("timeout"), on_failure="tell")))
+    assert {one.failed for one in told} == {""} and {one.turns[1].failure for one in told} == {"timeout"}
+    assert any(one.turns[1].reply == "nothing came" and len(one.turns) > 2 for one in told)
+
+
+def test_a_long_reply_is_cut_or_fails():
+    megabyte = Failing("", "x" * 2**20)
+    for _, one in completions(talked(talking(environment=megabyte, long_reply="cut", reply_tokens=8))):
+        assert not one.failed and all(turn.observed <= 8 for turn in one.turns)
+    fails = talked(talking(environment=megabyte, long_reply="fail", reply_tokens=8, on_failure="wrong"))
+    assert {one.failed for one in failed(fails)} == {"too_long"}
+    told = talked(talking(environment=megabyte, long_reply="fail", reply_tokens=12, on_failure="tell"))
+    assert any(turn.reply.startswith("[too_long") for one in failed(told) for turn in one.turns)
+
+
+def test_a_first_state_that_fails_ends_every_completion_after_its_first_turn():
+    class Broken(Here):
+        def _first(self, problem):
+            return Timed(Reply(text="", state=None, failure="error"))
+
+    groups = talked(talking(answers=Broken(Lengths()), on_failure="tell"))
+    stopped = [one for _, one in completions(groups) if one.finish == "stop"]
+    assert {(len(one.turns), one.failed) for one in stopped} == {(1, "error")} and len(stopped) > 3
+
+
+def test_a_turn_ends_at_its_own_limit():
+    ones = [one for _, one in completions(talked(talking(turn_tokens=5)))]
+    assert all(turn.written <= 5 for one in ones for turn in one.turns)
+    cut = [one for one in ones if one.turns[-1].written == 5 and one.finish == "length"]
+    assert cut and all(turn.called for one in cut for turn in one.turns[:-1])
+
+
+def test_a_stop_string_of_the_sampling_ends_the_completion():
+    sampling = dataclasses.replace(SAMPLING, stop=["+"])
+    answers = Here(Lengths())
+    ones = [one for _, one in completions(talked(talking(answers=answers, sampling=sampling)))]
+    ended = [one for one in ones if one.turns[-1].text.endswith("+")]
+    assert ended and {one.finish for one in ended} == {"stop"}
+    assert all(one.turns[-1].reward == len(one.turns[-1].text) / 8 for one in ended)
+    assert not any(turn.text.endswith("+") for one in ones for turn in one.turns[:-1])
+
+
+def test_entropies_of_observed_ids_are_unknown():
+    rollout = talking()
+    rollout.engine.keeps_entropies = True
+    for _, one in completions(talked(rollout)):
+        finite = [math.isfinite(entropy) and math.isfinite(collision) for entropy, collision in one.entropies]
+        assert tuple(finite) == one.written_T
