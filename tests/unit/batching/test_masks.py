@@ -15,6 +15,12 @@ from two_turns import CONVERSATIONS, LOSSES, conversations, loss_of, models, our
 
 from rltrain.batching.collate import Denominators, collate
 from rltrain.batching.masks import loss_masks, truncated_metrics
+from rltrain.loss import importance_weights, log_importance, loss_terms
+from rltrain.losses.clip_cov import ClipCovConfig
+from rltrain.losses.dppo_tv import DppoTvConfig
+from rltrain.losses.fipo import FipoConfig
+from rltrain.losses.kl_cov import KlCovConfig
+from rltrain.losses.surrogate import SurrogateConfig
 
 ROOT = Path(__file__).parents[3]
 LAYOUTS = ["padded", "packed", "shared"]
@@ -183,3 +189,54 @@ def test_completions_that_abstain_or_hold_no_written_id_do_not_count(talks):
     )
     written = [sum(w for w, _ in talk) for conversation in CONVERSATIONS for talk in conversation]
     assert denominators == Denominators(rows=5, tokens=sum(written[1:]))
+
+
+def only_written(groups, advantages):
+    """The same completions and advantages as if no environment had written anything."""
+    values = [
+        [row_T[torch.tensor(completion.written_T)] for completion, row_T in zip(one.completions, rows, strict=True)]
+        for one, rows in zip(groups, advantages, strict=True)
+    ]
+    bare = [
+        replace(completion, token_ids=completion.written_ids, logprobs=completion.written_logprobs, turns=())
+        for one in groups
+        for completion in one.completions
+    ]
+    return [replace(one, completions=tuple(bare[3 * p : 3 * p + 3])) for p, one in enumerate(groups)], values
+
+
+ALL_LOSSES = {
+    "cispo": SurrogateConfig(surrogate="cispo"),
+    "gspo": SurrogateConfig(ratio="sequence"),
+    "fipo": FipoConfig(half_life_tokens=2.0, weight_low=0.1, weight_high=5.0),
+    "clip_cov": ClipCovConfig(share=1.0, cov_low=0.0, cov_high=0.5),
+    "kl_cov": KlCovConfig(share=0.3),
+    "dppo_tv": DppoTvConfig(),
+    "sequence_truncate": SurrogateConfig(importance_correction="sequence_truncate", importance_cap=1.1),
+}
+
+
+def terms_of(groups, advantages, loss):
+    """Each token's term times its importance weight, and its metrics, in the order of the sampled log-probs."""
+    (batch,), _ = collate(
+        groups, advantages, aggregation="token", token_budget=999, max_new_tokens=12, masks=loss_masks(groups)
+    )
+    sampled_N = batch.sampler_logprobs_N
+    batch = replace(batch, old_logprobs_N=sampled_N + 0.1 * (991 * sampled_N).cos())
+    (batch,) = loss.marked([batch], "0/0/0")
+    logprobs_N, order_N = sampled_N + 0.2 * (997 * sampled_N).sin(), sampled_N.argsort()
+    assert len(sampled_N.unique()) == len(sampled_N)
+    terms = loss_terms(logprobs_N, batch, loss)
+    weights_N = importance_weights(log_importance(logprobs_N, batch, loss), loss)
+    return (terms.loss_N * weights_N)[order_N], {name: values_N[order_N] for name, values_N in terms.metrics_N.items()}
+
+
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_every_loss_is_that_of_the_written_tokens_alone(talks, name):
+    """Sums over a completion, its future, covariances and selections leave out what an environment wrote."""
+    found, metrics = terms_of(*talks, ALL_LOSSES[name])
+    wanted, wanted_metrics = terms_of(*only_written(*talks), ALL_LOSSES[name])
+    torch.testing.assert_close(found, wanted)
+    assert {key: value.tolist() for key, value in metrics.items()} == {
+        key: pytest.approx(value.tolist()) for key, value in wanted_metrics.items()
+    }
