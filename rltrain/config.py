@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,13 +142,13 @@ class EnvironmentConfig(WorkersConfig):
         for key in ("max_turns", "reply_tokens"):
             require(getattr(self, key) >= 1, f"environment.{key}={getattr(self, key)}: set at least 1")
 
-    def replies_here(self) -> bool:
-        """Whether threads of the run compute the replies, because the environment has processes of its own."""
-        return False
-
     def told(self, cause: str) -> str:
         """What the model reads of a reply that failed, where ``on_failure=tell``."""
         return f"[{cause}]"
+
+    def texts(self) -> Sequence[str]:
+        """What the tokenizer must be able to write, beside ``Environment.stop``."""
+        return ()
 
     def check(self, max_new_tokens: int) -> None:
         """``ConfigError`` where a completion has no room for a reply."""

@@ -35,7 +35,7 @@ def kept(folder: Path) -> Iterator[None]:
     loggers = (logging.getLogger(), shown)
     for logger in loggers:
         logger.addHandler(handler)
-    started = f"{shlex.join(['python', *sys.orig_argv[1:]])} (process {os.getpid()}, {machine.in_words()})"
+    started = f"python {shlex.join(sys.orig_argv[1:])} (process {os.getpid()}, {machine.in_words()})"
     shown.info("started: %s", started)
     try:
         yield

@@ -23,6 +23,10 @@ class WorkersConfig:
         for key in ("memory_mib", "workers"):
             require(getattr(self, key) >= 1, f"environment.{key}={getattr(self, key)}: set at least 1")
 
+    def replies_here(self) -> bool:
+        """Whether threads of the run compute the replies, because the environment has processes of its own."""
+        return False
+
     def check_wait(self, deadline_s: float) -> None:
         """``ConfigError`` where other ranks would give up waiting before a reply's own deadlines."""
         waits_s = self.batch_timeout_s + self.reply_timeout_s

@@ -95,8 +95,8 @@ def serve(config: dict[str, Any]) -> None:
     module = importlib.import_module(module_name)
     function = getattr(module, name)
     if config["prepare"]:
-        getattr(module, config["prepare"])()
-    active = limit(config) + (["no network"] if isolate(_NEW_NET) else [])
+        getattr(module, config["prepare"])(*config["prepared_with"])
+    active = limit(config) + (["no network"] if not config["network"] and isolate(_NEW_NET) else [])
     _reply(replies, {"status": "ready", "value": active})
     for line in sys.stdin:
         # The kernel kills the process when the item has used its processor time, even inside C code.

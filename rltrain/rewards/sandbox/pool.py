@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "HOME": "/tmp",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",  # the order of a set of strings is the same each time
 }
 START_DEADLINE_S = 60.0
 _REPLY_BYTES = 2**20
@@ -73,21 +74,22 @@ class _Spawner:
     """The thread that forks all children, so that a parent-death signal means the death of the process."""
 
     def __init__(self) -> None:
-        self.requests: queue.SimpleQueue[tuple[list[str], Future[subprocess.Popen[bytes]]]] = queue.SimpleQueue()
+        self.requests: queue.SimpleQueue[tuple[list[str], dict[str, str], Future[subprocess.Popen[bytes]]]]
+        self.requests = queue.SimpleQueue()
         threading.Thread(target=self._loop, name="rltrain-sandbox-spawner", daemon=True).start()
 
     def _loop(self) -> None:
         # Children inherit the mask. Slurm signals all processes of a job, but the current step needs the children.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         while True:
-            command, future = self.requests.get()
+            command, variables, future = self.requests.get()
             try:
                 child = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
-                    env=_ENVIRONMENT,
+                    env=variables,
                     start_new_session=True,
                     bufsize=0,
                 )
@@ -96,10 +98,17 @@ class _Spawner:
                 future.set_exception(error)
 
     def start(self, mode: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-I", _CHILD, mode, json.dumps(config | {"parent": os.getpid()})]
+        # -I without -E, because the environment is made here: no folder of a script or of a user is on the path.
+        command = [sys.executable, "-P", "-s", _CHILD, mode, json.dumps(config | {"parent": os.getpid()})]
         future: Future[subprocess.Popen[bytes]] = Future()
-        self.requests.put((command, future))
+        self.requests.put((command, _variables(config), future))
         return future.result(START_DEADLINE_S)
+
+
+def _variables(config: dict[str, Any]) -> dict[str, str]:
+    """The environment variables of a child: few, or the run's too, without Python's, where it has the network."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return _ENVIRONMENT | (inherited if config.get("network") else {})
 
 
 class _State:
@@ -221,7 +230,8 @@ class Pool:
     An item may use ``item_cpu_s`` of processor time (enforced by the kernel) and ``deadline_s`` of wall clock
     (enforced here). Callers wait for a free worker, so that no queue grows. A child that fails costs its item, and a
     new child is started in the background at once. After ``max_items`` a child is replaced, so that caches do not grow.
-    A child runs the function ``prepare`` of the target's module before it takes items.
+    A child calls the function ``prepare`` of the target's module with ``prepared_with`` before it takes items. With
+    ``network`` it keeps the network and the environment variables of this process.
     """
 
     def __init__(
@@ -234,6 +244,8 @@ class Pool:
         max_items: int = 2000,
         limits: Limits | None = None,
         prepare: str = "",
+        prepared_with: Sequence[Any] = (),
+        network: bool = False,
     ) -> None:
         self.deadline_s, self.max_items, self.workers = deadline_s, max_items, workers
         limits = limits or Limits(cpu_s=max_items, processes=1)
@@ -242,15 +254,17 @@ class Pool:
             "item_cpu_s": item_cpu_s,
             "path": sys.path,
             "prepare": prepare,
+            "prepared_with": list(prepared_with),
+            "network": network,
         }
         self.free: queue.LifoQueue[tuple[subprocess.Popen[bytes], int] | str] = queue.LifoQueue()
         self.lock = threading.Lock()
-        self.absent, self.busy = workers, 0
+        self.absent, self.busy, self.closed = workers, 0, False
 
     def warm(self) -> None:
         """Start a child in the background, if one is missing and none is free."""
         with self.lock:
-            if not self.absent or not self.free.empty():
+            if self.closed or not self.absent or not self.free.empty():
                 return
             self.absent -= 1
         threading.Thread(target=self._fill, name="rltrain-sandbox-start", daemon=True).start()
@@ -298,7 +312,7 @@ class Pool:
         try:
             child, used = slot
             reply = self._ask(child, arguments, min(time.monotonic() + self.deadline_s, end))
-            if reply.status in ("ok", "error") and used + 1 < self.max_items:
+            if reply.status in ("ok", "error") and used + 1 < self.max_items and not self.closed:
                 kept = (child, used + 1)
             elif reply.status != "died":
                 end_child(child)
@@ -307,6 +321,15 @@ class Pool:
             return ChildReply(status="died", value=f"{type(error).__name__}: {error}")
         finally:
             self._give_back(kept)
+
+    def close(self) -> None:
+        """End the children that are free; those at work end with their items."""
+        self.closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                slot = self.free.get_nowait()
+                if not isinstance(slot, str):
+                    end_child(slot[0])
 
     def _give_back(self, kept: tuple[subprocess.Popen[bytes], int] | None) -> None:
         with self.lock:
@@ -323,7 +346,7 @@ class Pool:
         if state != "ok":
             code = end_child(child)
             raise RuntimeError(f"sandbox child for {self.config['target']} did not start ({state}, exit code {code})")
-        describe("the CAS", json.loads(line)["value"])
+        describe(self.config["target"], json.loads(line)["value"])
         return child
 
     def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any], deadline: float) -> ChildReply:
