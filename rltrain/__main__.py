@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "memory per rank, before anything is started",
     "audit": "a data set before training: references, splits, rewards",
     "compress": "shorter reasoning traces, with a trained compressor",
+    "traces": "solutions for a cold start that a teacher writes and the student finds likely",
     "export": "a run's policy as a transformers folder, or on the hub, with a model card",
     "sample": "completions of a prompt, with the probability of each token",
     "new": "an estimator, reward, loss or data set of yours to begin from",

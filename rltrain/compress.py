@@ -14,9 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from rltrain.rewards.compression import compressed_ids
 from rltrain.rewards.scoring import score
 from rltrain.rollout.ahead import check_rollout
 from rltrain.runs import run_folder
+from rltrain.runs.rows_file import JsonRow, append_rows, read_rows, refuse_other_config, write_whole
 from rltrain.runtime import dist
 from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right
 
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 COMPRESSION_STEP = -2
 FREE_KEYS = tuple({*run_folder.FREE_KEYS, "steps"} - {"compress"})
 KEPT, WRONG, NO_TRACE, LEFT_OUT = "kept", "wrong", "no trace", "left out"
-TraceRow = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class Pipeline:
     writing: Any
     answering: Any
 
-    def rows(self, traces: Sequence[Problem]) -> list[TraceRow]:
+    def rows(self, traces: Sequence[Problem]) -> list[JsonRow]:
         """The row of each trace, in order."""
         config = self.config
         limit = prompt_limit(self.compressor, config.sampling)
@@ -68,7 +67,7 @@ class Pipeline:
         rows |= {row["id"]: row for row in self._answered([pair for pair in short if pair[1]])}
         return [rows[trace.id] for trace in traces]
 
-    def _answered(self, short: Sequence[tuple[TracePrompt, tuple[int, ...]]]) -> Iterator[TraceRow]:
+    def _answered(self, short: Sequence[tuple[TracePrompt, tuple[int, ...]]]) -> Iterator[JsonRow]:
         """Rows of the compressed traces, after which the frozen model answers the question."""
         begun = self.config.compress.begin_answer
         starts = [prompt.before_answer_ids if begun else () for prompt, _ in short]
@@ -96,7 +95,7 @@ class Pipeline:
             status = KEPT if is_right(float(group.rewards_G[0])) else WRONG
             yield self._row(prompt, ids, group.completions[0], status)
 
-    def _row(self, prompt: TracePrompt, ids: tuple[int, ...], answer: Completion, status: str) -> TraceRow:
+    def _row(self, prompt: TracePrompt, ids: tuple[int, ...], answer: Completion, status: str) -> JsonRow:
         trace, layout = prompt.problem, prompt.config
         assert isinstance(trace, Trace)
 
@@ -121,7 +120,7 @@ def _begun(group: Group, start: str) -> Group:
     return dataclasses.replace(group, completions=completions)
 
 
-def _row(trace_id: str, status: str) -> TraceRow:
+def _row(trace_id: str, status: str) -> JsonRow:
     return {"id": trace_id, "status": status}
 
 
@@ -136,7 +135,7 @@ def load(config: RunConfig) -> Pipeline:
     if config.compress.verifier is None:
         raise ConfigError("compress.verifier: none is set; choose one, for example reward@compress.verifier=boxed")
     compressor, frozen = load_policy(config.model), load_frozen(config.model, path=config.scorer.path)
-    check_same_vocabulary(compressor, frozen, path=config.scorer.path)
+    check_same_vocabulary(compressor, frozen, name=f"scorer.path={config.scorer.path}")
     engines = []
     for policy in (compressor, frozen):
         policy.model.to(dist.device())
@@ -145,33 +144,7 @@ def load(config: RunConfig) -> Pipeline:
     return Pipeline(config=config, compressor=compressor, writing=engines[0], answering=engines[1])
 
 
-def read_rows(path: Path) -> list[TraceRow]:
-    """The rows of an earlier run. An incomplete last line of a killed run is removed from the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def append_rows(path: Path, rows: Iterable[TraceRow]) -> None:
-    """Append and sync, so that a killed run loses at most the current batch."""
-    with path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all."""
-    writing = path.with_name(f".writing_{path.name}")
-    writing.write_text(text)
-    writing.replace(path)
-
-
-def counts(rows: Sequence[TraceRow]) -> dict[str, float]:
+def counts(rows: Sequence[JsonRow]) -> dict[str, float]:
     """Rows by status, the share dropped, and mean lengths in tokens over the kept rows."""
     kept = [row for row in rows if row["status"] == KEPT]
     by_status = Counter(str(row["status"]) for row in rows)
@@ -183,20 +156,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def refuse_other_config(path: Path, config: RunConfig) -> None:
-    """ConfigError if the folder was made with another config."""
-    if not path.exists():
-        return
-    before = run_folder.with_new_keys(json.loads(path.read_text())["config"], config)
-    if changed := run_folder.changes(before, run_folder.resolved(config), ignored=FREE_KEYS):
-        raise ConfigError(f"{path}: made with another config ({changed}); restore these keys or set another run_dir")
-
-
 def compress(config: RunConfig) -> dict[str, float]:
     """Compress the traces that are not done yet. Returns the counts."""
     folder, resolved = Path(config.run_dir), run_folder.resolved(config)
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_other_config(folder / "compress.json", config)
+    refuse_other_config(folder / "compress.json", config, free_keys=FREE_KEYS)
     write_whole(folder / "compress.json", json.dumps({"config": resolved}))
     traces: Sequence[Problem] = part_of(config.data).function(config.data, config.compress.split)
     total = min(config.compress.problems or len(traces), len(traces))

@@ -18,6 +18,7 @@ from rltrain.registry import needs_of
 from rltrain.registry import register as register  # where estimators of users have it from
 from rltrain.runtime.cold_starts import SCHEDULES
 from rltrain.runtime.cold_starts import ColdStartConfig as ColdStartConfig
+from rltrain.runtime.cold_starts import FriendlyTracesConfig as FriendlyTracesConfig
 from rltrain.runtime.cold_starts import ScorerConfig as ScorerConfig
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
 from rltrain.runtime.records import DebugConfig, TrackingConfig
@@ -368,6 +369,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # wandb, samples, and what the console shows
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)  # supervised fine-tuning before RL
     compress: CompressConfig = field(default_factory=CompressConfig)  # what rltrain compress shortens
+    traces: FriendlyTracesConfig = field(default_factory=FriendlyTracesConfig)  # of rltrain traces
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # deadlines of the parts of a run
     debug: DebugConfig = field(default_factory=DebugConfig)  # bundles: what a step consumed and produced
 

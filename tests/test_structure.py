@@ -32,7 +32,7 @@ LAYERS = [
     {"build"},
     {"update"},
     {"trainer"},
-    {"__main__", "train", "audit", "compress", "compare/", "report/", "export/", "plan/", "compat/"},
+    {"__main__", "train", "audit", "compress", "traces", "compare/", "report/", "export/", "plan/", "compat/"},
     {"api", "commands/"},
 ]
 LAYER_OF = {name.removesuffix("/"): level for level, names in enumerate(LAYERS) for name in names}

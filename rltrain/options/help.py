@@ -29,6 +29,7 @@ READS = {
     "evaluate": "model data eval_data rewards eval_rewards rollout environment sampling scorer evaluation tracking "
     "watchdog",
     "compress": "model data rollout sampling scorer compress tracking watchdog",
+    "traces": "model data rewards rollout sampling traces tracking watchdog",
     "plan": "model rollout sampling batch scorer loss optimizer deepspeed",
     "audit": "model data rewards sampling",
 }

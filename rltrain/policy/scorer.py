@@ -252,7 +252,7 @@ def load_scorer(
 def load_phi(config: RunConfig, policy: Policy, *, path: str | None) -> LogprobModel:
     """A frozen model that shares the policy's vocabulary."""
     frozen = load_frozen(config.model, path=path)
-    check_same_vocabulary(policy, frozen, path=config.scorer.path)
+    check_same_vocabulary(policy, frozen, name=f"scorer.path={config.scorer.path}")
     return LogprobModel(frozen.model, temperature=1.0).to(dist.device())
 
 
@@ -263,13 +263,13 @@ def load_shadow(config: RunConfig, initial: str | None) -> nn.Module:
     return shadow.to(dist.device()).eval()
 
 
-def check_same_vocabulary(policy: Policy, frozen: Policy, *, path: str | None) -> None:
-    """ConfigError for a scorer whose vocabulary differs from the policy's."""
+def check_same_vocabulary(policy: Policy, frozen: Policy, *, name: str) -> None:
+    """ConfigError for a scorer or teacher whose vocabulary differs from the policy's; ``name`` is its setting."""
     ours, theirs = policy.tokenizer.get_vocab(), frozen.tokenizer.get_vocab()
     rows = frozen.model.get_input_embeddings().num_embeddings
     if ours != theirs or rows < len(ours):
         raise ConfigError(
-            f"scorer.path={path}: its vocabulary ({len(theirs)} tokens, {rows} embeddings) is not the policy's "
+            f"{name}: its vocabulary ({len(theirs)} tokens, {rows} embeddings) is not the policy's "
             f"({len(ours)} tokens); choose a model that shares the policy's tokenizer"
         )
 

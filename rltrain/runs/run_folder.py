@@ -28,6 +28,7 @@ FREE_KEYS = (
     "watchdog",
     "debug",
     "compress",
+    "traces",
     "cold_start.share",
 )
 # Where rollout servers are, how long they may take, and what memory an engine has.

@@ -1,4 +1,4 @@
-"""Configs of supervised fine-tuning before RL, and of the model phi, which may be trained that way too."""
+"""Configs of supervised fine-tuning before RL, of its traces, and of the model phi, which may be trained that way."""
 
 from __future__ import annotations
 
@@ -79,3 +79,32 @@ class ScorerConfig:
     def is_initial(self) -> bool:
         """Whether a frozen phi is the initial policy."""
         return self.path is None and self.cold_start.steps == 0
+
+
+@dataclass(kw_only=True)
+class FriendlyTracesConfig:
+    """``rltrain traces``: solutions that a ``teacher`` writes and the model, the student, finds likely.
+
+    ``threshold=0`` vetoes nothing: the traces are the teacher's.
+    """
+
+    teacher: str = ""  # folder or hub name of a model with the student's vocabulary; the student is model
+    threshold: float = 0.01  # least probability under the student of a token that the teacher proposes
+    tries: int = 5  # of the teacher, before the student writes the token itself
+    temperature: float = 0.7  # of both models' draws
+    top_p: float = 0.95  # of both models' draws
+    top_k: int = 20  # of both models' draws; 0: all
+    keep: str = "right"  # right, by the run's rewards, or stopped: all that did not run into the limit
+    split: str = "train"  # whose problems are solved
+    problems: int = 0  # how many; 0: all
+    batch_size: int = 64  # problems at a time
+
+    def __post_init__(self) -> None:
+        require(0 <= self.threshold <= 1, f"traces.threshold={self.threshold}: must lie in [0, 1]; 0 vetoes nothing")
+        require_one_of(("right", "stopped"), "traces.keep", self.keep)
+        require(self.tries >= 1, f"traces.tries={self.tries}: set at least 1")
+        require(self.temperature > 0, f"traces.temperature={self.temperature}: must be > 0; every try would be equal")
+        require(0 < self.top_p <= 1, f"traces.top_p={self.top_p}: must lie in (0, 1]")
+        require(self.top_k >= 0, f"traces.top_k={self.top_k}: must be >= 0; 0 keeps all")
+        require(self.problems >= 0, f"traces.problems={self.problems}: must be >= 0; 0 takes all")
+        require(self.batch_size >= 1, f"traces.batch_size={self.batch_size}: set at least 1")

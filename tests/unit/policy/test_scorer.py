@@ -236,7 +236,7 @@ def test_a_scorer_with_fewer_embeddings_than_tokens_is_refused(policy):
     other = load_policy(SMALL)
     other.model.resize_token_embeddings(90)
     with pytest.raises(ConfigError, match=r"scorer.path=there: its vocabulary .*; choose a model that shares"):
-        check_same_vocabulary(policy, other, path="there")
+        check_same_vocabulary(policy, other, name="scorer.path=there")
 
 
 @pytest.mark.parametrize(("values", "message"), [
