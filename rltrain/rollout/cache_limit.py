@@ -36,7 +36,7 @@ def limit_tokens(model: Any, *, configured: int, rows: int, free: int | None) ->
         rows=rows,
         free=free,
         vocabulary=model.config.get_text_config().vocab_size,
-        token_bytes=token_bytes(model),
+        token_bytes=1 if free is None else token_bytes(model),  # a recurrent model has no keys to count
     )
 
 

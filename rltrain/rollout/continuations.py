@@ -171,6 +171,10 @@ class ForkingDecoder:
         """Logits [B, V] after one more token in every row."""
         return self._decoder.step(tokens_B)
 
+    def feed(self, rows: Sequence[int], starts: Sequence[int], ids: Sequence[Sequence[int]]) -> Tensor:
+        """See :meth:`SharedDecoder.feed`."""
+        return self._decoder.feed(rows, starts, ids)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
         self._decoder.keep(rows)

@@ -185,6 +185,7 @@ class Conversation:
             entropies=None if entropies is None else tuple(entropies),
             turns=(*self.turns, replace(self._turn, state_key=self._key)),
             failed=self.failed,
+            abstains=bool(self.failed) and self.rules.config.on_failure == "abstain",
         )
 
 

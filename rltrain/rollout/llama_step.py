@@ -214,7 +214,8 @@ class LlamaStep:
         half = sin.shape[-1] // 2
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
-    def __call__(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
+    def __call__(self, tokens_B: Tensor, positions_B: Tensor, last_B: Tensor | None = None) -> Tensor:
+        """``last_B`` are the tokens whose logits are wanted; all without."""
         x_BD = self._embed(tokens_B)
         if self._turns_P is None:
             cos, signed_sin = self._turns(positions_B)
@@ -222,4 +223,4 @@ class LlamaStep:
             cos, signed_sin = (turns.index_select(0, positions_B) for turns in self._turns_P)
         for layer in self._layers:
             x_BD = layer(x_BD, cos, signed_sin)
-        return self._head(self._norm(x_BD))
+        return self._head(self._norm(x_BD if last_B is None else x_BD[last_B]))

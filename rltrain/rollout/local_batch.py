@@ -32,6 +32,7 @@ class LocalBatch:
     ) -> None:
         self._decoder, self._sampling, self._config, self._limit_tokens = decoder, sampling, config, limit_tokens
         self._answers, self._waiting = answers, WaitingRows()
+        self._feeding = decoder if isinstance(decoder, (SharedDecoder, ForkingDecoder)) else None
         self._steps = 0  # decoded
         self._was_full = False  # rows were sent back, and none has ended since
         self._longest_tokens = 0  # of the completions that have ended
@@ -89,9 +90,45 @@ class LocalBatch:
         after_steps = self._config.reply_steps or self._config.steps_between_looks(self._keys_B.device.type)
         due = self._waiting.take_due(self._steps, decoding, share=self._config.compact_share, after_steps=after_steps)
         carry([row.conversation for job in due for row in job.rows if row.conversation], answers, wait=True)
+        if due and self._feeding is None:
+            self._keep(self._wanted())
         for job in due:
             job.rows[0].observe()
-        queue.extendleft(reversed([job for job in due if not job.rows[0].done]))
+        going = [job for job in due if not job.rows[0].done]
+        place = {id(row): index for index, row in enumerate(self._rows)}
+        here = sorted(((place[id(job.rows[0])], job) for job in going if id(job.rows[0]) in place), key=lambda x: x[0])
+        queue.extendleft(reversed([job for job in going if id(job.rows[0]) not in place]))
+        for fed in self._feeds(here):
+            self._feed(fed)
+
+    def _feeds(self, here: Sequence[tuple[int, Job]]) -> list[list[tuple[int, Job]]]:
+        """Rows that are fed together, at most ``prefix_tokens_per_pass`` tokens with their padding, or one."""
+        batches: list[list[tuple[int, Job]]] = []
+        width = 0
+        for index, job in here:
+            width = max(width, 1 + job.rows[0].observed_tokens)
+            if not batches or (len(batches[-1]) + 1) * width > self._config.prefix_tokens_per_pass:
+                batches.append([])
+                width = 1 + job.rows[0].observed_tokens
+            batches[-1].append((index, job))
+        return batches
+
+    def _feed(self, fed: Sequence[tuple[int, Job]]) -> None:
+        """Feed rows the last token of their turns and what they observe, and sample the first token of the next."""
+        assert self._feeding is not None
+        rows, indices = [job.rows[0] for _, job in fed], [index for index, _ in fed]
+        ids = [row.token_ids[-1 - row.observed_tokens :] for row in rows]
+        starts = [
+            len(job.prompt_ids) + len(row.token_ids) - len(new)
+            for (_, job), row, new in zip(fed, rows, ids, strict=True)
+        ]
+        logits_RV = self._feeding.feed(indices, starts, ids)
+        index_R = torch.tensor(indices, device=self._keys_B.device)
+        positions_R = torch.tensor([row.offset + len(row.token_ids) for row in rows], device=self._keys_B.device)
+        tokens_R, facts_RF = self._sample(logits_RV, uniforms(self._keys_B[index_R], positions_R), rows)
+        self._record(rows, tokens_R[None], facts_RF[None])
+        self._tokens_B = self._tokens_B.index_copy(0, index_R, tokens_R)
+        self._positions_B = self._positions_B.index_copy(0, index_R, positions_R + 1)
 
     def _has_room(self, jobs: Sequence[Job]) -> bool:
         """Whether the jobs fit into the rows and the cache and, where others may join later, into one prefill."""
@@ -122,13 +159,13 @@ class LocalBatch:
         columns = max(self._config.steps_between_looks(self._keys_B.device.type), 1 + self._config.speculate_tokens)
         if self._decoder.cache_tokens(columns, len(self._rows), grows=True) <= self._limit_tokens:
             return
-        self._keep([index for index, row in enumerate(self._rows) if not row.done])
+        self._keep(self._wanted())
         kept = len(self._rows)
         while kept > 1 and self._decoder.cache_tokens(columns, kept, grows=True) > self._limit_tokens:
             kept -= 1
         if kept < len(self._rows):
             prompt_of = {id(row): job.prompt_ids for job in self._jobs for row in job.rows}
-            back = [Job(prompt_ids=prompt_of[id(row)], rows=[row]) for row in self._rows[kept:]]
+            back = [Job(prompt_ids=prompt_of[id(row)], rows=[row]) for row in self._rows[kept:] if not row.done]
             queue.extendleft(reversed(back))
             self._keep(range(kept))
             self._was_full = True
@@ -221,9 +258,13 @@ class LocalBatch:
 
     def _compact(self) -> None:
         """Drop finished rows once they are worth the copy."""
-        kept = [index for index, row in enumerate(self._rows) if not row.done]
+        kept = self._wanted()
         if len(self._rows) - len(kept) >= self._config.compact_share * len(self._rows):
             self._keep(kept)
+
+    def _wanted(self) -> list[int]:
+        """The rows whose caches are needed: those that decode and, where answers can be fed, those that wait."""
+        return [index for index, row in enumerate(self._rows) if not row.done or (self._feeding and row.waits)]
 
     def _keep(self, kept: Sequence[int]) -> None:
         """Drop all rows but these. Where some had ended, others may start again."""

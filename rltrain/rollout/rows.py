@@ -78,6 +78,11 @@ class Row:
         self.rule = self.conversation.rules.of_turn(self.offset + self.begins)
 
     @property
+    def observed_tokens(self) -> int:
+        """How many tokens before the present turn are its environment's."""
+        return self.conversation.turns[-1].observed if self.conversation is not None and self.conversation.turns else 0
+
+    @property
     def left_tokens(self) -> int:
         """How many more tokens it may have, of its present turn."""
         return self.begins + self.rule.max_new_tokens - len(self.token_ids)

@@ -16,9 +16,9 @@ of a query, a matrix a prompt and a matrix a row, are the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakMethod
 
@@ -29,127 +29,11 @@ from torch.nn.functional import pad
 from rltrain.policy import capabilities
 from rltrain.rollout.hf_decoder import left_padded, padded_positions
 from rltrain.rollout.llama_step import LlamaStep
+from rltrain.rollout.shared_cache import BLOCK, CacheLayer, Prefilled, RowLayout, cat_left_padded
+from rltrain.rollout.shared_cache import grown as grown
 from rltrain.rollout.step_graph import StepRunner
 
 _ATTENTION = "rltrain_shared_prompt"
-# Columns allocated at a time on a CPU, and at least elsewhere. A product over the whole of a contiguous cache, unused
-# columns included, is up to twice as fast on a CPU as one over a slice of a larger cache.
-_BLOCK = 16
-# The first columns elsewhere. Then the cache grows by a quarter: each growth is a copy, leaves memory of another size
-# behind, and makes a new CUDA graph.
-_FIRST_BLOCK = 64
-
-
-def grown(capacity: int, device_type: str) -> int:
-    """The columns of the cache after it has grown from ``capacity``."""
-    if device_type == "cpu":
-        return capacity + _BLOCK
-    return max(_FIRST_BLOCK, capacity + -(-capacity // (4 * _BLOCK)) * _BLOCK)
-
-
-def _cat_left_padded(old: Tensor, new: Tensor, dim: int) -> Tensor:
-    """Concatenate along the axis before ``dim``; along ``dim`` the shorter side is padded on the left."""
-    width = max(old.shape[dim], new.shape[dim])
-    trailing = (0, 0) * (old.ndim - 1 - dim)
-    return torch.cat([pad(x, (*trailing, width - x.shape[dim], 0)) for x in (old, new)], dim - 1)
-
-
-def _with_columns(old: Tensor, count: int) -> Tensor:
-    """``count`` columns of zeros on the right."""
-    heads, rows, columns, size = old.shape
-    new = old.new_empty(heads, rows, columns + count, size)
-    new[:, :, :columns] = old
-    new[:, :, columns:] = 0
-    return new
-
-
-class _Layer:
-    """Keys and values of one layer; axes [kv head, prompt or row, token, head dim].
-
-    Unused columns hold zeros, because a masked score of weight 0 still multiplies its value. ``matrices`` are views of
-    prompt keys, own keys, prompt values and own values as batched products take them, keys transposed.
-    """
-
-    def __init__(self, prompt_keys: Tensor, prompt_values: Tensor) -> None:
-        self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
-        self.own_keys = prompt_keys.new_zeros(len(prompt_keys), 0, 0, prompt_keys.shape[-1])
-        self.own_values = prompt_values.new_zeros(len(prompt_values), 0, 0, prompt_values.shape[-1])
-        self._look()
-
-    def _look(self) -> None:
-        keys = (x.flatten(0, 1).mT for x in (self.prompt_keys, self.own_keys))
-        values = (x.flatten(0, 1) for x in (self.prompt_values, self.own_values))
-        self.matrices = (*keys, *values)
-
-    def admit_prompts(self, keys: Tensor, values: Tensor) -> None:
-        self.prompt_keys = _cat_left_padded(self.prompt_keys, keys, dim=2)
-        self.prompt_values = _cat_left_padded(self.prompt_values, values, dim=2)
-        self._look()
-
-    def add_rows(self, count: int) -> None:
-        self.own_keys = pad(self.own_keys, (0, 0, 0, 0, 0, count))
-        self.own_values = pad(self.own_values, (0, 0, 0, 0, 0, count))
-        self._look()
-
-    def add_columns(self, count: int) -> None:
-        self.own_keys = _with_columns(self.own_keys, count)
-        self.own_values = _with_columns(self.own_values, count)
-        self._look()
-
-    def take_columns(self, columns_BC: Tensor) -> None:
-        index = columns_BC[None, :, :, None]
-        self.own_keys, self.own_values = (
-            x.gather(2, index.expand(len(x), -1, -1, x.shape[-1])) for x in (self.own_keys, self.own_values)
-        )
-        self._look()
-
-    def keep(self, rows_B: Tensor, prompts_P: Tensor | None, first_column: int) -> None:
-        self.own_keys = self.own_keys[:, :, first_column:].index_select(1, rows_B)
-        self.own_values = self.own_values[:, :, first_column:].index_select(1, rows_B)
-        if prompts_P is not None:
-            self.prompt_keys = self.prompt_keys.index_select(1, prompts_P)
-            self.prompt_values = self.prompt_values.index_select(1, prompts_P)
-        self._look()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prefilled:
-    """Left-padded prompts after their forward: of each layer keys and values [kv head, P, T, head dim], mask, logits.
-
-    ``layers`` is read once, from first to last. Zeros in ``mask_PT`` [P, T] are padding; ``logits_PV`` follow the last
-    token of each prompt. Its rows have at most ``new_tokens_P`` new tokens each.
-    """
-
-    layers: Iterable[tuple[Tensor, Tensor]]
-    mask_PT: Tensor
-    logits_PV: Tensor
-    new_tokens_P: Tensor
-
-
-class _Layout:
-    """Where rows sit when they are arranged by prompt as [P, W], W the most rows of any prompt."""
-
-    def __init__(self, prompt_of: Sequence[int], device: torch.device) -> None:
-        """``prompt_of`` is ascending and names every prompt."""
-        first = {prompt: row for row, prompt in reversed(list(enumerate(prompt_of)))}
-        ranks = [row - first[prompt] for row, prompt in enumerate(prompt_of)]
-        self.prompts, self.width = len(first), max(ranks) + 1
-        slots = [prompt * self.width + rank for prompt, rank in zip(prompt_of, ranks, strict=True)]
-        dense = len(slots) == self.prompts * self.width
-        self._slots_B = None if dense else torch.tensor(slots, device=device)
-
-    def by_prompt(self, x_HBRX: Tensor) -> Tensor:
-        """[H, B, R, X] -> [H·P, W·R, X]; zeros where a prompt has fewer than W rows."""
-        heads, _, repeats, size = x_HBRX.shape
-        if self._slots_B is not None:
-            padded = x_HBRX.new_zeros(heads, self.prompts * self.width, repeats, size)
-            x_HBRX = padded.index_copy_(1, self._slots_B, x_HBRX)
-        return x_HBRX.view(heads * self.prompts, self.width * repeats, size)
-
-    def by_row(self, x_PWX: Tensor, repeats: int) -> Tensor:
-        """The inverse: [H·P, W·R, X] -> [H, B, R, X]."""
-        x = x_PWX.view(-1, self.prompts * self.width, repeats, x_PWX.shape[-1])
-        return x if self._slots_B is None else x.index_select(1, self._slots_B)
 
 
 def shared_prompt_attention(
@@ -195,13 +79,14 @@ class SharedDecoder:
             if fused and LlamaStep.supports(model)
             else self._transformers_forward
         )
-        self.layers: list[_Layer] = []
-        self.layout: _Layout
+        self.layers: list[CacheLayer] = []
+        self.layout: RowLayout
         self._prompt_of: list[int] = []  # of each row; ascending
         self._births: list[int] = []  # the first column of each row
         self._columns = 0  # in use
         self._width = 1  # tokens of a row in the present step: T; N = B·T
         self._holes_BC: Tensor | None = None
+        self._fed: SharedDecoder | None = None  # what stands for some of the rows while they alone are fed
         # What a step changes is changed in place, and its layout is on the device: no step reads or sends anything.
         capturable = isinstance(self._forward, LlamaStep) and self._forward.tabulates
         self._steps = StepRunner(graphs=graphs and capturable and model.device.type == "cuda")
@@ -357,11 +242,11 @@ class SharedDecoder:
         if self._births:
             for layer, (keys, values) in zip(self.layers, prefilled.layers, strict=True):
                 layer.admit_prompts(keys, values)
-            self._prompt_mask_PT = _cat_left_padded(self._prompt_mask_PT, mask_PT, dim=1)
+            self._prompt_mask_PT = cat_left_padded(self._prompt_mask_PT, mask_PT, dim=1)
             self._positions_B = torch.cat([self._positions_B, next_positions_B])
             self._last_B = torch.cat([self._last_B, last_B])
         else:
-            self.layers = [_Layer(keys, values) for keys, values in prefilled.layers]
+            self.layers = [CacheLayer(keys, values) for keys, values in prefilled.layers]
             self._prompt_mask_PT, self._positions_B, self._last_B = mask_PT, next_positions_B, last_B
             self._columns, self._holes_BC = 0, None
         first = self._prompt_of[-1] + 1 if self._prompt_of else 0
@@ -375,15 +260,16 @@ class SharedDecoder:
         return prefilled.logits_PV.repeat_interleave(rows_P, dim=0)
 
     def _lay_out(self) -> None:
-        self.layout = _Layout([prompt for prompt in self._prompt_of for _ in range(self._width)], self._device)
+        prompt_of = [prompt for prompt in self._prompt_of for _ in range(self._width)]
+        self.layout = RowLayout(prompt_of, self._device, prompts=len(self._prompt_mask_PT))
         self._births_B = torch.tensor(self._births, device=self._device)
         self._prompt_of_B = torch.tensor(self._prompt_of, device=self._device)
         self._bias = {}
         self._steps.changed()
 
-    def _open(self, columns: int) -> None:
-        """Open the present columns, at most ``_BLOCK``; ``_show`` must follow."""
-        if self._columns + columns > self.capacity:
+    def _reserve(self, columns: int) -> None:
+        """Grow until so many more columns fit."""
+        while self._columns + columns > self.capacity:
             count = grown(self.capacity, self._device.type) - self.capacity
             for layer in self.layers:
                 layer.add_columns(count)
@@ -391,6 +277,10 @@ class SharedDecoder:
                 self._holes_BC = pad(self._holes_BC, (0, count))
             self._bias = {}
             self._steps.changed()
+
+    def _open(self, columns: int) -> None:
+        """Open the present columns, at most ``BLOCK``; ``_show`` must follow."""
+        self._reserve(columns)
         if columns == 1:
             self._present_T.fill_(self._columns)
         else:
@@ -416,7 +306,7 @@ class SharedDecoder:
         return self._forward(tokens_B, torch.minimum(self._positions_B, self._last_B))
 
     def verify(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] after each of T more tokens in every row, at most ``_BLOCK``; ``accept`` must follow."""
+        """Logits [B, T, V] after each of T more tokens in every row, at most ``BLOCK``; ``accept`` must follow."""
         self._set_width(tokens_BT.shape[1])
         self._open(self._width)
         self._show()
@@ -427,14 +317,89 @@ class SharedDecoder:
 
     def accept(self, counts_B: Tensor) -> None:
         """Keep so many of the verified tokens in each row, from the first; the columns of the others are holes."""
-        if self._holes_BC is None:
-            self._holes_BC = torch.zeros(len(self._births), self.capacity, dtype=torch.bool, device=self._device)
         offset_T = torch.arange(self._width, device=self._device)
-        self._holes_BC[:, self._columns - self._width : self._columns] = offset_T >= counts_B[:, None]
+        self._holes()[:, self._columns - self._width : self._columns] = offset_T >= counts_B[:, None]
         self._positions_B = self._positions_B + counts_B
         self._set_width(1)
+        self._close_many_holes()
+
+    def feed(self, rows: Sequence[int], starts: Sequence[int], ids: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [R, V] after more tokens in some rows, ascending: ``ids[r]`` from position ``starts[r]`` on.
+
+        What these rows were fed at that position and behind it is forgotten. The others stay as they are.
+        """
+        rows_R, starts_R = self._tensor(rows), self._tensor(starts)
+        counts_R, width, columns = self._tensor([len(each) for each in ids]), max(map(len, ids)), self._columns
+        kept_RC = self._kept(rows_R, starts_R)
+        part = self._part(rows, kept_RC, counts_R)
+        tokens_RT, _ = left_padded(ids, self._pad_id, self._device)
+        offset_RT = torch.arange(width, device=self._device) - (width - counts_R)[:, None]
+        logits_RV = self._fed_logits(part, tokens_RT, (starts_R[:, None] + offset_RT).clamp(min=0))
+        ends_R = (kept_RC * torch.arange(1, columns + 1, device=self._device)).amax(1)
+        short = int((torch.maximum(ends_R, self._births_B[rows_R]) + counts_R).max()) - columns
+        self._reserve(max(0, short))
+        self._columns += max(0, short)
+        self._note_fed(rows_R, kept_RC, counts_R, before=columns)
+        part_rows_N, offset_N = (offset_RT >= 0).nonzero(as_tuple=True)
+        places = (rows_R[part_rows_N], self._columns - width + offset_N)
+        for layer, of_part in zip(self.layers, part.layers, strict=True):
+            layer.put(of_part, places, (part_rows_N, columns + offset_N))
+        self._positions_B[rows_R] = starts_R + counts_R
+        self._bias = {}
+        self._steps.changed()
+        self._close_many_holes()
+        return logits_RV
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
+    def _holes(self) -> Tensor:
+        if self._holes_BC is None:
+            self._holes_BC = torch.zeros(len(self._births), self.capacity, dtype=torch.bool, device=self._device)
+        return self._holes_BC
+
+    def _kept(self, rows_R: Tensor, starts_R: Tensor) -> Tensor:
+        """[R, columns in use]: those that hold a row's tokens before the positions ``starts_R``."""
+        fed_R = starts_R - self._prompt_mask_PT.sum(-1)[self._prompt_of_B[rows_R]]
+        column_C = torch.arange(self._columns, device=self._device)
+        full_RC = (column_C >= self._births_B[rows_R][:, None]) & ~self._holes()[rows_R, : self._columns]
+        return full_RC & (full_RC.cumsum(1) <= fed_R[:, None])
+
+    def _part(self, rows: Sequence[int], kept_RC: Tensor, counts_R: Tensor) -> SharedDecoder:
+        """Some rows alone, with columns for their new tokens, which end together."""
+        part, rows_R, width = copy.copy(self), self._tensor(rows), int(counts_R.max())
+        part.layers = [layer.part(rows_R, self._columns, width) for layer in self.layers]
+        part._prompt_of, part._births = ([each[row] for row in rows] for each in (self._prompt_of, self._births))
+        part._width, part._columns = width, self._columns + width
+        part._present_T = torch.arange(self._columns, part._columns, device=self._device)
+        offset_T = torch.arange(width, device=self._device)
+        part._holes_BC = torch.cat([~kept_RC, offset_T < (width - counts_R)[:, None]], dim=1)
+        part._holes_BC &= torch.arange(part._columns, device=self._device) >= self._births_B[rows_R][:, None]
+        part._lay_out()
+        return part
+
+    def _fed_logits(self, part: SharedDecoder, tokens_RT: Tensor, positions_RT: Tensor) -> Tensor:
+        """Logits [R, V] of the last tokens of a part's rows."""
+        if not isinstance(self._forward, LlamaStep):
+            return part._transformers_forward(tokens_RT.flatten(), positions_RT.flatten(), logits_to_keep=1)
+        rows, width = tokens_RT.shape
+        last_R = torch.arange(width - 1, rows * width, width, device=self._device)
+        self._fed = part
+        try:
+            return self._forward(tokens_RT.flatten(), positions_RT.flatten(), last_R)
+        finally:
+            self._fed = None
+
+    def _note_fed(self, rows_R: Tensor, kept_RC: Tensor, counts_R: Tensor, *, before: int) -> None:
+        """Of the fed rows all columns but those kept and the newest are holes, of the others those that were opened."""
+        holes_BC, column_C = self._holes(), torch.arange(self._columns, device=self._device)
+        holes_BC[:, before : self._columns] = True
+        seen_RC = pad(kept_RC, (0, self._columns - before)) | (column_C >= self._columns - counts_R[:, None])
+        holes_BC[rows_R, : self._columns] = (column_C >= self._births_B[rows_R][:, None]) & ~seen_RC
+
+    def _close_many_holes(self) -> None:
         longest = int((self._positions_B - self._last_B).max()) + self._max_new_tokens - 1
-        if self._columns > 2 * longest + _BLOCK:
+        if self._columns > 2 * longest + BLOCK:
             self._close_holes()
 
     def _close_holes(self) -> None:
@@ -459,10 +424,11 @@ class SharedDecoder:
     def _llama_attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        self._write(layer_idx, key, value)
-        return self.attend(layer_idx, query, scale, window)
+        rows = self._fed or self
+        rows._write(layer_idx, key, value)
+        return rows.attend(layer_idx, query, scale, window)
 
-    def _transformers_forward(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
+    def _transformers_forward(self, tokens_N: Tensor, positions_N: Tensor, *, logits_to_keep: int = 0) -> Tensor:
         with self._attention():
             logits_BTV = self._model(
                 input_ids=tokens_N.view(-1, self._width),
@@ -471,6 +437,7 @@ class SharedDecoder:
                 past_key_values=self,
                 use_cache=True,
                 rollout=self,
+                logits_to_keep=logits_to_keep,
             ).logits
         return logits_BTV.flatten(0, 1)
 
