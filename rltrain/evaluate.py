@@ -222,11 +222,12 @@ def table(
     """The facts, then a line per metric with what was sampled and, where that is another, what was greedy."""
     both = config.temperature > 0
     heads = [facts["drawn"], "greedy"] if both else ["greedy"]
-    lines = [f"{name:24s}{facts[name]}" for name in ("model", "data", "split")]
+    width = max(24, *(len(name.removeprefix("eval_completions/").removeprefix("eval_")) + 1 for name in sampled))
+    lines = [f"{name:{width}s}{facts[name]}" for name in ("model", "data", "split")]
     lines += [
-        f"{'problems (n)':24s}{int(sampled['eval_problems'])}",
+        f"{'problems (n)':{width}s}{int(sampled['eval_problems'])}",
         "",
-        " " * 24 + "".join(f"{h:>24s}" for h in heads),
+        " " * width + "".join(f"{h:>24s}" for h in heads),
     ]
     for name, value in sampled.items():
         short = name.removeprefix("eval_")
@@ -234,7 +235,7 @@ def table(
             continue
         shown = f"avg@{config.samples} (accuracy)" if short == "accuracy" else short.removeprefix("completions/")
         cells = [_cell(name, value, sampled), *([_cell(name, greedy.get(name), greedy)] if both else [])]
-        lines.append(f"{shown:24s}" + "".join(f"{cell:>24s}" for cell in cells))
+        lines.append(f"{shown:{width}s}" + "".join(f"{cell:>24s}" for cell in cells))
     return "\n".join(lines)
 
 

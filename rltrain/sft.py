@@ -22,6 +22,7 @@ import torch
 
 from rltrain import cli
 from rltrain.config import ColdStartConfig, RunConfig
+from rltrain.environments.demonstrations import BadTurns, Demonstration, demonstrator
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy import curio
 from rltrain.policy.encode import encode_all, why_left_out
@@ -30,11 +31,12 @@ from rltrain.policy.tiny import TinyConfig
 from rltrain.registry import part_of
 from rltrain.runs import cold_starts, run_folder
 from rltrain.runtime import dist, progress, watchdog
-from rltrain.types import Problem
+from rltrain.types import Problem, Prompt
 
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # the label that transformers leaves out of the loss
+REASONS_IN_WARNING = 5
 BETWEEN_LINES_S = 5.0  # where there is no terminal
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
 
@@ -185,7 +187,8 @@ def _in_own_process(config: RunConfig, folder: Path, telling: _Telling) -> None:
 def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> list[dict[str, list[int]]]:
     """Token ids and labels of each worked solution: the prompt as for RL and without loss, EOS at the end.
 
-    Where the prompt is cut from a text, the rest of the text follows the solution.
+    Where the prompt is cut from a text, the rest of the text follows the solution. A solution that is a list has turns
+    (:mod:`rltrain.environments.demonstrations`): what an environment writes in between carries no loss.
     """
     field = config.cold_start.solution_field
     missing = [problem.id for problem in problems if field not in problem.meta]
@@ -195,19 +198,16 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
             f"{missing[0]}; name its column with +data.meta.{field}=COLUMN, let the cold start learn from other data "
             "with +data@cold_start_data=small_integers, or leave it out with cold_start.steps=0"
         )
-    other = next((problem.id for problem in problems if not isinstance(problem.meta[field], str)), None)
+    other = next((problem.id for problem in problems if not isinstance(problem.meta[field], (str, list, tuple))), None)
     if other is not None:
-        raise ConfigError(f"cold_start.solution_field={field}: of {other} is no text; choose a field that holds text")
+        raise ConfigError(
+            f"cold_start.solution_field={field}: of {other} is neither a text nor a list of turns; choose another field"
+        )
     if policy.tokenizer.eos_token_id is None:
         raise ConfigError("cold start: the tokenizer has no EOS token to end a solution; set eos_token in its config")
-    rows = []
     longest = config.cold_start.max_length
-    for encoded in encode_all(policy, problems, config.model, max_prompt_tokens=longest)[0]:
-        prompt = encoded.token_ids
-        solution = policy.tokenizer(encoded.problem.meta[field], add_special_tokens=False)["input_ids"]
-        ids = [*prompt, *solution, *encoded.continuation_ids, policy.tokenizer.eos_token_id]
-        if len(ids) <= longest:
-            rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
+    encoded = encode_all(policy, problems, config.model, max_prompt_tokens=longest)[0]
+    rows = [row for row in _rows(encoded, policy, config) if len(row["input_ids"]) <= longest]
     if len(rows) < len(problems):
         count = len(problems) - len(rows)
         log.warning("cold start: %d solutions over max_length, or without a prompt, were left out", count)
@@ -215,6 +215,49 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
         reason = why_left_out(policy, problems[0], config.model, max_prompt_tokens=longest)
         raise ConfigError(f"cold start: no example is within cold_start.max_length={longest}, the first is {reason}")
     return rows
+
+
+def _rows(encoded: Sequence[Prompt], policy: Policy, config: RunConfig) -> list[dict[str, list[int]]]:
+    field = config.cold_start.solution_field
+    solutions = [prompt.problem.meta[field] for prompt in encoded]
+    is_text = all(isinstance(solution, str) for solution in solutions)
+    if is_text and (config.environment is None or any(prompt.continuation_ids for prompt in encoded)):
+        return [_row_of_text(prompt, policy.tokenizer, field) for prompt in encoded]
+    turns = [[solution] if isinstance(solution, str) else solution for solution in solutions]
+    with demonstrator(policy, config) as maker:
+        made = maker.all_of([prompt.problem for prompt in encoded], turns)
+    _warn_of_bad_turns(encoded, made, field)
+    return [
+        _row_of_turns(prompt, one) for prompt, one in zip(encoded, made, strict=True) if isinstance(one, Demonstration)
+    ]
+
+
+def _row_of_text(prompt: Prompt, tokenizer: Any, field: str) -> dict[str, list[int]]:
+    solution = tokenizer(prompt.problem.meta[field], add_special_tokens=False)["input_ids"]
+    ids = [*prompt.token_ids, *solution, *prompt.continuation_ids, tokenizer.eos_token_id]
+    start = len(prompt.token_ids)
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+
+
+def _row_of_turns(prompt: Prompt, made: Demonstration) -> dict[str, list[int]]:
+    labels = [token if written else IGNORED for token, written in zip(made.token_ids, made.written_T, strict=True)]
+    return {
+        "input_ids": [*prompt.token_ids, *made.token_ids],
+        "labels": [IGNORED] * len(prompt.token_ids) + labels,
+    }
+
+
+def _warn_of_bad_turns(encoded: Sequence[Prompt], made: Sequence[Demonstration | BadTurns], field: str) -> None:
+    """Name the first rows that are left out, each with its reason; ConfigError where all are."""
+    reasons = [
+        f"{prompt.problem.id}: {one}" for prompt, one in zip(encoded, made, strict=True) if isinstance(one, BadTurns)
+    ]
+    if reasons and len(reasons) == len(made):
+        raise ConfigError(
+            f"cold_start.solution_field={field}: no solution can be learnt from, the first is {reasons[0]}"
+        )
+    if reasons:
+        log.warning("cold start: %d solutions are left out: %s", len(reasons), "; ".join(reasons[:REASONS_IN_WARNING]))
 
 
 def train(config: RunConfig, folder: Path, telling: _Telling | None = None) -> None:

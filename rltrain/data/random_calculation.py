@@ -44,7 +44,8 @@ from rltrain.registry import register
 from rltrain.types import Problem
 
 SPLITS = ("train", "validation", "test")
-SOLUTIONS = ("steps", "answer", "checked")
+CALLED = ("calls", "call")  # solutions of several turns
+SOLUTIONS = ("steps", "answer", "checked", *CALLED)
 SPLIT_OF_QUARTER = ("train", "train", "validation", "test")
 MAX_STEPS = 20
 MAX_REDRAWS = 512
@@ -167,6 +168,24 @@ def decimal_text(value: Fraction) -> str:
     return f"{FIFTEEN_DIGITS.divide(Decimal(value.numerator), Decimal(value.denominator)):g}"
 
 
+def boxed(value: Fraction, notation: Notation) -> str:
+    r"""The value in ``\boxed{}``."""
+    return f"\\boxed{{{value_text(value, notation)}}}"
+
+
+def called_turns(expression: ArithmeticExpression, notation: Notation, style: str, call: str) -> list[str]:
+    r"""The turns of a solution that leaves the arithmetic to an environment: its calls, then the box.
+
+    ``style="calls"``: a call per operator, in order of evaluation; ``"call"``: the whole expression at once. ``call``
+    has ``{expression}`` in it. A turn after an observation begins on a new line.
+    """
+    asked = [render(expression, notation)]
+    if style == "calls":
+        asked = [line.rpartition(notation.equals)[0] for line in worked_steps(expression, notation)]
+    texts = [*(call.replace("{expression}", each) for each in asked), boxed(expression.value, notation)]
+    return [texts[0], *(f"\n{text}" for text in texts[1:])]
+
+
 def solution_text(expression: ArithmeticExpression, notation: Notation, style: str) -> str:
     r"""``style="steps"``: one line per operator, then the exact value in ``\boxed{}``; ``"answer"``: the box alone.
 
@@ -176,7 +195,7 @@ def solution_text(expression: ArithmeticExpression, notation: Notation, style: s
     lines = [] if style == "answer" else worked_steps(expression, notation)
     if style == "checked":
         lines += [f"check {line}" for line in lines[: expression.key % (len(lines) + 1)]]
-    return "\n".join([*lines, f"\\boxed{{{value_text(expression.value, notation)}}}"])
+    return "\n".join([*lines, boxed(expression.value, notation)])
 
 
 @dataclass(kw_only=True)
@@ -184,7 +203,8 @@ class RandomCalculationConfig(DataConfig):
     """``steps`` are taken in turn; ``{expression}`` in ``prompt`` stands for the printed expression.
 
     The first ``all_worked`` problems of a split have ``solution`` in ``meta``, and so has a share ``worked_share`` of
-    the later ones, drawn by their ids; the others have the box alone.
+    the later ones, drawn by their ids; the others have the box alone. Solutions ``calls`` and ``call`` are lists of
+    turns (:func:`called_turns`), whose observations the cold start gets from the run's environment.
     ``max_operand``, ``min_value``, ``max_value`` and ``operators`` belong to ``preset=integers`` (:func:`integers`).
     """
 
@@ -195,7 +215,10 @@ class RandomCalculationConfig(DataConfig):
     test_size: int = 512  # problems for the test
     seed: int = 0  # of the problems
     prompt: str = PROMPT
-    solution: str = "steps"  # worked solutions for cold starts: steps, answer or checked
+    solution: str = (
+        "steps"  # worked solutions for cold starts: steps, answer, checked, or with an environment: calls, call
+    )
+    call: str = "<calc>{expression}</calc>"  # what a turn of calls or call writes to ask the environment
     worked_share: float = 1.0  # share of the problems with that solution; the others have the box alone
     all_worked: int = 0  # the first so many problems of a split all have it
     max_operand: int = 20
@@ -215,6 +238,11 @@ class RandomCalculationConfig(DataConfig):
         require("{expression}" in self.prompt, f"data.prompt={self.prompt!r}: lacks the problem; add {{expression}}")
         require(
             self.solution in SOLUTIONS, f"data.solution={self.solution}: unknown; set one of {', '.join(SOLUTIONS)}"
+        )
+        require("{expression}" in self.call, f"data.call={self.call!r}: asks for nothing; add {{expression}}")
+        require(
+            self.preset == "integers" or self.solution not in CALLED,
+            f"data.solution={self.solution}: an environment reads no LaTeX; set data.preset=integers",
         )
         require(0 <= self.worked_share <= 1, f"data.worked_share={self.worked_share}: must lie in [0, 1]")
         require(self.all_worked >= 0, f"data.all_worked={self.all_worked}: must be >= 0")
@@ -279,9 +307,15 @@ class RandomCalculation(Sequence[Problem]):
                 "expression": expression,
                 "exact": f"{tree.value.numerator}/{tree.value.denominator}",
                 "steps": steps,
-                "solution": solution_text(tree, notation, config.solution if is_worked else "answer"),
+                "solution": self._solution(tree, is_worked=is_worked),
             },
         )
+
+    def _solution(self, tree: ArithmeticExpression, *, is_worked: bool) -> str | list[str]:
+        config, notation = self.config, self.preset.notation
+        if is_worked and config.solution in CALLED:
+            return called_turns(tree, notation, config.solution, config.call)
+        return solution_text(tree, notation, config.solution if is_worked else "answer")
 
 
 @register("data", "random_calculation", RandomCalculationConfig)

@@ -24,11 +24,11 @@ from rltrain.runs import run_folder
 from rltrain.runtime import dist, progress
 
 FOLDER, RECORD = "cold_starts", "sft.json"
-DEPENDS_ON = ("seed", "model", "data", "cold_start_data", "cold_start")
+DEPENDS_ON = ("seed", "model", "data", "cold_start_data", "environment", "cold_start")
 HOW_TO_GET_IT = ("cold_start.path", "cold_start.share")  # change where it comes from, not what it is
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "peft")
 # The code that makes examples and trains on them.
-CODE = ("sft.py", "data/*.py", "policy/*.py")
+CODE = ("sft.py", "data/*.py", "policy/*.py", "environments/*.py", "rollout/conversation.py", "rollout/observations.py")
 # Keys of model that change how weights are held and run, not what they are.
 USE = ("dtype", "lora", "gradient_checkpointing", "attn_implementation")
 SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

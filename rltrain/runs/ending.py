@@ -46,17 +46,22 @@ def table(first: Mapping[str, Any], last: Mapping[str, Any], *, error: float | N
     """
     problems = f", n = {int(last['eval_problems'])}" if "eval_problems" in last else ""
     steps = ("step " + str(row["step"]) for row in (first, last))
-    head = f"{'held-out' + problems:20s}{next(steps):>17s}{next(steps):>17s}{'change':>18s}"
     names = [name for name in last if name.startswith("eval_") and first.get(name) is not None and name not in UNSHOWN]
-    return "\n".join([head, *(_row(name, first, last, error) for name in names)])
+    width = max(20, 1 + max(len(_short(name)) for name in names))
+    head = f"{'held-out' + problems:{width}s}{next(steps):>17s}{next(steps):>17s}{'change':>18s}"
+    return "\n".join([head, *(f"{_short(name):{width}s}{_cells(name, first, last, error)}" for name in names)])
 
 
-def _row(name: str, first: Mapping[str, Any], last: Mapping[str, Any], error: float | None) -> str:
+def _short(name: str) -> str:
+    return name.removeprefix("eval_").removeprefix("completions/")
+
+
+def _cells(name: str, first: Mapping[str, Any], last: Mapping[str, Any], error: float | None) -> str:
     spreads = [row.get(f"{name}_se") for row in (first, last)]
     change = last[name] - first[name]
     cells = [f"{_with_error(row[name], spread):>17s}" for row, spread in zip((first, last), spreads, strict=True)]
     changed = _with_error(change, error if name == "eval_accuracy" else None, sign="+")
-    return f"{name.removeprefix('eval_').removeprefix('completions/'):20s}{''.join(cells)}{changed:>18s}"
+    return f"{''.join(cells)}{changed:>18s}"
 
 
 def _with_error(value: float, error: float | None, *, sign: str = "") -> str:

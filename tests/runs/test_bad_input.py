@@ -76,11 +76,13 @@ def test_cold_start_without_solutions(tmp_path):
 
 
 def test_cold_start_with_solutions_that_are_no_text(tmp_path):
-    rows = [{"question": f"{i}+1", "answer": str(i + 1), "worked": ["a", "b"]} for i in range(8)]
+    rows = [{"question": f"{i}+1", "answer": str(i + 1), "worked": {"a": "b"}} for i in range(8)]
     from rltrain import sft
 
     overrides = [*hub(jsonl(tmp_path / "data.jsonl", rows)), "+data.meta.solution=worked", "cold_start.steps=1"]
-    with pytest.raises(ConfigError, match=r"cold_start.solution_field=solution: of train-\d is no text"):
+    with pytest.raises(
+        ConfigError, match=r"cold_start.solution_field=solution: of train-\d is neither a text nor a list"
+    ):
         sft.train(config(tmp_path / "run", *overrides, "cold_start.batch_size=2"), tmp_path / "cold_start")
 
 

@@ -278,6 +278,8 @@ def test_prompt_template_and_solution_style():
         ({"worked_share": 1.5}, "data.worked_share=1.5"),
         ({"all_worked": -1}, "data.all_worked=-1"),
         ({"operators": "+%"}, "data.operators"),
+        ({"call": "<calc>"}, "data.call='<calc>'"),
+        ({"solution": "calls"}, "data.preset=integers"),
         ({"max_operand": 120}, "data.max_value=99"),
     ],
 )
@@ -320,3 +322,19 @@ def test_a_share_of_the_solutions_is_worked_after_the_first_problems():
     assert all(worked[:400])
     assert 320 <= sum(worked[400:]) <= 480  # 400 expected of 1600, standard deviation 17
     assert mixed[1234] == mixed[1234:1235][0]
+
+
+@pytest.mark.parametrize("style", ["calls", "call"])
+def test_solutions_that_leave_the_arithmetic_to_an_environment(style):
+    """Their turns by hand from the expression: (a o b) o c, or another association."""
+    config = RandomCalculationConfig(preset="integers", steps=[2], solution=style, call="<{expression}>")
+    plain = random_calculation(replace(config, solution="steps"), "train")
+    for problem, worked in zip(random_calculation(config, "train")[:20], plain[:20], strict=True):
+        *lines, box = worked.meta["solution"].split("\n")
+        asked = [line.split("=")[0] for line in lines] if style == "calls" else [problem.meta["expression"]]
+        first, *others = problem.meta["solution"]
+        assert first == f"<{asked[0]}>"
+        assert others == [*(f"\n<{one}>" for one in asked[1:]), f"\n{box}"]
+    mixed = random_calculation(replace(config, worked_share=0.5, all_worked=3), "train")[:40]
+    kinds = [isinstance(problem.meta["solution"], list) for problem in mixed]
+    assert all(kinds[:3]) and 10 < sum(kinds) < 30
