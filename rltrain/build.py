@@ -17,6 +17,7 @@ from rltrain.batching.bins import Layout
 from rltrain.config import RunConfig
 from rltrain.data.prompts import PromptSource
 from rltrain.engine.deepspeed import Engine, sharded_loading
+from rltrain.environments.pool import EnvironmentPool
 from rltrain.errors import ConfigError
 from rltrain.evaluate import held_out_prompts
 from rltrain.policy.encode import prompt_ids
@@ -68,6 +69,7 @@ class Run:
     held_out: Sequence[Prompt]
     first_step: int
     layouts: tuple[Layout, ...]
+    environment: EnvironmentPool | None = None
     progress: Progress = field(default_factory=Progress)
     states: PartStates = field(default_factory=PartStates)
 
@@ -210,7 +212,8 @@ def build(config: RunConfig) -> Run:
             others = {*ahead.TENSORS, *states.kept}
             scorer.start((name, theta) for name, theta in tensors.items() if name not in others)
         log.info("resumed from %s", saved.path)
-    rollout = ahead.load_rollout(config, policy, engine.full_parameters, initial=initial)
+    environment = EnvironmentPool(config.environment) if config.environment is not None else None
+    rollout = ahead.load_rollout(config, policy, engine.full_parameters, initial=initial, answers=environment)
     if isinstance(rollout, Ahead) and saved is not None:
         rollout.restore(saved.step, parts.get("ahead", {}), tensors, source.next(saved.step)[0])
     _log_loss(config)
@@ -224,6 +227,7 @@ def build(config: RunConfig) -> Run:
         source=source,
         held_out=held_out,
         first_step=saved.step if saved else 0,
+        environment=environment,
         layouts=usable_layouts(config.batch.packing, [engine, *([reference] if reference else [])]),
         progress=progress,
         states=states,

@@ -18,6 +18,7 @@ import torch
 from rltrain import cli
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
 from rltrain.data.boxed import last_boxed
+from rltrain.environments.pool import EnvironmentPool
 from rltrain.errors import ConfigError
 from rltrain.policy.encode import encode_all, prompt_ids, prompt_limit, why_left_out
 from rltrain.policy.load import Policy, load_policy
@@ -29,7 +30,7 @@ from rltrain.rewards.grading import with_grades
 from rltrain.rewards.random_calculation import parse_literal
 from rltrain.rewards.scoring import score
 from rltrain.rollout import Rollout, build_engine
-from rltrain.rollout.ahead import check_rollout
+from rltrain.rollout.ahead import check_rollout, with_turns
 from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
@@ -162,7 +163,9 @@ def main(config: RunConfig) -> None:
     dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
     policy = load_policy(config.model)
     policy.model.to(dist.device())
-    rollout = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
+    environment = EnvironmentPool(config.environment) if config.environment is not None else None
+    engine = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
+    rollout = with_turns(engine, config, policy, environment)
     check_rollout(rollout)
     services: dict[str, Any] = {}
     if Need.SCORER in config.needs():

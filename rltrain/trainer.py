@@ -40,6 +40,8 @@ def fit(config: RunConfig) -> dict[str, float]:
     finally:
         if run.ahead:
             run.ahead.close()
+        if run.environment is not None:
+            run.environment.close()
         recorder.close()
 
 
@@ -110,6 +112,8 @@ def draw(run: Run, scope: Scope, attempt: int) -> list[Group]:
         scope.metrics.add(scores)
         if scope.step == run.first_step:
             refuse_broken(run.config.rewards)
+            if run.environment is not None:
+                run.environment.refuse_broken()
     return groups
 
 

@@ -249,7 +249,7 @@ def load_rollout(
         renew(own, policy, parameters)
         if Need.CONTINUATIONS in config.needs():
             engine = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
-            present = _with_turns(engine, config, policy, answers)
+            present = with_turns(engine, config, policy, answers)
     inner = sampler(config, own, answers)
     deadline_s = config.deadline("rollout")
     updates = config.batch.updates
@@ -261,11 +261,12 @@ def sampler(config: RunConfig, policy: Policy, answers: Answers | None = None) -
     engine, tree = build_engine(config.rollout, config.sampling, policy, seed=config.seed), config.rollout.tree
     if isinstance(engine, LocalRollout):
         engine.keeps_entropies = Need.ENTROPY in config.needs()
-    engine = _with_turns(engine, config, policy, answers)
+    engine = with_turns(engine, config, policy, answers)
     return TreeRollout(engine, tree, config.sampling, policy) if tree.rounds else engine
 
 
-def _with_turns(engine: Rollout, config: RunConfig, policy: Policy, answers: Answers | None) -> Rollout:
+def with_turns(engine: Rollout, config: RunConfig, policy: Policy, answers: Answers | None) -> Rollout:
+    """The engine, around it the turns of the config's environment where there is one."""
     if config.environment is None or answers is None:
         return engine
     return TurnRollout(

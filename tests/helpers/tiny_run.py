@@ -27,7 +27,8 @@ OVERRIDES = [
     "steps=4",
 ]
 # What depends on the clock, the machine, or how rows are laid out, not on what is computed.
-MEASURED = ("timing_s/", "perf/", "padding_share", "continuations/share")
+MEASURED = ("timing_s/", "perf/", "padding_share", "continuations/share", "environment/latency")
+MEASURED += ("eval_environment/latency",)
 
 
 def config(run_dir: Path, *overrides: str) -> RunConfig:
