@@ -66,6 +66,10 @@ class RewardConfig(PartConfig):
         """How long a rank's batch may take by the reward's own deadline; 0 for one that waits for nothing."""
         return 0.0
 
+    def sums_turns(self) -> bool:
+        """Whether the score is the sum of the turns' rewards, which estimators of turns must not count twice."""
+        return False
+
 
 @dataclass(kw_only=True)
 class DataConfig:

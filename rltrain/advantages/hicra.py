@@ -9,7 +9,7 @@ import torch
 
 from rltrain.advantages.group import as_rewards, group_advantages
 from rltrain.advantages.phrases import compiled, in_phrases
-from rltrain.advantages.written import among_zeros, written_spans
+from rltrain.advantages.written import among_zeros
 from rltrain.config import AdvantageConfig
 from rltrain.errors import RunError, require
 from rltrain.registry import register
@@ -60,7 +60,7 @@ def hicra(groups: Sequence[Group], config: HicraConfig, context: Context) -> Adv
         for completion, advantage in zip(
             group.completions, group_advantages(as_rewards(group.rewards_G), eps=config.eps), strict=True
         ):
-            spans = written_spans(completion)
+            spans = completion.written_spans
             inside = [in_phrases(context.tokenizer, completion.token_ids[slice(*span)], pattern) for span in spans]
             inside_W = torch.cat([torch.zeros(0, dtype=torch.bool), *inside])
             row_W = torch.where(inside_W, advantage + config.alpha * advantage.abs(), advantage)

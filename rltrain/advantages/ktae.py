@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rltrain.advantages.group import as_rewards, group_advantages
 from rltrain.advantages.key_tokens import token_weights
-from rltrain.advantages.written import among_zeros, written_ids
+from rltrain.advantages.written import among_zeros
 from rltrain.config import AdvantageConfig
 from rltrain.errors import RunError, require
 from rltrain.registry import register
@@ -90,7 +90,7 @@ def ktae(groups: Sequence[Group], config: KTAEConfig, context: Context) -> Advan
     for group in groups:
         rewards_G = as_rewards(group.rewards_G)
         rows = ktae_advantages(
-            [written_ids(completion) for completion in group.completions],
+            [completion.written_ids for completion in group.completions],
             rewards_G,
             correct_above=config.correct_above,
             eps=config.eps,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rltrain.advantages.written import written_spans
 from rltrain.config import RunConfig
 from rltrain.errors import require
 from rltrain.types import Group, SpanRequest
@@ -36,7 +35,7 @@ def logprobs_of(groups: Sequence[Group], wanted: Sequence[Scored], score: Score)
     requests = []
     for p, g, prompt_ids in wanted:
         completion, start = groups[p].completions[g], len(prompt_ids)
-        spans = tuple((start + first, start + stop) for first, stop in written_spans(completion))
+        spans = tuple((start + first, start + stop) for first, stop in completion.written_spans)
         requests.append(SpanRequest(token_ids=prompt_ids + completion.token_ids, spans=spans, prompt_tokens=start))
     return (torch.cat(list(spans)).double() for spans in score(requests))
 

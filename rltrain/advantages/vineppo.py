@@ -18,7 +18,7 @@ from rltrain.advantages.continued_values import (
 )
 from rltrain.advantages.group import as_rewards
 from rltrain.advantages.spae_steps import check_delimiter
-from rltrain.advantages.written import written_masks, written_spans
+from rltrain.advantages.written import written_masks
 from rltrain.errors import require
 from rltrain.registry import register
 from rltrain.rollout.probe_types import vocabulary
@@ -67,7 +67,7 @@ def step_borders(completion: Completion, texts: Sequence[str], delimiter: str) -
     What an environment wrote ends no step, and no step begins in it: every border has a written token behind it.
     """
     ids, borders = completion.token_ids, []
-    for start, stop in written_spans(completion):
+    for start, stop in completion.written_spans:
         own = [texts[token] if token < len(texts) else "" for token in ids[start : stop - 1]]
         borders += [start] if start else []
         borders += [start + t + 1 for t, text in enumerate(own) if text.endswith(delimiter)]

@@ -18,24 +18,6 @@ def written_mask(completion: Completion) -> Tensor:
     return torch.tensor(completion.written_T, dtype=torch.bool)
 
 
-def written_ids(completion: Completion) -> tuple[int, ...]:
-    """The ids that the model wrote, in order."""
-    if not completion.turns:
-        return completion.token_ids
-    return tuple(token for token, written in zip(completion.token_ids, completion.written_T, strict=True) if written)
-
-
-def written_spans(completion: Completion) -> list[tuple[int, int]]:
-    """Where the model wrote, as (start, stop) of every turn that it wrote something in."""
-    if not completion.turns:
-        return [(0, len(completion.token_ids))] if completion.token_ids else []
-    spans, start = [], 0
-    for turn in completion.turns:
-        spans += [(start, start + turn.written)] if turn.written else []
-        start += turn.written + turn.observed
-    return spans
-
-
 def written_values(row_T: Tensor, completion: Completion) -> Tensor:
     """The values at the written ids, [W]."""
     return row_T[written_mask(completion)] if completion.turns else row_T

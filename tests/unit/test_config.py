@@ -29,6 +29,8 @@ MORE = {
     "sdpo": ["scorer.cold_start.steps=0", "sampling.temperature=1"],
     "sdpo_lines": ["scorer.cold_start.steps=0", "sampling.temperature=1"],
     "implicit_reward": ["scorer.kind=ema", "scorer.cold_start.steps=0"],
+    "mt_grpo": ["environment=calculator", "environment.reply_tokens=8"],
+    "gigpo": ["environment=calculator", "environment.reply_tokens=8"],
 }
 
 
