@@ -28,7 +28,7 @@ COMMANDS = {
     "traces": "solutions for a cold start that a teacher writes and the student finds likely",
     "export": "a run's policy as a transformers folder, or on the hub, with a model card",
     "sample": "completions of a prompt, with the probability of each token",
-    "new": "an estimator, reward, loss or data set of yours to begin from",
+    "new": "an estimator, reward, loss, environment or data set of yours to begin from",
     "report.panels": "a wandb workspace with the report's panels",
 }
 # Commands whose module is not named like them.

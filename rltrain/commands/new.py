@@ -1,6 +1,6 @@
 """A part of yours to begin from: a file of about twenty lines, its test, and the command that trains with it.
 
-python -m rltrain.commands.new estimator|reward|loss|data NAME [--folder .]
+python -m rltrain.commands.new estimator|reward|loss|environment|data NAME [--folder .]
 
 NAME.py and test_NAME.py are written into the folder, which must not hold them. Run the test with pytest there.
 """
@@ -128,6 +128,48 @@ def test_NAME():
     command="python -m rltrain.train +experiment=quickstart loss=custom loss.import_path=NAME:NAME "
     "loss.separable_tokens=true",
 )
+ENVIRONMENT = Scaffold(
+    code='''"""NAME: a wrong answer gets a second try. Change ``respond``; the test says what must hold."""
+
+from rltrain.types import Environment, Reply
+
+
+class NAME(Environment):
+    """``start`` gives the state of a problem, ``respond`` answers a turn of the model. States are of JSON's types."""
+
+    stop = ("}",)  # what ends a turn, beside the end of the text
+
+    def __init__(self, tries=2):
+        self.tries = tries  # environment.options.tries
+
+    def start(self, problem):
+        return {"answer": problem.answer, "left": self.tries - 1}
+
+    def respond(self, state, text):
+        right = text.rstrip().endswith("{" + state["answer"] + "}")
+        if right or not state["left"]:
+            return Reply(text="", state=state, done=True, reward=float(right))
+        return Reply(text="no\\n", state=state | {"left": state["left"] - 1})
+''',
+    test='''"""NAME: a right answer, and two wrong ones."""
+
+from NAME import NAME
+
+from rltrain.types import Problem, Reply
+
+
+def test_NAME():
+    game = NAME(tries=2)
+    first = game.start(Problem(id="a", prompt="3+4", answer="7"))
+    assert first == {"answer": "7", "left": 1}
+    assert game.respond(first, "\\\\boxed{7}") == Reply(text="", state=first, done=True, reward=1.0)
+    second = game.respond(first, "\\\\boxed{8}")
+    assert second == Reply(text="no\\n", state={"answer": "7", "left": 0})
+    assert game.respond(second.state, "\\\\boxed{9}") == Reply(text="", state=second.state, done=True, reward=0.0)
+''',
+    command="python -m rltrain.train +experiment=quickstart environment=custom environment.import_path=NAME:NAME "
+    "environment.reply_tokens=8",
+)
 DATA = Scaffold(
     code='''"""NAME: problems with their answers as JSONL, a line each. ``python NAME.py`` writes NAME.jsonl."""
 
@@ -170,7 +212,7 @@ def test_NAME(tmp_path):
     "'data.prompt=\"{question}\"' +data.meta.solution=solution reward@rewards.answer=boxed cold_start.steps=200 "
     "sampling.max_new_tokens=16 optimizer.learning_rate=1e-4 evaluation.problems=5",
 )
-SCAFFOLDS = {"estimator": ESTIMATOR, "reward": REWARD, "loss": LOSS, "data": DATA}
+SCAFFOLDS = {"estimator": ESTIMATOR, "reward": REWARD, "loss": LOSS, "environment": ENVIRONMENT, "data": DATA}
 
 
 def write(kind: str, name: str, folder: Path) -> Scaffold:
