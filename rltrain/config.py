@@ -21,7 +21,7 @@ from rltrain.runtime.cold_starts import ColdStartConfig as ColdStartConfig
 from rltrain.runtime.cold_starts import FriendlyTracesConfig as FriendlyTracesConfig
 from rltrain.runtime.cold_starts import ScorerConfig as ScorerConfig
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
-from rltrain.runtime.records import DebugConfig, TrackingConfig
+from rltrain.runtime.records import DebugConfig, EarlyExitConfig, TrackingConfig
 from rltrain.runtime.watchdog import WatchdogConfig
 from rltrain.runtime.workers import WorkersConfig
 from rltrain.types import Need
@@ -308,6 +308,7 @@ class EvaluationConfig:
     split: str = "test"  # train, validation or test
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0  # as in sampling
+    early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)  # of rltrain evaluate alone
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps}: must be >= 0; 0 means never")

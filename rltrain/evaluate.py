@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from rltrain import cli
+from rltrain import cli, early_exit
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
 from rltrain.data.boxed import last_boxed
 from rltrain.environments.pool import EnvironmentPool
-from rltrain.errors import ConfigError
+from rltrain.errors import ConfigError, require
 from rltrain.policy.encode import encode_all, prompt_ids, prompt_limit, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
@@ -194,13 +194,42 @@ def main(config: RunConfig) -> None:
             settings = dataclasses.replace(config.evaluation, temperature=0.0, samples=1)
             progress.say("evaluation", f"{asked}: {in_words(settings)}")
             greedy, _ = evaluate(rollout, prompts, rewards, settings, config.sampling, context)
+        exits = early_exits(config, policy, rollout, context, prompts)
     if dist.is_main():
         facts = about(config)
         path = Path(config.run_dir) / "evaluation.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**metrics, **facts, "greedy": greedy}, indent=1))
+        written = {**metrics, **facts, "greedy": greedy} | ({"early_exit": exits} if exits else {})
+        path.write_text(json.dumps(written, indent=1))
         print(table(facts, metrics, greedy, config.evaluation))
+        if exits:
+            print("\nearly exit\n" + "\n".join(f"{name:28s}{value:.4g}" for name, value in exits.items()))
         print(f"\nwritten to {path}")
+
+
+def early_exits(
+    config: RunConfig, policy: Policy, rollout: Rollout, context: Context, held_out: Sequence[Prompt]
+) -> dict[str, float]:
+    """What leaving early does to completions drawn as the evaluation's (:mod:`rltrain.early_exit`), where asked for."""
+    asked = config.evaluation.early_exit
+    if not asked.delta:
+        return {}
+    refusal = f"evaluation.early_exit.delta={asked.delta:g}: "
+    require(dist.world_size() == 1, f"{refusal}runs in one process; start one rank")
+    require(rollout.uses_policy, f"{refusal}reads the hidden states of a local policy; set rollout=local")
+    require(config.environment is None, f"{refusal}does not follow turns; set environment=none")
+    evaluation = dataclasses.replace(config.evaluation, split=asked.split, problems=asked.problems)
+    training = held_out_prompts(dataclasses.replace(config, evaluation=evaluation), policy)
+    asking = early_exit.Asking(
+        rollout=rollout,
+        policy=policy,
+        rewards=evaluation_rewards(config),
+        context=context,
+        config=asked,
+        step=EVALUATION_STEP,
+        sampling=evaluation_sampling(config.sampling, config.evaluation),
+    )
+    return early_exit.measure(asking, training, held_out)
 
 
 def in_words(config: EvaluationConfig) -> str:

@@ -28,6 +28,7 @@ LAYERS = [
     {"advantages/"},
     {"rewards/"},
     {"environments/"},
+    {"early_exit"},
     {"evaluate", "sft"},
     {"build"},
     {"update"},

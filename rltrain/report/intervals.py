@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from rltrain.compare.statistics import Interval, paired
+from rltrain.runs.metrics import wilson
 
-LEVEL, Z = 0.95, 1.959964
+LEVEL = 0.95
 
 
 def of_mean(values: Sequence[float]) -> Interval | None:
@@ -25,10 +25,9 @@ def of_mean(values: Sequence[float]) -> Interval | None:
 
 
 def of_share(share: float, count: int) -> Interval:
-    """Wilson's score interval: (p + z²/2n ± z·sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n), z = 1.96."""
-    spread = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    middle, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
-    return Interval(estimate=share, low=(middle - spread) / scale, high=(middle + spread) / scale)
+    """Wilson's score interval (:func:`~rltrain.runs.metrics.wilson`)."""
+    low, high = wilson(share, count)
+    return Interval(estimate=share, low=low, high=high)
 
 
 def of_change(before: Sequence[float], after: Sequence[float]) -> Interval | None:

@@ -91,3 +91,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _by_new_names(row: Any) -> Any:
     return {RENAMED.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval of a share, at 95 %.
+
+    (p + z²/2n ± z·sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964.
+    """
+    z = 1.959964
+    spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
+    return (middle - spread) / scale, (middle + spread) / scale

@@ -60,3 +60,28 @@ class DebugConfig:
             all(step >= 1 for step in self.bundle_steps),
             f"debug.bundle_steps={self.bundle_steps}: steps count from 1, as in metrics.jsonl",
         )
+
+
+@dataclass(kw_only=True)
+class EarlyExitConfig:
+    """Of ``rltrain evaluate``: what leaving completions early would save, see :mod:`rltrain.early_exit`."""
+
+    delta: float = 0.0  # most often that a completion is left at a wrong answer, of those that could be; 0: off
+    split: str = "validation"  # of the problems that fit the probe and calibrate it
+    problems: int = 400  # of that split: half of them fit, half calibrate
+    cues: list[str] = field(default_factory=lambda: ["\n", "wait", "hmm", "alternatively"])  # where one may leave
+    ask: str = "\\boxed{"  # text behind a cue that asks for the answer
+    answer_tokens: int = 16  # longest answer there
+    max_cues: int = 16  # most cues of a completion, the first ones
+    l2: float = 0.01  # penalty on the probe's weights
+
+    def __post_init__(self) -> None:
+        require(0 <= self.delta < 1, f"evaluation.early_exit.delta={self.delta}: must lie in [0, 1); 0 is off")
+        require(
+            self.problems >= 2, f"evaluation.early_exit.problems={self.problems}: set at least 2, one for each half"
+        )
+        require(bool(self.cues) and all(self.cues), "evaluation.early_exit.cues: a cue is empty, or there is none")
+        require(bool(self.ask), "evaluation.early_exit.ask: is empty, so that no answer is asked for; set \\boxed{")
+        require(self.answer_tokens >= 1, f"evaluation.early_exit.answer_tokens={self.answer_tokens}: set at least 1")
+        require(self.max_cues >= 1, f"evaluation.early_exit.max_cues={self.max_cues}: set at least 1")
+        require(self.l2 > 0, f"evaluation.early_exit.l2={self.l2}: must be > 0, or separable cues have no best probe")
