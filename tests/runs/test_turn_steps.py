@@ -68,10 +68,11 @@ def test_a_step_with_turns_counts_written_tokens_and_replays_bit_for_bit(tmp_pat
 
 def test_a_run_that_masks_truncated_completions(tmp_path):
     """What is trained on are the tokens of the completions that ended by themselves; all rows count."""
-    options = ["loss.mask_truncated=true", "sampling.max_new_tokens=24", "steps=1", "evaluation.every_steps=0"]
+    options = ["loss.mask_truncated=true", "sampling.max_new_tokens=60", "steps=1", "evaluation.every_steps=0"]
     trainer.fit(config(tmp_path, *options, "loss.kl_coef=0.1", "tracking.samples_every_steps=1"))
     line = metrics(tmp_path)[-1]
     assert 0 < line["loss/truncated_ratio"] == line["completions/clipped_ratio"] < 1
-    ended = line["completions/tokens"] - 24 * 16 * line["completions/clipped_ratio"]
+    ended = line["completions/tokens"] - 60 * 16 * line["completions/clipped_ratio"]
     assert line["policy_tokens"] == line["loss_denominator/tokens"] == ended
     assert line["loss_denominator/rows"] == 16
+    assert line["grad_norm"] > 0
