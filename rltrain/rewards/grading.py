@@ -58,14 +58,14 @@ class RunGrader:
 
 
 def with_text(completion: Completion, rule: StopRule) -> Completion:
-    """The completion with its text, and those of its turns, decoded from its ids."""
+    """The completion with its text, and those of its turns, decoded from its ids. What failed has no text to judge."""
     if not completion.turns:
         return replace(completion, text=rule.text(completion.token_ids))
     start, turns = 0, []
     for turn in completion.turns:
         turns.append(replace(turn, text=rule.text(completion.token_ids[start : start + turn.written])))
         start += turn.written + turn.observed
-    return replace(completion, text=turns[-1].text, turns=tuple(turns))
+    return replace(completion, text="" if completion.failed else turns[-1].text, turns=tuple(turns))
 
 
 def with_grades(context: Context, config: RunConfig, policy: Policy) -> Context:

@@ -47,8 +47,8 @@ class Completion:
     end. With ``turns`` an environment answered the model: the ids are those of the turns, one after the other. Observed
     ids carry no loss, and their log-probs and entropies are NaN. ``text`` is then that of the last turn, so that a
     reward judges what the model wrote at the end. ``transcript`` is the whole conversation. Ids are never made from
-    texts. ``failed`` is "", or the failure of the environment that ended the completion. ``abstains``: no reward judges
-    it, and it leaves its group's statistics.
+    texts. ``failed`` is "", or the failure of the environment that ended the completion, whose ``text`` is then "".
+    ``abstains``: no reward judges it, and it leaves its group's statistics.
     """
 
     token_ids: tuple[int, ...]

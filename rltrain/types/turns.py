@@ -16,9 +16,10 @@ T = TypeVar("T")
 class Turn:
     """One turn: ``written`` ids of the model's, its stop id included, then ``observed`` ids of the environment's.
 
-    ``text`` is what the model wrote, as the environment read it. ``reply`` is the text of the answer. ``state_key`` is
-    ``Environment.key`` of the state in which the model wrote. ``failure`` is "", or how the environment failed here,
-    such as "error", "timeout", "memory" or "too_long". ``latency_s`` is the time that the answer took.
+    ``text`` is what the model wrote, as the environment read it. ``reply`` is the text of the answer, ``reward`` and
+    ``called`` are those of :class:`Reply`. ``state_key`` is ``Environment.key`` of the state in which the model wrote.
+    ``failure`` is "", or how the environment failed here, such as "error", "timeout", "memory" or "too_long".
+    ``latency_s`` is the time that the answer took.
     """
 
     written: int

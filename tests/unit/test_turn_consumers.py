@@ -137,6 +137,7 @@ def test_texts_of_a_graded_completion_are_those_of_its_turns():
     talk = Completion(token_ids=(*ids, EOS), logprobs=(0.0, 0.0, NAN, 0.0, 0.0, 0.0), finish="stop", turns=turns)
     graded = with_text(talk, rule)
     assert (graded.text, graded.transcript) == ("12", "abc12")
+    assert with_text(replace(talk, failed="timeout"), rule).text == ""
 
 
 @pytest.mark.parametrize("own_head", [False, True])
