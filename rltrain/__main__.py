@@ -24,6 +24,7 @@ COMMANDS = {
     "compare.gradients": "an estimator against the exact gradient, without training",
     "plan": "memory per rank, before anything is started",
     "audit": "a data set before training: references, splits, rewards",
+    "pass_rates": "how often the model solves each training problem, for data.pass_rate",
     "compress": "shorter reasoning traces, with a trained compressor",
     "traces": "solutions for a cold start that a teacher writes and the student finds likely",
     "export": "a run's policy as a transformers folder, or on the hub, with a model card",
@@ -32,7 +33,7 @@ COMMANDS = {
     "report.panels": "a wandb workspace with the report's panels",
 }
 # Commands whose module is not named like them.
-MODULES = {"sample": "rltrain.commands.sample", "new": "rltrain.commands.new"}
+MODULES = {name: f"rltrain.commands.{name}" for name in ("sample", "new", "pass_rates")}
 
 
 def usage() -> str:
@@ -62,7 +63,7 @@ def explain(topics: Sequence[str]) -> str:
 
 def _explain(topic: str) -> str:
     if topic in help_pages.READS:
-        return help_pages.command(topic, help_pages.module_doc(f"rltrain.{topic}"))
+        return help_pages.command(topic, help_pages.module_doc(MODULES.get(topic, f"rltrain.{topic}")))
     if topic in COMMANDS:
         doc = help_pages.module_doc(MODULES.get(topic, f"rltrain.{topic}"))
         return f"{doc}\n\nits options: rltrain {topic} --help"

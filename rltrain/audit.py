@@ -1,6 +1,7 @@
 """Checks of a data set: golds, duplicates, overlap of the splits, and signs that a model has seen it.
 
 python -m rltrain.audit data=NAME reward@rewards.answer=NAME [--probe N model=… model.path=…]
+python -m rltrain.audit … --probe N audit.date_field=ENTRY audit.cutoff=2024-07-26
 
 Writes ``audit.json`` into ``run_dir`` and prints the counts. Exit code 1 if a gold fails or a split leaks.
 """
@@ -13,14 +14,17 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from rltrain import cli
 from rltrain.config import RewardConfig, RunConfig
-from rltrain.errors import ConfigError
+from rltrain.data.hub import HubProblems
+from rltrain.errors import ConfigError, require
 from rltrain.registry import part_of
+from rltrain.report import by_date as dates
 from rltrain.rewards.math import MathConfig, grade
 from rltrain.rewards.scoring import score
 from rltrain.rewards.verifier.extract import gold_of
@@ -181,48 +185,71 @@ def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
 def probe(
     problems: Sequence[Problem], complete: Callable[[Sequence[str]], Sequence[str]], share: float
 ) -> dict[str, float]:
-    """How well greedy continuations of cut questions restore the rest, and answer the whole question.
+    """The means of :func:`probe_each`."""
+    return {name: sum(each) / max(1, len(each)) for name, each in probe_each(problems, complete, share).items()}
+
+
+def probe_each(
+    problems: Sequence[Problem], complete: Callable[[Sequence[str]], Sequence[str]], share: float
+) -> dict[str, list[float]]:
+    """How well greedy continuations of cut questions restore the rest, and answer the whole question, by problem.
 
     ``exact`` compares the continuation with the rest, word by word, up to the length of the rest.
     """
     pairs = [cut(prompt_text(problem), share) for problem in problems]
     texts = complete([shown for shown, _ in pairs])
-    scores, exact, right = [], [], []
+    scores: list[float] = []
+    exact: list[float] = []
+    right: list[float] = []
     for problem, (_, hidden), text in zip(problems, pairs, texts, strict=True):
         expected = normal_words(hidden)
         restored = normal_words(text)[: len(expected)]
         scores.append(rouge_l(restored, expected))
-        exact.append(bool(expected) and restored == expected)
-        right.append(is_right(grade(text, problem.answer, extraction="lenient").score or 0.0))
-    count = max(1, len(problems))
-    return {"rouge_l": sum(scores) / count, "exact": sum(exact) / count, "answered": sum(right) / count}
+        exact.append(float(bool(expected) and restored == expected))
+        right.append(float(is_right(grade(text, problem.answer, extraction="lenient").score or 0.0)))
+    return {"rouge_l": scores, "exact": exact, "answered": right}
 
 
-def greedy_completer(config: RunConfig) -> Callable[[Sequence[str]], list[str]]:
-    """Greedy continuation of plain texts, without a template, by the configured model and rollout engine."""
-    from dataclasses import replace
+class GreedyModel:
+    """The configured model and rollout engine, greedy."""
 
-    from rltrain.policy.load import load_policy
-    from rltrain.policy.tokenizer import text_ids
-    from rltrain.runtime import dist
+    def __init__(self, config: RunConfig) -> None:
+        from rltrain.policy.load import load_policy
+        from rltrain.runtime import dist
 
-    policy = load_policy(config.model)
-    policy.model.to(dist.device())
-    rollout: Any = part_of(config.rollout).function(config.rollout, config.sampling, policy, seed=config.seed)
-    greedy = replace(config.sampling, temperature=0.0, top_p=1.0, top_k=0)
+        self._config, self._policy = config, load_policy(config.model)
+        self._policy.model.to(dist.device())
+        engine: Any = part_of(config.rollout).function
+        self._rollout = engine(config.rollout, config.sampling, self._policy, seed=config.seed)
+        self._greedy = replace(config.sampling, temperature=0.0, top_p=1.0, top_k=0)
 
-    def complete(texts: Sequence[str]) -> list[str]:
+    def complete(self, texts: Sequence[str]) -> list[str]:
+        """Continuations of plain texts, without a template."""
+        from rltrain.policy.tokenizer import text_ids
+
         prompts = [
             Prompt(
                 problem=Problem(id=str(index), prompt=text, answer=""),
-                token_ids=text_ids(policy.tokenizer, text),
+                token_ids=text_ids(self._policy.tokenizer, text),
             )
             for index, text in enumerate(texts)
         ]
-        drawn = rollout.generate(prompts, step=0, group_size=1, sampling=greedy)
-        return [group.completions[0].text for group in drawn]
+        return [group.completions[0].text for group in self._drawn(prompts)]
 
-    return complete
+    def right(self, problems: Sequence[Problem]) -> list[float]:
+        """1 where the answer to the whole question is right by the run's rewards; NaN where it cannot be judged."""
+        from rltrain.policy.encode import encode_all, prompt_limit
+
+        config, tokenizer = self._config, self._policy.tokenizer
+        limit = prompt_limit(self._policy, config.sampling)
+        prompts, _ = encode_all(self._policy, problems, config.model, max_prompt_tokens=limit)
+        context = Context(seed=config.seed, tokenizer=tokenizer, max_new_tokens=config.sampling.max_new_tokens)
+        groups, _ = score(self._drawn(prompts), config.rewards, context)
+        judged = {group.prompt.problem.id: float(group.right_G[0]) for group in groups if group.right_G is not None}
+        return [judged.get(problem.id, math.nan) for problem in problems]
+
+    def _drawn(self, prompts: Sequence[Prompt]) -> list[Group]:
+        return self._rollout.generate(prompts, step=0, group_size=1, sampling=self._greedy)
 
 
 # --- the report --------------------------------------------------------------------------------------------------
@@ -246,8 +273,8 @@ def passing(problems: Sequence[Problem], findings: Sequence[Finding], *, split: 
     return [problem for problem in problems if problem.id not in faulty]
 
 
-def load_splits(config: RunConfig, limit: int) -> dict[str, list[Problem]]:
-    """The first ``limit`` problems of every split that the data set has.
+def open_splits(config: RunConfig) -> dict[str, Sequence[Problem]]:
+    """Every split that the data set has.
 
     A small file may leave a split without a row; the others are audited. ConfigError if none has one.
     """
@@ -263,14 +290,36 @@ def load_splits(config: RunConfig, limit: int) -> dict[str, list[Problem]]:
             errors.append(error)
     if not loaded:
         raise errors[0]
-    return {
-        split: [problems[index] for index in range(min(limit, len(problems)))] for split, problems in loaded.items()
-    }
+    return loaded
+
+
+def by_date(config: RunConfig, test: Sequence[Problem], model: GreedyModel, probes: int) -> dict[str, Any]:
+    """Accuracy and probes of the first ``probes`` problems on each side of ``audit.cutoff``, and the undated rows."""
+    field, cutoff = config.audit.date_field or "", date.fromisoformat(config.audit.cutoff or "")
+    found = dates.sorted_by_date(test, field, cutoff)
+    empty = f"empty {vars(config.data).get('meta', {}).get(field)}"
+    left_out = [row.id for row in test.left_out if row.reason == empty] if isinstance(test, HubProblems) else []
+    dates.require_both(found, field)
+    values: dict[str, dict[str, list[float]]] = {}
+    for side in dates.SIDES:
+        some = found[side][:probes]
+        values[side] = {"accuracy": model.right(some)}
+        for share in PROBE_SHARES:
+            each = probe_each(some, model.complete, share)
+            values[side] |= {f"{name} at {share:.0%}": numbers for name, numbers in each.items()}
+    counts = {side: len(found[side]) for side in dates.SIDES}
+    settings = {"field": field, "cutoff": str(cutoff), "problems": counts}
+    return settings | {"undated": dates.undated(found, left_out), "measures": dates.compared(values)}
 
 
 def main(config: RunConfig, *, limit: int, probes: int) -> int:
     """Audit, write the report and print the counts. Returns the exit code."""
-    splits = load_splits(config, limit)
+    dated = config.audit.date_field is not None
+    require(not dated or probes > 0, "audit.date_field: compares what a model scores; add --probe N and model=…")
+    sources = open_splits(config)
+    splits = {
+        split: [problems[index] for index in range(min(limit, len(problems)))] for split, problems in sources.items()
+    }
     findings = audit(splits, config.rewards)
     report: dict[str, Any] = {
         "problems": {split: len(problems) for split, problems in splits.items()},
@@ -279,8 +328,11 @@ def main(config: RunConfig, *, limit: int, probes: int) -> int:
         "findings": {check: [asdict(row) for row in rows] for check, rows in findings.items()},
     }
     if probes:
-        complete = greedy_completer(config)
-        report["probes"] = {f"{share:.0%}": probe(splits["test"][:probes], complete, share) for share in PROBE_SHARES}
+        require("test" in splits, "--probe: the data set has no test split; name data.test_split")
+        model, some = GreedyModel(config), splits["test"][:probes]
+        report["probes"] = {f"{share:.0%}": probe(some, model.complete, share) for share in PROBE_SHARES}
+        if dated:
+            report["by_date"] = by_date(config, sources["test"], model, probes)
     path = Path(config.run_dir) / "audit.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False))
@@ -300,7 +352,17 @@ def _print(report: Mapping[str, Any], path: Path) -> None:
         )
     for share, values in report.get("probes", {}).items():
         print(f"probe at {share:11s} " + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    if "by_date" in report:
+        _print_dates(report["by_date"])
     print(f"written to {path}")
+
+
+def _print_dates(found: Mapping[str, Any]) -> None:
+    print(f"\n{found['field']}: {found['problems']['before']} problems from before {found['cutoff']}, ", end="")
+    print(f"{found['problems']['after']} from then on")
+    for reason, rows in found["undated"].items():
+        print(f"{reason}: {rows['count']} problems ({', '.join(rows['ids'][:5])})")
+    print(dates.table(found["measures"]))
 
 
 def command_line() -> None:

@@ -118,7 +118,7 @@ class Run:
             step=step,
             seed=self.config.seed,
             max_new_tokens=self.config.sampling.max_new_tokens,
-            reward_weights={name: reward.weight for name, reward in self.config.rewards.items()},
+            reward_weights={name: reward.weight_at(step) for name, reward in self.config.rewards.items()},
             tokenizer=self.policy.tokenizer,
             encode=lambda prompt: prompt_ids(self.policy.tokenizer, prompt, self.config.model),
             rollout=services_of(self.config, self.rollout, step=step, metrics=metrics),

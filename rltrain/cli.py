@@ -237,7 +237,7 @@ def _command() -> tuple[str, str]:
     """The name and the docstring of the command that runs: those of the main module, train's for a script."""
     main = sys.modules["__main__"]
     name = main.__spec__.name if main.__spec__ else ""
-    name = name.removeprefix("rltrain.").removesuffix(".__main__")
+    name = name.removeprefix("rltrain.").removeprefix("commands.").removesuffix(".__main__")
     return (name, main.__doc__ or "") if name in help_pages.READS else ("train", help_pages.module_doc("rltrain.train"))
 
 

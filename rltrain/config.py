@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rltrain.errors import ConfigError as ConfigError
@@ -16,10 +15,12 @@ from rltrain.losses.config import LossConfig as LossConfig
 from rltrain.registry import MISSING as MISSING
 from rltrain.registry import needs_of
 from rltrain.registry import register as register  # where estimators of users have it from
+from rltrain.runtime import weight_schedule
 from rltrain.runtime.cold_starts import SCHEDULES
 from rltrain.runtime.cold_starts import ColdStartConfig as ColdStartConfig
 from rltrain.runtime.cold_starts import FriendlyTracesConfig as FriendlyTracesConfig
 from rltrain.runtime.cold_starts import ScorerConfig as ScorerConfig
+from rltrain.runtime.dates import AuditConfig
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
 from rltrain.runtime.records import DebugConfig, EarlyExitConfig, TrackingConfig
 from rltrain.runtime.watchdog import WatchdogConfig
@@ -60,7 +61,16 @@ class AdvantageConfig(PartConfig):
 class RewardConfig(PartConfig):
     """Base of every reward's config; the function is ``f(groups, config, context) -> Scores``."""
 
-    weight: float = 1.0  # factor of this reward in the sum
+    # factor of this reward in the sum, or a schedule by step: {linear: [[0, 0.0], [100, 0.5]]}, {steps: [[0, 1.0]]}.
+    weight: Any = 1.0
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step, counted from 0."""
+        return weight_schedule.value_at(self.weight, step)
+
+    def settled(self, step: int) -> Any:
+        """This config with the weight of that step for good."""
+        return replace(self, weight=self.weight_at(step)) if weight_schedule.is_schedule(self.weight) else self
 
     def longest_wait_s(self) -> float:
         """How long a rank's batch may take by the reward's own deadline; 0 for one that waits for nothing."""
@@ -74,6 +84,22 @@ class RewardConfig(PartConfig):
 @dataclass(kw_only=True)
 class DataConfig:
     """Base of every data set's config; the function is ``f(config, split) -> Sequence[Problem]``."""
+
+    pass_rate: list[float] | None = None  # RL takes problems of a measured pass rate in [low, high] alone; null: all
+    pass_rate_file: str | None = None  # the measured pass rates, written by rltrain pass_rates
+
+    def check_pass_rate(self, key: str) -> None:
+        """``ConfigError`` where one key of the filter is set without the other; ``key`` is where this config stands."""
+        bounds, file = self.pass_rate, self.pass_rate_file
+        require(
+            (bounds is None) == (file is None),
+            f"{key}.pass_rate={bounds} with {key}.pass_rate_file={file}: one without the other has no effect; set both "
+            "(rltrain pass_rates measures)",
+        )
+        require(
+            bounds is None or (len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= 1),
+            f"{key}.pass_rate={bounds}: must be [low, high] with 0 <= low <= high <= 1; [0.2, 0.8] is usual",
+        )
 
 
 @dataclass(kw_only=True)
@@ -375,6 +401,7 @@ class RunConfig:
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)  # supervised fine-tuning before RL
     compress: CompressConfig = field(default_factory=CompressConfig)  # what rltrain compress shortens
     traces: FriendlyTracesConfig = field(default_factory=FriendlyTracesConfig)  # of rltrain traces
+    audit: AuditConfig = field(default_factory=AuditConfig)  # what rltrain audit compares by date
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # deadlines of the parts of a run
     debug: DebugConfig = field(default_factory=DebugConfig)  # bundles: what a step consumed and produced
 
@@ -402,6 +429,7 @@ class RunConfig:
         if self.environment is not None:
             self.environment.check(self.sampling.max_new_tokens)
             self.environment.check_wait(self.deadline_s)
+        self._check_data()
         self._check_rewards()
         self.advantage.check_run(self)
         require(
@@ -411,6 +439,14 @@ class RunConfig:
         )
         alike = "greedy completions of one prompt are all alike; set sampling.temperature>0"
         require(self.sampling.temperature > 0, f"sampling.temperature=0: {alike}")
+
+    def _check_data(self) -> None:
+        self.data.check_pass_rate("data")
+        for key, other in (("eval_data", self.eval_data), ("cold_start_data", self.cold_start_data)):
+            unused = other is None or (other.pass_rate is None and other.pass_rate_file is None)
+            require(
+                unused, f"{key}.pass_rate: filters RL's training problems alone; set it under data, or leave it out"
+            )
 
     def _check_rewards(self) -> None:
         place = "rewards" if self.advantage.uses_rewards() else "eval_rewards"
@@ -422,7 +458,7 @@ class RunConfig:
         rewards = {f"rewards.{name}": reward for name, reward in self.rewards.items()}
         rewards |= {f"eval_rewards.{name}": reward for name, reward in self.eval_rewards.items()}
         for key, reward in rewards.items():
-            require(math.isfinite(reward.weight), f"{key}.weight={reward.weight}: must be finite; 1.0 is usual")
+            weight_schedule.check(f"{key}.weight", reward.weight)
             waits_s = reward.longest_wait_s()
             require(
                 waits_s <= self.deadline_s / 2,

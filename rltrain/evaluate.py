@@ -17,6 +17,7 @@ import torch
 
 from rltrain import cli, early_exit
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
+from rltrain.data import mixture
 from rltrain.data.boxed import last_boxed
 from rltrain.environments.pool import EnvironmentPool
 from rltrain.errors import ConfigError, require
@@ -91,8 +92,8 @@ def evaluate(
     groups, _ = score(drawn, rewards, context)
     accumulator = Accumulator()
     for group in groups:
-        accumulator.add(group_metrics(group, config.samples))
-    values = accumulator.reduce()
+        accumulator.add({**group_metrics(group, config.samples), **mixture.source_metrics(group)})
+    values = mixture.with_source_errors(accumulator.reduce())
     values["accuracy_se"] = values.pop("accuracy_std", 0.0) / math.sqrt(max(1.0, values["problems"]))
     return {f"eval_{name}": value for name, value in values.items()}, groups
 
@@ -158,15 +159,17 @@ def held_out_prompts(config: RunConfig, policy: Policy) -> list[Prompt]:
     return prompts
 
 
-def main(config: RunConfig) -> None:
-    """Evaluate the configured model on held-out problems; prints the metrics and writes ``evaluation.json``."""
-    dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
-    policy = load_policy(config.model)
-    policy.model.to(dist.device())
+def sampler_of(config: RunConfig, policy: Policy) -> Rollout:
+    """The rollout engine outside a run, with the environment's turns where there is one."""
     environment = EnvironmentPool(config.environment) if config.environment is not None else None
     engine = build_engine(config.rollout, config.sampling, policy, seed=config.seed)
     rollout = with_turns(engine, config, policy, environment)
     check_rollout(rollout)
+    return rollout
+
+
+def context_of(config: RunConfig, policy: Policy, rollout: Rollout) -> Context:
+    """What rewards may use outside a run."""
     services: dict[str, Any] = {}
     if Need.SCORER in config.needs():
         services["scorer"] = load_scorer(config, policy, LogprobModel(policy.model, temperature=1.0))
@@ -181,10 +184,19 @@ def main(config: RunConfig) -> None:
         rollout=services_of(config, rollout, step=EVALUATION_STEP),
         **services,
     )
+    return with_grades(context, config, policy)
+
+
+def main(config: RunConfig) -> None:
+    """Evaluate the configured model on held-out problems; prints the metrics and writes ``evaluation.json``."""
+    dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
+    policy = load_policy(config.model)
+    policy.model.to(dist.device())
+    rollout = sampler_of(config, policy)
+    context = context_of(config, policy, rollout)
     prompts = held_out_prompts(config, policy)
     with dist.stage("evaluation", config.deadline("evaluation")):
-        rewards = evaluation_rewards(config)
-        context = with_grades(context, config, policy)
+        rewards = {name: reward.settled(config.steps) for name, reward in evaluation_rewards(config).items()}
         asked = f"{len(prompts)} problems of {part_of(config.eval_data or config.data).name}, {config.evaluation.split}"
         progress.say("evaluation", f"{asked}: {in_words(config.evaluation)}")
         metrics, _ = evaluate(rollout, prompts, rewards, config.evaluation, config.sampling, context)
@@ -263,7 +275,7 @@ def table(
     ]
     for name, value in sampled.items():
         short = name.removeprefix("eval_")
-        if short in ("accuracy_se", "problems"):
+        if short.startswith("problems") or short.endswith("_se"):
             continue
         shown = f"avg@{config.samples} (accuracy)" if short == "accuracy" else short.removeprefix("completions/")
         cells = [_cell(name, value, sampled), *([_cell(name, greedy.get(name), greedy)] if both else [])]
@@ -274,7 +286,7 @@ def table(
 def _cell(name: str, value: float | None, values: Mapping[str, float]) -> str:
     if value is None:
         return "-"
-    error = values["eval_accuracy_se"] if name == "eval_accuracy" else None
+    error = values.get(f"{name}_se")
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 

@@ -55,8 +55,8 @@ def source_of(name: str) -> Source:
     policy = saved.policy if saved else Path(name) / "cold_start"
     if not policy.is_dir():
         raise ConfigError(f"{name}: holds no checkpoint and no cold start; train it first")
-    known = {part.name: part.config for part in parts("reward")}
-    rewards = {key: _reward(known, key, dict(value)) for key, value in held.get("rewards", {}).items()}
+    known, steps = {part.name: part.config for part in parts("reward")}, held.get("steps", 0)
+    rewards = {key: _reward(known, key, dict(value)).settled(steps) for key, value in held.get("rewards", {}).items()}
     sampling = _known(SamplingConfig, held.get("sampling", {}))
     return Source(model=config_of(held["model"]), path=str(policy), sampling=sampling, rewards=rewards)
 

@@ -6,13 +6,15 @@ import dataclasses
 import logging
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from typing import Any
 
 from rltrain.config import RunConfig
-from rltrain.data.sampler import occurrences, problem_indices
+from rltrain.data.mixture import Mixture
+from rltrain.data.pass_rates import training_problems
+from rltrain.data.sampler import problem_indices, times_before
 from rltrain.errors import ConfigError
 from rltrain.policy.encode import encode_all, prompt_limit, why_left_out
 from rltrain.policy.load import Policy
-from rltrain.registry import part_of
 from rltrain.runtime import dist
 from rltrain.types import Problem, Prompt
 
@@ -30,7 +32,7 @@ class PromptSource:
         self._limit = prompt_limit(policy, config.sampling)
         self._asked: tuple[int, int] | None = None
         self._answer: tuple[list[Prompt], list[Problem]] = [], []
-        self._problems: Sequence[Problem] = part_of(config.data).function(config.data, "train")
+        self._problems: Sequence[Problem] = training_problems(config.data)
         if len(self._problems) == 0:
             raise ConfigError(
                 "data: the training split holds no problem; check the path, the split and the field mapping"
@@ -61,16 +63,24 @@ class PromptSource:
 
     def _make(self, step: int, attempt: int) -> tuple[list[Prompt], list[Problem]]:
         count = self._config.batch.prompts_per_step
-        drawn = {"seed": self._config.seed, "step": step, "attempt": attempt}
+        drawn = {"count": count, "seed": self._config.seed, "step": step}
         share = count // dist.world_size()
         mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
-        problems = [self._problems[index] for index in problem_indices(len(self._problems), count, **drawn)[mine]]
-        repeats = occurrences(len(self._problems), count, **drawn)[mine]
+        places = [self._places(attempt=each, **drawn) for each in range(attempt + 1)]
+        problems = [self._problem(place) for place in places[-1][mine]]
+        repeats = times_before(places)[mine]
         prompts, dropped = self._encoded(problems)
         if dropped:
             reason = self._reason(dropped[0])
             log.warning("step %d: %d prompts are left out, the first is %s", step, len(dropped), reason)
         return _numbered(prompts, problems, repeats), dropped
+
+    def _places(self, **drawn: int) -> Sequence[Any]:
+        problems = self._problems
+        return problems.draw(**drawn) if isinstance(problems, Mixture) else problem_indices(len(problems), **drawn)
+
+    def _problem(self, place: Any) -> Problem:
+        return self._problems.at(place) if isinstance(self._problems, Mixture) else self._problems[place]
 
 
 def _numbered(prompts: Sequence[Prompt], problems: Sequence[Problem], repeats: Sequence[int]) -> list[Prompt]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 from rltrain.errors import require
 
@@ -49,7 +49,7 @@ class Permutation:
         return left << self.half_bits | right
 
 
-def _epochs(size: int, start: int, count: int, *key: int) -> Iterator[int]:
+def epochs(size: int, start: int, count: int, *key: int) -> Iterator[int]:
     """``count`` entries from position ``start`` of the concatenation of one permutation per epoch."""
     permutation, current = None, -1
     for position in range(start, start + count):
@@ -59,11 +59,11 @@ def _epochs(size: int, start: int, count: int, *key: int) -> Iterator[int]:
         yield permutation[position % size]
 
 
-def _replacements(size: int, taken: set[int], seed: int, step: int) -> Iterator[int]:
+def replacements(size: int, taken: set[int], *key: int) -> Iterator[int]:
     """An endless stream that starts with every problem that is not taken, each once."""
-    yield from (index for index in _epochs(size, 0, size, seed, step, 0) if index not in taken)
+    yield from (index for index in epochs(size, 0, size, *key, 0) if index not in taken)
     for cycle in range(1, 1 << 62):
-        yield from _epochs(size, 0, size, seed, step, cycle)
+        yield from epochs(size, 0, size, *key, cycle)
 
 
 def problem_indices(size: int, count: int, *, seed: int, step: int, attempt: int = 0) -> list[int]:
@@ -78,20 +78,26 @@ def problem_indices(size: int, count: int, *, seed: int, step: int, attempt: int
     require(size >= 1, "data: the data set is empty; nothing to sample from")
     require(count >= 1, f"count={count}: a step needs at least 1 problem")
     require(step >= 0 and attempt >= 0, f"step={step}, attempt={attempt}: must be >= 0")
-    regular = list(_epochs(size, step * count, count, seed))
+    regular = list(epochs(size, step * count, count, seed))
     if attempt == 0:
         return regular
-    replacements = _replacements(size, set(regular), seed, step)
-    drawn = [next(replacements) for _ in range(attempt * count)]
+    others = replacements(size, set(regular), seed, step)
+    drawn = [next(others) for _ in range(attempt * count)]
     return drawn[-count:]
 
 
 def occurrences(size: int, count: int, *, seed: int, step: int, attempt: int = 0) -> list[int]:
     """For each of :func:`problem_indices`, how often the step drew that problem before, in this attempt and earlier."""
-    drawn = [problem_indices(size, count, seed=seed, step=step, attempt=each) for each in range(attempt + 1)]
-    times: Counter[int] = Counter()
+    return times_before(
+        [problem_indices(size, count, seed=seed, step=step, attempt=each) for each in range(attempt + 1)]
+    )
+
+
+def times_before(drawn: Sequence[Sequence[Hashable]]) -> list[int]:
+    """For each of the last batch, how often it stands before itself in that batch and the earlier ones."""
+    times: Counter[Hashable] = Counter()
     before = []
-    for index in itertools.chain.from_iterable(drawn):
-        before.append(times[index])
-        times[index] += 1
-    return before[-count:]
+    for place in itertools.chain.from_iterable(drawn):
+        before.append(times[place])
+        times[place] += 1
+    return before[len(before) - len(drawn[-1]) :]

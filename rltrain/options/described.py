@@ -162,8 +162,13 @@ def described() -> Described:
     return found
 
 
-def _walk(name: str, prefix: str, choices: tuple[str, ...]) -> Iterator[Section | DescribedKey]:
-    """The section ``name`` at ``prefix``, its keys, and those of the parts that can be chosen for it."""
+def _walk(
+    name: str, prefix: str, choices: tuple[str, ...], inside: tuple[str, ...] = ()
+) -> Iterator[Section | DescribedKey]:
+    """The section ``name`` at ``prefix``, its keys, and those of the parts that can be chosen for it.
+
+    Of a part ``inside`` of parts of the same kind, as data sets in one, only the keys that all have.
+    """
     owner = classes()[name]
     yield Section(path=prefix.removesuffix("."), name=name, doc=owner.doc, choices=choices)
     for entry in all_fields(name).values():
@@ -175,11 +180,11 @@ def _walk(name: str, prefix: str, choices: tuple[str, ...]) -> Iterator[Section 
                 path=path, annotation=entry.annotation, default=entry.default, text=entry.text, choices=choices
             )
             continue
-        yield from _walk(hint, f"{path}.", choices)
+        yield from _walk(hint, f"{path}.", choices, inside)
         for group, part, config in registered():
-            if config != hint and hint in ancestors(config):
+            if config != hint and hint in ancestors(config) and hint not in inside:
                 chosen = group if path == group else f"{group}@{path.replace(ANY, FIRST)}"
-                yield from _walk(config, f"{path}.", (f"{chosen}={part}",))
+                yield from _walk(config, f"{path}.", (f"{chosen}={part}",), (*inside, hint))
 
 
 def _inner(annotation: str) -> str:

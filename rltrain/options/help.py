@@ -30,8 +30,9 @@ READS = {
     "watchdog",
     "compress": "model data rollout sampling scorer compress tracking watchdog",
     "traces": "model data rewards rollout sampling traces tracking watchdog",
+    "pass_rates": "model data rewards rollout environment sampling scorer tracking watchdog",
     "plan": "model rollout sampling batch scorer loss optimizer deepspeed",
-    "audit": "model data rewards sampling",
+    "audit": "model data rewards sampling audit",
 }
 FLAGS = (
     ("-v", "show the warnings of libraries, too (tracking.verbose=true)"),

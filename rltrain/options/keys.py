@@ -101,7 +101,8 @@ def known_keys() -> dict[str, Key]:
     return dict(sorted(found.items(), key=lambda item: bool(item[1].choices)))
 
 
-def _keys_of(owner: type, prefix: str, choices: tuple[str, ...] = ()) -> Iterator[Key]:
+def _keys_of(owner: type, prefix: str, choices: tuple[str, ...] = (), inside: tuple[type, ...] = ()) -> Iterator[Key]:
+    """Below ``owner``. Parts of a kind that it stands ``inside`` of, as data sets in a mixture, are left out."""
     hints = typing.get_type_hints(owner)
     for entry in fields(owner):
         path, hint = f"{prefix}{entry.name}", _without_none(hints[entry.name])
@@ -111,11 +112,11 @@ def _keys_of(owner: type, prefix: str, choices: tuple[str, ...] = ()) -> Iterato
             yield Key(path=path, type=hint, choices=choices)
             continue
         assert isinstance(hint, type)
-        yield from _keys_of(hint, f"{path}.", choices)
+        yield from _keys_of(hint, f"{path}.", choices, inside)
         for part in parts():
-            if part.config is not hint and hint in part.config.__mro__:
+            if part.config is not hint and hint in part.config.__mro__ and hint not in inside:
                 group = part.group if path == part.group else f"{part.group}@{path.replace(ANY, FIRST)}"
-                yield from _keys_of(part.config, f"{path}.", (f"{group}={part.name}",))
+                yield from _keys_of(part.config, f"{path}.", (f"{group}={part.name}",), (*inside, hint))
 
 
 def _without_none(hint: Any) -> Any:
@@ -206,18 +207,27 @@ def _plain(word: str) -> str:
 
 
 def pattern(key: str) -> str:
-    """The path with ANY for the name of a reward."""
+    """The path with ANY for the name of a reward, or of a data set in a mixture."""
     words = key.split(".")
-    if words[0] in ("rewards", "eval_rewards") and len(words) > 2:
-        words[1] = ANY
+    if (place := _named_place(words)) is not None:
+        words[place] = ANY
     return ".".join(words)
+
+
+def _named_place(words: Sequence[str]) -> int | None:
+    """Which word of a path is a name that a user gave; None where none is."""
+    if words[0] in ("rewards", "eval_rewards") and len(words) > 2:
+        return 1
+    return (
+        2 if words[0] in ("data", "eval_data", "cold_start_data") and words[1:2] == ["sources"] and words[3:] else None
+    )
 
 
 def _named(path: str, key: str) -> str:
     """The path with the user's name of the reward where there is one."""
     words = key.split(".")
-    name = words[1] if words[0] in ("rewards", "eval_rewards") and len(words) > 2 else FIRST
-    return path.replace(ANY, name)
+    place = _named_place(words)
+    return path.replace(ANY, FIRST if place is None else words[place])
 
 
 def unknown_in(config: Any, prefix: str = "") -> list[str]:

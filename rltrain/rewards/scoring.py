@@ -26,6 +26,7 @@ from rltrain.registry import needs_of, part_of
 from rltrain.rewards import failures
 from rltrain.rewards.custom import UserRewardConfig, is_list_of_scores
 from rltrain.runtime import dist, watchdog
+from rltrain.runtime.weight_schedule import is_schedule
 from rltrain.types import Context, Group, Mean, Metric, Metrics, Notes, Scores, Std, is_right
 
 log = logging.getLogger(__name__)
@@ -65,17 +66,19 @@ def score(
     if not rewards:
         return list(groups), {}
     parts = {name: _scored(name, config, groups, context) for name, config in rewards.items()}
+    weights = {name: config.weight_at(context.step) for name, config in rewards.items()}
     scored = [
         replace(
             group,
-            rewards_G=_total([(parts[name], config.weight) for name, config in rewards.items()], index),
+            rewards_G=_total([(parts[name], weights[name]) for name in rewards], index),
             reward_parts={name: part.scores[index] for name, part in parts.items()},
             notes={key: rows for part in parts.values() if part.notes for key, rows in part.notes[index].items()},
             right_G=_right(parts, index),
         )
         for index, group in enumerate(groups)
     ]
-    return scored, _metrics(scored, parts)
+    changing = {name: weights[name] for name, config in rewards.items() if is_schedule(config.weight)}
+    return scored, _metrics(scored, parts) | {f"rewards/{name}/weight": Mean.of(at) for name, at in changing.items()}
 
 
 ANSWER = "answer"  # the name of the reward that judges answers, where there are several

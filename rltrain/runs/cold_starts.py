@@ -26,6 +26,7 @@ from rltrain.runtime import dist, progress
 FOLDER, RECORD = "cold_starts", "sft.json"
 DEPENDS_ON = ("seed", "model", "data", "cold_start_data", "environment", "cold_start")
 HOW_TO_GET_IT = ("cold_start.path", "cold_start.share")  # change where it comes from, not what it is
+RL_ALONE = ("pass_rate", "pass_rate_file")  # keys of a data set that a cold start does not read
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "peft")
 # The code that makes examples and trains on them.
 CODE = ("sft.py", "data/*.py", "policy/*.py", "environments/*.py", "rollout/conversation.py", "rollout/observations.py")
@@ -40,7 +41,14 @@ def made_with(config: RunConfig) -> dict[str, Any]:
     for key in HOW_TO_GET_IT:
         section, _, name = key.partition(".")
         plain[section].pop(name, None)
-    return plain
+    return _without_filters(plain)
+
+
+def _without_filters(tree: Any) -> Any:
+    """The filter by pass rate chooses RL's problems; a cold start reads all."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {key: _without_filters(each) for key, each in tree.items() if key not in RL_ALONE}
 
 
 def key_of(config: RunConfig) -> str:

@@ -19,7 +19,7 @@ from rltrain.runs.summary import plot_curves
 from rltrain.types import is_right
 
 WIDTH = 80
-UNSHOWN = ("eval_accuracy_se", "eval_problems")  # columns of the table by themselves
+COUNT = "eval_problems"  # stands in the head, as standard errors stand beside what they are of
 
 
 def last_lines(run_dir: Path) -> str:
@@ -46,7 +46,8 @@ def table(first: Mapping[str, Any], last: Mapping[str, Any], *, error: float | N
     """
     problems = f", n = {int(last['eval_problems'])}" if "eval_problems" in last else ""
     steps = ("step " + str(row["step"]) for row in (first, last))
-    names = [name for name in last if name.startswith("eval_") and first.get(name) is not None and name not in UNSHOWN]
+    names = [name for name in last if name.startswith("eval_") and first.get(name) is not None]
+    names = [name for name in names if not name.startswith(COUNT) and not name.endswith("_se")]
     width = max(20, 1 + max(len(_short(name)) for name in names))
     head = f"{'held-out' + problems:{width}s}{next(steps):>17s}{next(steps):>17s}{'change':>18s}"
     return "\n".join([head, *(f"{_short(name):{width}s}{_cells(name, first, last, error)}" for name in names)])

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "debug",
     "compress",
     "traces",
+    "audit",
     "cold_start.share",
 )
 # Where rollout servers are, how long they may take, and what memory an engine has.
@@ -70,16 +71,13 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     """The config as plain data, with the name of every part under ``kind``."""
     names = {part.config: part.name for part in parts()}
 
-    def named(value: Any, key: str) -> Any:
-        inner = getattr(value, key)
-        tag = {"kind": names[type(inner)]} if type(inner) in names else {}
-        return tag | asdict(inner) if hasattr(inner, "__dataclass_fields__") else inner
+    def named(value: Any) -> Any:
+        tag = {"kind": names[type(value)]} if type(value) in names else {}
+        if is_dataclass(value) and not isinstance(value, type):
+            return tag | {entry.name: named(getattr(value, entry.name)) for entry in fields(value)}
+        return {key: named(each) for key, each in value.items()} if isinstance(value, dict) else value
 
-    plain = {key: named(config, key) for key in vars(config)}
-    for group in ("rewards", "eval_rewards"):
-        chosen = getattr(config, group)
-        plain[group] = {key: {"kind": names[type(value)]} | asdict(value) for key, value in chosen.items()}
-    return json.loads(json.dumps(plain))
+    return json.loads(json.dumps({key: named(getattr(config, key)) for key in vars(config)}))
 
 
 def with_new_keys(before: Mapping[str, Any], config: Any, *, is_group: bool = False) -> dict[str, Any]:
