@@ -68,7 +68,7 @@ def test_the_help_of_a_command_fits_two_screens(name):
 
 @pytest.mark.parametrize(("topic", "lines"), [
     ("batch.token_budget", ["batch.token_budget   int, default 16384", "most tokens of a micro-batch"]),
-    ("rewards.answer.weight", ["rewards.answer.weight   Any, default 1.0", "factor of this reward in the sum, or a schedule"]),
+    ("rewards.answer.weight", ["rewards.answer.weight   Any, default 1.0", "factor of this reward in the sum, or a"]),
     ("model.path", ["model.path   str, default none, it must be set", "belongs to model=pretrained, model=tiny"]),
     ("loss", ["The policy loss", "loss.kl_coef=0.0 ", "weight of the KL to the reference"]),
     ("reward", ["rewards.*", "reward@rewards.answer=…", "rltrain help reward=…"]),
