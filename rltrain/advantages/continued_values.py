@@ -14,7 +14,7 @@ from rltrain.advantages.whitening import whiten_where
 from rltrain.config import AdvantageConfig
 from rltrain.errors import require
 from rltrain.rollout.continuation_types import ContinuationRequest, ContinuationSampling
-from rltrain.types import Advantages, Completion, Context, Group, Mean, turns_before
+from rltrain.types import Advantages, Completion, Context, Group, Mean
 
 STARTS = ("others", "continuations")
 WHITENING_EPS = 1e-8
@@ -126,7 +126,7 @@ def _request(group: Group, g: int, cut: int, config: ContinuedValuesConfig, cont
         occurrence=group.prompt.occurrence,
         sampling=config.sampling(),
         problem=group.prompt.problem,
-        turns=turns_before(group.completions[g].turns, cut),
+        turns=group.completions[g].turns,
     )
 
 

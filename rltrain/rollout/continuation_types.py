@@ -43,7 +43,8 @@ class ContinuationRequest:
     ``draws`` continuations of up to ``max_new_tokens`` tokens each are wanted. The draws are a function of the run's
     seed, the step, problem, occurrence, ``sample_index``, position and number of the draw, and of nothing else.
 
-    Where an environment answers, ``problem`` and the ``turns`` of ``completion_ids`` let it answer them again.
+    Where an environment answers, ``problem`` and the ``turns`` of the whole completion let it answer again what lies
+    before the state, which is followed by an id that the model wrote.
     """
 
     problem_id: str

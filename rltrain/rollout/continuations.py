@@ -63,7 +63,7 @@ def check_requests(requests: Sequence[ContinuationRequest], sampling: SamplingCo
                 f"{name}: a prefix of {len(request.prefix_ids)} tokens and max_new_tokens={request.max_new_tokens} "
                 f"exceed sampling.max_prompt_tokens + max_new_tokens = {longest}; lower the request's max_new_tokens"
             )
-        if request.one_turn is None and set(rule.stop_ids) & set(request.completion_ids):
+        if request.one_turn is None and not request.turns and set(rule.stop_ids) & set(request.completion_ids):
             raise RunError(f"{name}: its {request.position} ids hold a stop id; ask for states before the end")
 
 

@@ -81,8 +81,8 @@ class TurnRules:
 class Conversation:
     """One completion between its turns.
 
-    ``future`` is what the environment was asked for last. A completion that is continued has ``replayed``, the texts of
-    its ``earlier`` turns, which the environment answers again, and ``begun``, the ids of the turn that is cut.
+    ``future`` is what the environment was asked for last. A completion that is continued has ``replayed``, texts of
+    its ``earlier`` turns that the environment answers again, and ``begun``, the ids of the turn that is cut.
     """
 
     rules: TurnRules
@@ -100,6 +100,11 @@ class Conversation:
     _ids: Sequence[int] = ()  # of that turn
     _asked: bool = False
     _answer: Any = None
+
+    def fork(self, rules: TurnRules, begun: tuple[int, ...]) -> Conversation:
+        """Another that goes on from where this one is, in the middle of a turn or at its begin."""
+        assert self.future is None and not self.replayed
+        return replace(self, rules=rules, begun=begun, turns=[], replayed=[])
 
     def wrote(self, turn_ids: Sequence[int]) -> None:
         """Take a turn that the model has ended, or that has no more room."""

@@ -105,17 +105,25 @@ class LocalRollout:
             ]
             for request in requests
         ]
+        self.sample_continued(requests, rows)
+        return [[row.rule.completion(row.token_ids, row.logprobs) for row in some] for some in rows]
+
+    def sample_continued(
+        self, requests: Sequence[ContinuationRequest], rows: Sequence[Sequence[Row]], answers: Answers | None = None
+    ) -> None:
+        """Sample the rows that continue the state of each request to their ends."""
         with inference(self._model):
             for sampling, indices in by_sampling(requests, self._sampling):
                 states: dict[tuple[int, ...], list[Row]] = {}
                 for index in indices:
                     states.setdefault(requests[index].prefix_ids, []).extend(rows[index])
-                self._run_states(states, sampling)
-        return [[row.rule.completion(row.token_ids, row.logprobs) for row in some] for some in rows]
+                self._run_states(states, sampling, answers)
 
-    def _run_states(self, states: Mapping[tuple[int, ...], Sequence[Row]], sampling: SamplingConfig) -> None:
+    def _run_states(
+        self, states: Mapping[tuple[int, ...], Sequence[Row]], sampling: SamplingConfig, answers: Answers | None
+    ) -> None:
         """Sample the rows of every state, pass by pass; states of as many rows are neighbours in the queue."""
-        new_tokens = {ids: max(row.rule.max_new_tokens for row in rows) for ids, rows in states.items()}
+        new_tokens = {ids: max(row.most_tokens for row in rows) for ids, rows in states.items()}
         for batch in passes(leaves(states), tokens_per_pass=self._config.prefix_tokens_per_pass):
             inside = [leaf.ids[:length] for leaf in batch for length in leaf.lengths]
             decoder = self._decoder(max(new_tokens[ids] for ids in inside))
@@ -125,7 +133,7 @@ class LocalRollout:
                 pad_id = self._policy.pad_token_id
                 decoder = ForkingDecoder(self._base, decoder, batch, new_tokens, pad_id=pad_id)
             jobs = [Job(prompt_ids=ids, rows=states[ids]) for ids in inside]
-            LocalBatch(decoder, sampling, self._config, self._limit_tokens()).run(
+            LocalBatch(decoder, sampling, self._config, self._limit_tokens(), answers).run(
                 sorted(jobs, key=lambda job: len(job.rows))
             )
 

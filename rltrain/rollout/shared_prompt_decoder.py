@@ -335,7 +335,7 @@ class SharedDecoder:
         tokens_RT, _ = left_padded(ids, self._pad_id, self._device)
         offset_RT = torch.arange(width, device=self._device) - (width - counts_R)[:, None]
         logits_RV = self._fed_logits(part, tokens_RT, (starts_R[:, None] + offset_RT).clamp(min=0))
-        ends_R = (kept_RC * torch.arange(1, columns + 1, device=self._device)).amax(1)
+        ends_R = (pad(kept_RC, (1, 0)) * torch.arange(columns + 1, device=self._device)).amax(1)
         short = int((torch.maximum(ends_R, self._births_B[rows_R]) + counts_R).max()) - columns
         self._reserve(max(0, short))
         self._columns += max(0, short)

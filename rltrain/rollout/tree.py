@@ -6,7 +6,7 @@ The cuts are EPTree's (TreeRL, arXiv 2506.11902): at the sampled tokens of the l
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -38,13 +38,15 @@ class TreeLeaf:
 def ranked_cuts(leaves: Sequence[TreeLeaf]) -> list[Cut]:
     """Every cut inside the leaves of one tree, before a token of larger -log p first.
 
-    A cut before token t keeps the t tokens before it. A leaf has cuts before the tokens that are its own, but for the
-    first of them: there it was branched off, or begins. Ties go to the older leaf, then to the earlier token.
+    A cut before token t, which the model wrote, keeps the t tokens before it. A leaf has cuts before the tokens that
+    are its own, but for the first of them: there it was branched off, or begins. Ties go to the older leaf, then to the
+    earlier token.
     """
     costs = [
         (leaf.completion.logprobs[t], leaf.number, t)
         for leaf in leaves
-        for t in range(leaf.shared + 1, len(leaf.completion.token_ids))
+        for t, written in enumerate(leaf.completion.written_T)
+        if t > leaf.shared and written
     ]
     return [Cut(leaf=number, tokens=t) for _, number, t in sorted(costs)]
 
@@ -127,7 +129,7 @@ class TreeRollout:
             for tree in trees:
                 for cut in tree.cut(self._config.places):
                     prefix = next(leaf for leaf in tree.leaves if leaf.number == cut.leaf).completion
-                    requests.append(self._request(prompt, number, prefix.token_ids[: cut.tokens]))
+                    requests.append(self._request(prompt, number, prefix, cut.tokens))
                     places.append((tree, prefix, cut, number))
                     number += self._config.branches
         continued = self._engine.continue_(requests, step=step)
@@ -138,16 +140,18 @@ class TreeRollout:
                 for k, branch in enumerate(branches)
             ]
 
-    def _request(self, prompt: Prompt, number: int, prefix_ids: tuple[int, ...]) -> ContinuationRequest:
+    def _request(self, prompt: Prompt, number: int, prefix: Completion, tokens: int) -> ContinuationRequest:
         """The branches of a cut, keyed by the first new leaf; the name keeps them from an estimator's draws."""
         return ContinuationRequest(
             problem_id=f"tree/{prompt.problem.id}",
             sample_index=number,
             prompt_ids=prompt.token_ids,
-            completion_ids=prefix_ids,
+            completion_ids=prefix.token_ids[:tokens],
             draws=self._config.branches,
-            max_new_tokens=self._sampling.max_new_tokens - len(prefix_ids),
+            max_new_tokens=self._sampling.max_new_tokens - tokens,
             occurrence=prompt.occurrence,
+            problem=prompt.problem,
+            turns=prefix.turns,
         )
 
     def sync(self, policy: Any) -> None:
@@ -165,9 +169,8 @@ class TreeRollout:
 
 def joined(prefix: Completion, tokens: int, branch: Completion, rule: StopRule) -> Completion:
     """The first ``tokens`` tokens of a completion, and what continued them."""
-    ids = prefix.token_ids[:tokens] + branch.token_ids
-    logprobs = (*prefix.logprobs[:tokens], *branch.logprobs)
-    return Completion(token_ids=ids, logprobs=logprobs, finish=branch.finish, text=rule.text(ids))
+    whole = prefix.continued(tokens, branch)
+    return replace(whole, text=branch.text if whole.turns else rule.text(whole.token_ids))
 
 
 def _in_order(trees: Sequence[_Tree]) -> tuple[Completion, ...]:

@@ -6,14 +6,18 @@ round continues every completion that goes on, by one turn, from its ids. What w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rltrain.config import EnvironmentConfig, ModelConfig, SamplingConfig
+from rltrain.errors import RunError
 from rltrain.rollout import Rollout
 from rltrain.rollout.continuation_types import ContinuationRequest, ContinuationSampling, OneTurn
+from rltrain.rollout.continuations import check_requests, draw_key, sampling_of
 from rltrain.rollout.conversation import Answers, Conversation, TurnRules, begin, carry
 from rltrain.rollout.local import LocalRollout
 from rltrain.rollout.observations import Observer
@@ -23,6 +27,41 @@ from rltrain.rollout.sampling import row_key
 from rltrain.rollout.stopping import StopRule
 from rltrain.runtime import dist
 from rltrain.types import Completion, Group, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a state lies: behind ``earlier`` whole turns and the first ``begun`` ids of another.
+
+    ``texts`` are those that the environment answered; what failed left its state as it was.
+    """
+
+    earlier: int
+    begun: int
+    texts: tuple[str, ...]
+
+
+def place_of(request: ContinuationRequest) -> Place:
+    """``RunError`` for a request that does not say its problem, or whose state no written id follows."""
+    name = f"continuation of problem {request.problem_id}, sample {request.sample_index}"
+    if request.problem is None:
+        raise RunError(
+            f"{name}: an environment answers the turns, and the request does not say of which problem; give "
+            "ContinuationRequest problem=group.prompt.problem and turns=completion.turns"
+        )
+    left, earlier = request.position, 0
+    for turn in request.turns:
+        size = turn.written + turn.observed
+        if left < size or (earlier + 1 == len(request.turns) and not turn.observed):
+            break
+        left, earlier = left - size, earlier + 1
+    if earlier < len(request.turns) and request.turns[earlier].observed and left >= request.turns[earlier].written:
+        raise RunError(
+            f"{name}: an environment wrote the id behind its first {request.position}; ask for states that the "
+            "model goes on from (Completion.written_spans)"
+        )
+    texts = tuple(turn.text for turn in request.turns[:earlier] if not turn.failure)
+    return Place(earlier=earlier, begun=left, texts=texts)
 
 
 class TurnRollout:
@@ -80,7 +119,11 @@ class TurnRollout:
             Job(prompt_ids=prompt.token_ids, rows=[self._row(prompt, step, g, talk) for g, talk in enumerate(some)])
             for prompt, some in zip(prompts, talks, strict=True)
         ]
-        self._sample(jobs, sampling, step=step)
+        if isinstance(self._engine, LocalRollout):
+            self._engine.sample(jobs, sampling, self._answers)
+        else:
+            self._in_rounds(jobs, [sampling] * len(jobs), step=step)
+        self._settle(row for job in jobs for row in job.rows)
         return [
             Group(prompt=prompt, completions=tuple(row.completion() for row in job.rows))
             for prompt, job in zip(prompts, jobs, strict=True)
@@ -99,32 +142,68 @@ class TurnRollout:
             entropies=[] if keeps else None,
         )
 
-    def _sample(self, jobs: Sequence[Job], sampling: SamplingConfig, *, step: int) -> None:
-        """Sample all rows to their ends, and take in what is still under way."""
-        if isinstance(self._engine, LocalRollout):
-            self._engine.sample(jobs, sampling, self._answers)
-        else:
-            self._in_rounds(jobs, sampling, step=step)
-        talks = [row.conversation for job in jobs for row in job.rows if row.conversation is not None]
-        carry(talks, self._answers, wait=True)
+    def _settle(self, rows: Iterable[Row]) -> None:
+        """Take in what is still under way, such as the first state of a completion that never asked."""
+        carry([row.conversation for row in rows if row.conversation is not None], self._answers, wait=True)
 
-    def _in_rounds(self, jobs: Sequence[Job], sampling: SamplingConfig, *, step: int) -> None:
+    def _in_rounds(self, jobs: Sequence[Job], samplings: Sequence[SamplingConfig], *, step: int) -> None:
         """Every turn of every row by the engine's continuations; all ranks make as many rounds."""
-        rows = [(job, row) for job in jobs for row in job.rows]
-        while int(dist.all_max(torch.tensor(len(rows)), name="completions that go on")):
-            asked = [(job, row) for job, row in rows if not row.done]
-            requests = [_request(job, row, sampling) for job, row in asked]
-            for (_, row), (new,) in zip(asked, self._engine.continue_(requests, step=step), strict=True):
+        open_ones = [(job, row, sampling) for job, sampling in zip(jobs, samplings, strict=True) for row in job.rows]
+        while int(dist.all_max(torch.tensor(len(open_ones)), name="completions that go on")):
+            requests = [_request(*each) for each in open_ones]
+            for (_, row, _), (new,) in zip(open_ones, self._engine.continue_(requests, step=step), strict=True):
                 row.extend(new.token_ids, [(logprob,) for logprob in new.logprobs])
-            waiting = [row for _, row in rows if row.waits]
-            carry([row.conversation for row in waiting if row.conversation is not None], self._answers, wait=True)
+            waiting = [row for _, row, _ in open_ones if row.waits]
+            self._settle(waiting)
             for row in waiting:
                 row.observe()
-            rows = [(job, row) for job, row in rows if not row.done]
+            open_ones = [each for each in open_ones if not each[1].done]
 
     def continue_(self, requests: Sequence[ContinuationRequest], *, step: int) -> list[list[Completion]]:
-        """Those of the engine."""
-        return self._engine.continue_(requests, step=step)
+        """Continuations to the end of the conversation, whose state is made again from the texts of the turns before.
+
+        All ranks call this together, also without a request.
+        """
+        check_requests(requests, self._sampling, StopRule.of(self._policy, self._sampling))
+        places = [place_of(request) for request in requests]
+        states = self._states(requests, places)
+        rows = [
+            [self._continued_row(request, step, draw, place, state) for draw in range(request.draws)]
+            for request, place, state in zip(requests, places, states, strict=True)
+        ]
+        if isinstance(self._engine, LocalRollout):
+            self._engine.sample_continued(requests, rows, self._answers)
+        else:
+            jobs = [Job(prompt_ids=request.prefix_ids, rows=some) for request, some in zip(requests, rows, strict=True)]
+            self._in_rounds(jobs, [sampling_of(request, self._sampling) for request in requests], step=step)
+        self._settle(row for some in rows for row in some)
+        return [[row.completion() for row in some] for some in rows]
+
+    def _states(self, requests: Sequence[ContinuationRequest], places: Sequence[Place]) -> list[Conversation]:
+        """The conversation at the begin of the turn of each request, replayed once where several are alike."""
+        rules = self._rules(self._sampling)
+        keys = [(request.problem_id, place.texts) for request, place in zip(requests, places, strict=True)]
+        alike = dict(zip(keys, zip(requests, places, strict=True), strict=True))
+        problems = [request.problem for request, _ in alike.values() if request.problem is not None]
+        begun = [talk for (talk,) in begin(rules, self._answers, problems, [1] * len(problems))]
+        for talk, (_, place) in zip(begun, alike.values(), strict=True):
+            talk.replayed, talk.earlier = list(place.texts), place.earlier
+        carry(begun, self._answers, wait=True)
+        state_of = dict(zip(alike, begun, strict=True))
+        return [state_of[key] for key in keys]
+
+    def _continued_row(
+        self, request: ContinuationRequest, step: int, draw: int, place: Place, state: Conversation
+    ) -> Row:
+        rules = dataclasses.replace(self._rules(self._sampling), most_tokens=request.position + request.max_new_tokens)
+        begun = request.completion_ids[request.position - place.begun :]
+        of_turn = rules.of_turn(request.position - place.begun)
+        return Row(
+            key=draw_key(self._seed, step, request, draw),
+            rule=of_turn.after(begun, max_new_tokens=of_turn.max_new_tokens - place.begun),
+            conversation=state.fork(rules, begun),
+            offset=request.position,
+        )
 
 
 def _request(job: Job, row: Row, sampling: SamplingConfig) -> ContinuationRequest:

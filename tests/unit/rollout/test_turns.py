@@ -1,15 +1,21 @@
 """Completions over turns: their record, against plain forwards, and the same bits for any arrival and engine."""
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
-from local_engine import EOS, PROMPTS, model, plain_logprobs, tokenizer
+from local_engine import EOS, PROMPTS, Policy, model, plain_logprobs, tokenizer
 from turn_environments import ARRIVALS, SAMPLING, Here, Lengths, Timed, talked, talking
+from vllm_stand_in import StandIn
 
+from rltrain.errors import RunError
+from rltrain.rollout.continuation_types import ContinuationRequest, ContinuationSampling
 from rltrain.rollout.observations import plain_ids
 from rltrain.rollout.shared_prompt_decoder import SharedDecoder
+from rltrain.rollout.vllm import VllmRollout, VllmRolloutConfig
+from rltrain.rollout.vllm_requests import request_seed
 from rltrain.types import Reply
 
 
@@ -184,3 +190,104 @@ def test_entropies_of_observed_ids_are_unknown():
     for _, one in completions(talked(rollout)):
         finite = [math.isfinite(entropy) and math.isfinite(collision) for entropy, collision in one.entropies]
         assert tuple(finite) == one.written_T
+
+
+class Chatty(Lengths):
+    """Answers most turns, of a greedy model too."""
+
+    stop = tuple("abcdefghijklmnop0123456789 ")
+
+
+GREEDY = dataclasses.replace(SAMPLING, temperature=0.0)
+
+
+def states(groups, every):
+    """The groups' completions and requests at every so many places that a written id follows, one draw each."""
+    for group in groups:
+        for sample, completion in enumerate(group.completions):
+            places = [t for t, written in enumerate(completion.written_T) if written][::every]
+            for place in places:
+                yield (
+                    completion,
+                    ContinuationRequest(
+                        problem_id=group.prompt.problem.id,
+                        sample_index=sample,
+                        prompt_ids=group.prompt.token_ids,
+                        completion_ids=completion.token_ids[:place],
+                        draws=1,
+                        max_new_tokens=SAMPLING.max_new_tokens - place,
+                        problem=group.prompt.problem,
+                        turns=completion.turns,
+                        sampling=ContinuationSampling(temperature=0.0),
+                    ),
+                )
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
+def test_greedy_continuations_through_the_environment_are_the_rest_of_the_completion(name, rounds):
+    """From inside turns and from their begins: ids, turns with rewards and keys, and how it ended."""
+    rollout = talking(name, rounds=rounds, sampling=GREEDY, environment=Chatty(), turn_tokens=9)
+    whole, asked = zip(*states(talked(rollout, group_size=1), every=2), strict=True)
+    crossed = 0
+    for completion, request, (new,) in zip(whole, asked, rollout.continue_(asked, step=9), strict=True):
+        joined = completion.continued(request.position, new)
+        assert (joined.token_ids, joined.turns, joined.finish) == (
+            completion.token_ids,
+            completion.turns,
+            completion.finish,
+        )
+        assert new.text == completion.text
+        crossed += len(new.turns) > 1
+    assert crossed > 3
+
+
+def test_draws_of_a_state_differ_and_depend_on_their_request_alone():
+    rollout = talking()
+    requests = [request for _, request in states(talked(rollout, group_size=2), every=5)]
+    asked = [dataclasses.replace(request, draws=3, sampling=None) for request in requests]
+    together = rollout.continue_(asked, step=2)
+    alone = [rollout.continue_([each], step=2)[0] for each in asked[::4]]
+    assert [[one.token_ids for one in ones] for ones in alone] == [
+        [one.token_ids for one in ones] for ones in together[::4]
+    ]
+    assert sum(len({one.token_ids for one in ones}) > 1 for ones in together) > 0.8 * len(asked)
+    in_rounds = talking(rounds=True).continue_(asked, step=2)
+    assert [[(one.token_ids, one.turns) for one in ones] for ones in in_rounds] == [
+        [(one.token_ids, one.turns) for one in ones] for ones in together
+    ]
+
+
+def test_states_that_nothing_goes_on_from_are_refused():
+    rollout = talking()
+    group, whole = next(each for each in completions(talked(rollout)) if each[1].turns[0].observed)
+    _, request = next(states([group], every=1))
+    request = dataclasses.replace(request, turns=whole.turns)
+    for extra in (0, 1):
+        ids = whole.token_ids[: whole.turns[0].written + extra]
+        with pytest.raises(RunError, match="an environment wrote the id behind its first"):
+            rollout.continue_([dataclasses.replace(request, completion_ids=ids, max_new_tokens=4)], step=1)
+    with pytest.raises(RunError, match="give ContinuationRequest problem="):
+        rollout.continue_([dataclasses.replace(request, problem=None)], step=1)
+
+
+def test_a_vllm_server_gives_the_spans_of_the_local_engine(tmp_path):
+    """Greedy, since the draws of later turns are vLLM's own; and sampled completions hold the same rules."""
+    server = StandIn(copy.deepcopy(model("qwen3")), max_model_len=2048)
+    try:
+        config = VllmRolloutConfig(mode="server", urls=[server.url], folder=str(tmp_path), weights="files")
+        served = talking(environment=Chatty(), sampling=GREEDY, turn_tokens=9)
+        served._engine = VllmRollout(config, GREEDY, Policy(model("qwen3"), tokenizer()), seed=7)
+        local = talked(talking(environment=Chatty(), sampling=GREEDY, turn_tokens=9), group_size=1)
+        expected = [(one.token_ids, one.turns, one.finish) for _, one in completions(local)]
+        assert [
+            (one.token_ids, one.turns, one.finish) for _, one in completions(talked(served, group_size=1))
+        ] == expected
+        assert sum(len(turns) > 1 for _, turns, _ in expected) > 2
+        sampled = served.generate(PROMPTS[:2], step=3, group_size=2, sampling=SAMPLING)
+        seeds = server.served[-sum(len(one.turns) for _, one in completions(sampled)) :]
+        assert len(set(seeds)) == len(seeds), "every turn has draws of its own"
+        first = {request_seed(7, 3, prompt.problem.id, sample) for prompt in PROMPTS[:2] for sample in range(2)}
+        assert first <= set(seeds), "the first turn has those of a completion without turns"
+    finally:
+        server.stop()
