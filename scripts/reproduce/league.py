@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -26,6 +27,8 @@ from typing import Any
 import yaml
 
 SPECIFICATION = Path(__file__).with_name("league.yaml")
+IMPORTED = ("rltrain.cli", "rltrain.trainer", "transformers.models.qwen3.modeling_qwen3", "matplotlib.pyplot")
+IMPORTED += ("pyarrow.parquet", "scipy.stats", "scipy.optimize", "matplotlib.backends.backend_agg")  # the slow ones
 FINISHED = "league.json"  # written into a run's folder when it is done
 
 
@@ -121,13 +124,10 @@ def train(words: Sequence[str], folder: Path) -> None:
 
 def import_once() -> None:
     """Everything that a run imports, so that a forked one does not."""
-    import torch
-
-    import rltrain.cli
-    import rltrain.trainer
-
-    rltrain.cli.store_nodes()
-    torch.set_num_threads(1)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    importlib.import_module("rltrain.cli").store_nodes()
+    importlib.import_module("torch").set_num_threads(1)
 
 
 @dataclass(kw_only=True)
