@@ -27,7 +27,7 @@ class GiGPOConfig(AdvantageConfig):
     discount: float = 0.95  # of rewards, per turn
     scale: str = "none"  # std divides both advantages by their std + eps, none centres alone
     episodes_over: str = "completions"  # mean and std of episodes count a completion once, or once per turn (turns)
-    turn_rewards: str = "added"  # to rewards.*, or included in them already, by reward turn_rewards of weight 1
+    turn_rewards: str = "added"  # to rewards.*, or included in them by reward turn_rewards (weight 1), or ignored
     eps: float = 1e-6  # added to the std
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class GiGPOConfig(AdvantageConfig):
         require(0 <= self.discount <= 1, f"advantage.discount={self.discount}: must lie in [0, 1]; 0.95 is the paper's")
         require_one_of(("none", "std"), "advantage.scale", self.scale)
         require_one_of(("completions", "turns"), "advantage.episodes_over", self.episodes_over)
-        require_one_of(("added", "included"), "advantage.turn_rewards", self.turn_rewards)
+        require_one_of(("added", "included", "ignored"), "advantage.turn_rewards", self.turn_rewards)
         require(self.eps >= 0, f"advantage.eps={self.eps}: must be >= 0")
 
     def learns_from_equal_rewards(self) -> bool:
@@ -51,7 +51,7 @@ class GiGPOConfig(AdvantageConfig):
                 f"count otherwise; set advantage.turn_rewards=included rewards.{name}.weight=1, or remove the reward",
             )
         require(
-            self.turn_rewards == "added" or bool(weights),
+            self.turn_rewards != "included" or bool(weights),
             "advantage.turn_rewards=included: no reward of the run holds the turns' rewards; add one with "
             "+reward@rewards.turns=turn_rewards, or set added",
         )
@@ -61,9 +61,9 @@ def step_rewards(turns: Sequence[Turn], reward: float, *, turn_rewards: str = "a
     """The rewards of a completion's turns: ``Turn.reward``, and at the last turn what the completion's reward adds.
 
     ``turn_rewards="added"``: all of it. ``"included"``: the rest of it, of which ``Turn.reward`` are a part, so that
-    the turns' rewards sum to it.
+    the turns' rewards sum to it. ``"ignored"``: all of it, and no turn has a reward of its own.
     """
-    rewards = [turn.reward for turn in turns]
+    rewards = [0.0 if turn_rewards == "ignored" else turn.reward for turn in turns]
     if rewards:
         rewards[-1] += reward - (sum(rewards) if turn_rewards == "included" else 0.0)
     return rewards

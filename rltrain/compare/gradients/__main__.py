@@ -23,11 +23,11 @@ import torch
 from rltrain import cli
 from rltrain.advantages.custom import CustomAdvantageConfig
 from rltrain.advantages.verl_function import VerlFunctionConfig
-from rltrain.compare.gradients.families import FAMILIES, TabularPolicy
+from rltrain.compare.gradients.families import FAMILIES, Family, TabularPolicy
 from rltrain.compare.gradients.judging import Sampling, judge_on, policy_of
 from rltrain.compare.gradients.output import Cell, plot, table
 from rltrain.compare.gradients.rows import Contender, contenders
-from rltrain.errors import ConfigError, RunError
+from rltrain.errors import ConfigError, RunError, require
 from rltrain.registry import discover
 
 
@@ -48,6 +48,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--options", default="{}", metavar="YAML", help="options of those from outside: '{gamma: 0.9}'")
     parser.add_argument("--import", nargs="+", default=[], dest="modules", help="modules that register estimators")
     parser.add_argument("--only", nargs="+", default=[], help="of the registered estimators those of a name or label")
+    parser.add_argument(
+        "--families", nargs="+", default=[], metavar="NAME", help="of the families those of these names"
+    )
     parser.add_argument("--table", type=Path, help="also write the table to this file")
     parser.add_argument("--plot", type=Path, default=Path("runs/bench/estimators.png"))
     return parser.parse_args(words)
@@ -66,15 +69,23 @@ def options_of(text: str) -> dict[str, Any]:
     return options
 
 
+def chosen_families(names: Sequence[str]) -> list[Family]:
+    """The families of these names; all without names."""
+    known = {family.name: family for family in FAMILIES}
+    unknown = [name for name in names if name not in known]
+    require(not unknown, f"--families {', '.join(unknown)}: unknown; choose among {', '.join(map(repr, known))}")
+    return [known[name] for name in names or known]
+
+
 def measured_cell(policy: TabularPolicy, row: Contender, sampling: Sampling) -> Cell:
     """What an estimator raises is the result of its row, for the others are no worse for it."""
-    start, judgement, reason = time.perf_counter(), None, ""
+    start, judgement, reason, crashed = time.perf_counter(), None, "", False
     try:
         judgement = judge_on(policy, row.estimator, sampling)
     except (ConfigError, RunError) as error:
         reason = str(error)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason, crashed = f"{type(error).__name__}: {error}", True
         traceback.print_exc()
     return Cell(
         label=row.label,
@@ -82,16 +93,20 @@ def measured_cell(policy: TabularPolicy, row: Contender, sampling: Sampling) -> 
         group_size=sampling.group_size,
         judgement=judgement,
         reason=reason,
+        crashed=crashed,
         seconds=time.perf_counter() - start,
     )
 
 
 def measured(row: Contender, policies: Sequence[TabularPolicy], samplings: Sequence[Sampling]) -> list[Cell]:
-    """All cells of a row, or the first that failed."""
-    cells = []
-    for policy, sampling in itertools.product(policies, samplings):
-        cells.append(measured_cell(policy, row, sampling))
-        if cells[-1].judgement is None:
+    """All cells of a row: of each family up to the first that is refused, of all families up to one that crashed."""
+    cells: list[Cell] = []
+    for policy in policies:
+        for sampling in samplings:
+            cells.append(measured_cell(policy, row, sampling))
+            if cells[-1].judgement is None:
+                break
+        if cells[-1].crashed:
             break
     return cells
 
@@ -111,7 +126,7 @@ def main(words: Sequence[str] | None = None) -> list[Cell]:
         *(VerlFunctionConfig(import_path=path, options=options) for path in arguments.verl),
     ]
     rows = contenders(outside, arguments.only)
-    policies = [policy_of(family, arguments.seed) for family in FAMILIES]
+    policies = [policy_of(family, arguments.seed) for family in chosen_families(arguments.families)]
     by_row = [measured(row, policies, samplings) for row in rows]
     cells = list(itertools.chain(*by_row))
     text = table(cells, policies)

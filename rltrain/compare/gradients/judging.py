@@ -142,7 +142,8 @@ def estimates(table: Table, estimator: Estimator, draws: np.ndarray, batch: int)
         values = estimator(groups, table.context).values
         weights = torch.cat([row_T for group in values for row_T in group]).double().numpy() / batch
         rows.append(policy.gradient(drawn.ravel().tolist(), weights))
-        tokens.append((len(weights) + generated[0] - before) / batch)
+        written = sum(completion.written_tokens for group in groups for completion in group.completions)
+        tokens.append((written + generated[0] - before) / batch)
     return Estimates(gradients_KD=np.array(rows), tokens_K=np.array(tokens))
 
 

@@ -16,13 +16,17 @@ from rltrain.compare.statistics import Interval
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One estimator on one family at one group size: its judgement, or the reason why there is none."""
+    """One estimator on one family at one group size: its judgement, or the reason why there is none.
+
+    ``crashed``: the reason is no refusal of the estimator's.
+    """
 
     label: str
     family: str
     group_size: int
     judgement: Judgement | None = None
     reason: str = ""
+    crashed: bool = False
     seconds: float = 0.0
 
 
@@ -38,8 +42,13 @@ def table(cells: Sequence[Cell], policies: Sequence[TabularPolicy]) -> str:
             "|---|---|---|---|---|---|---|---|---|",
             *(_line(cell.label, cell.judgement) for cell in cells if cell.family == policy.family.name),
         ]
-    reasons = sorted({f"{cell.label}: {cell.reason}" for cell in cells if cell.reason})
-    return "\n".join([*filter(None, lines), *(f"\nNot measured: {reason}" for reason in reasons)])
+    somewhere = {cell.label for cell in cells if cell.judgement}
+    missing = {
+        f"Not measured{' elsewhere' if cell.label in somewhere else ''}: {cell.label}: {cell.reason}"
+        for cell in cells
+        if cell.reason
+    }
+    return "\n".join([*filter(None, lines), *(f"\n{reason}" for reason in sorted(missing))])
 
 
 def _line(label: str, judged: Judgement | None) -> str:

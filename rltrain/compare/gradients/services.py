@@ -14,7 +14,17 @@ from torch import Tensor
 from rltrain.compare.gradients.families import EOS, VOCABULARY, Family, TabularPolicy
 from rltrain.rollout.continuation_types import ContinuationRequest, ContinuationSampling
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
-from rltrain.types import Completion, Context, Group, Need, RolloutServices, SpanRequest, TokenEntropy
+from rltrain.types import (
+    Completion,
+    Context,
+    Group,
+    Need,
+    RolloutServices,
+    SpanRequest,
+    TokenEntropy,
+    Turn,
+    turns_before,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +103,7 @@ class ExactProber:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactEntropies:
-    """Entropy and collision probability of the table's row before each token."""
+    """Entropy and collision probability of the table's row before each token; NaN where an environment wrote it."""
 
     policy: TabularPolicy
     known: dict[tuple[int, ...], TokenEntropy] = field(default_factory=dict)
@@ -105,9 +115,10 @@ class ExactEntropies:
     def of(self, ids: tuple[int, ...]) -> TokenEntropy:
         """Of one completion."""
         if ids not in self.known:
-            rows_TV = torch.from_numpy(self.policy.policy_SV[self.policy.states(ids)])
-            entropy_T = -torch.xlogy(rows_TV, rows_TV).sum(1)
-            self.known[ids] = TokenEntropy(entropy_T=entropy_T, collision_T=rows_TV.square().sum(1))
+            rows_WV = torch.from_numpy(self.policy.policy_SV[self.policy.states(ids)])
+            pair = -torch.xlogy(rows_WV, rows_WV).sum(1), rows_WV.square().sum(1)
+            entropy_T, collision_T = (torch.from_numpy(self.policy.laid_out(ids, values.numpy())) for values in pair)
+            self.known[ids] = TokenEntropy(entropy_T=entropy_T, collision_T=collision_T)
         return self.known[ids]
 
 
@@ -157,9 +168,20 @@ class TableContinuer:
                 logprobs=tuple(policy.logprobs(whole)[start:stop].tolist()),
                 finish="stop" if stop >= len(whole) else "length",
                 text=policy.family.text(whole[start:stop]),
+                turns=turns_behind(turns_before(policy.family.turns(whole), stop), start),
             )
-        self.tokens[0] += len(self.known[key].token_ids)
+        self.tokens[0] += self.known[key].written_tokens
         return self.known[key]
+
+
+def turns_behind(turns: Sequence[Turn], position: int) -> tuple[Turn, ...]:
+    """The turns of the ids behind the first ``position``, the next of which is a written one."""
+    left = []
+    for turn in turns:
+        if position < turn.written:
+            left.append(replace(turn, written=turn.written - position))
+        position = max(0, position - turn.written - turn.observed)
+    return tuple(left)
 
 
 def sharpened(policy: TabularPolicy, sampling: ContinuationSampling) -> TabularPolicy:

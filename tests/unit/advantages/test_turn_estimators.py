@@ -164,6 +164,7 @@ def test_rewards_of_steps_and_their_returns_by_hand():
     turns = keyed("ab", (0.25, 0.5))
     assert step_rewards(turns, 1.0) == [0.25, 1.5]
     assert step_rewards(turns, 1.75, turn_rewards="included") == [0.25, 1.5]  # 0.75 of it are the turns'
+    assert step_rewards(turns, 1.0, turn_rewards="ignored") == [0.0, 1.0]
     assert step_rewards((), 1.0) == []
     assert discounted_returns([0.25, 1.5, -1.0], 0.5) == [0.25 + 0.5 * (1.5 - 0.5), 1.0, -1.0]
     added = gigpo_advantages([turns, keyed("ab")], [1.0, 0.0])

@@ -43,7 +43,7 @@ def test_the_true_gradient_is_autograd_of_the_expected_reward(family):
     logits_SV = torch.from_numpy(policy.policy_SV).log().requires_grad_()
     logprobs_SV = logits_SV.log_softmax(-1)
     expected = sum(
-        sum(logprobs_SV[policy.state_of[ids[:t]], ids[t]] for t in range(len(ids))).exp()
+        sum(logprobs_SV[policy.state_of[ids[:t]], ids[t]] for t in range(len(ids)) if ids[:t] in policy.state_of).exp()
         for ids, reward in zip(policy.completions, policy.reward_C, strict=True)
         if reward
     )
@@ -61,15 +61,15 @@ def test_an_estimator_is_given_the_log_probs_of_the_table(family):
 
     def reads(groups, options, context):
         for each in groups:
-            seen.update({completion.token_ids: completion.logprobs for completion in each.completions})
+            seen.update({completion.token_ids: completion for completion in each.completions})
         return group(groups, GroupConfig(), context)
 
     judge_on(policy, estimator_of(reads), Sampling(completions=4096, batch=256, resamples=2))
     probability = dict(zip(policy.completions, policy.probability_C, strict=True))
     assert len(seen) > 200
-    for ids, logprobs in seen.items():
-        assert len(logprobs) == len(ids) and max(logprobs) <= 0
-        assert sum(logprobs) == pytest.approx(np.log(probability[ids]), abs=1e-12)
+    for ids, completion in seen.items():
+        assert len(completion.logprobs) == len(ids) and max(completion.written_logprobs) <= 0
+        assert sum(completion.written_logprobs) == pytest.approx(np.log(probability[ids]), abs=1e-12)
 
 
 def test_measure_finds_what_was_put_in():
@@ -208,6 +208,7 @@ def test_options_reach_the_estimators_from_outside(outside, tmp_path):
         (["--completions", "300"], "batch must divide completions"),
         (["--completions", "256"], "the intervals need at least two batches; raise completions or lower batch"),
         (["--only", "gpro"], "--only gpro: unknown; choose among dr_grpo, entropy_mask, gdpo, "),
+        (["--families", "fork"], "--families fork: unknown; choose among 'decisive token', 'two needed tokens', "),
         (["--custom", "nothing_here:f"], "no module named nothing_here; install it or add its folder to PYTHONPATH"),
         (["--options", "gamma"], "--options gamma: not a YAML mapping; write '{gamma: 0.9}'"),
         (["--options", "{gamma"], "--options {gamma: not a YAML mapping"),
