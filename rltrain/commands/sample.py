@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from typing import Any
 import torch
 
 from rltrain import cli
-from rltrain.config import ModelConfig, RewardConfig, SamplingConfig
+from rltrain.config import EnvironmentConfig, ModelConfig, RewardConfig, SamplingConfig
+from rltrain.environments.pool import EnvironmentPool
 from rltrain.errors import ConfigError
 from rltrain.policy.encode import encode_all, why_left_out
-from rltrain.policy.load import PretrainedConfig, config_of, load_policy
+from rltrain.policy.load import Policy, PretrainedConfig, config_of, load_policy
 from rltrain.registry import discover, parts
 from rltrain.rewards.scoring import score
+from rltrain.rollout import Rollout
 from rltrain.rollout.local import LocalRollout, LocalRolloutConfig
+from rltrain.rollout.turns import TurnRollout
 from rltrain.runs import checkpoint, run_folder
 from rltrain.runtime import progress
 from rltrain.types import Completion, Context, Group, Problem
@@ -36,12 +40,13 @@ COLOURS = ((0.1, 41), (0.3, 43), (0.6, 46), (0.9, 42))
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model and where its weights are, how it samples, and the rewards of its run."""
+    """A model and where its weights are, how it samples, and the rewards and the environment of its run."""
 
     model: ModelConfig
     path: str | None
     sampling: SamplingConfig
     rewards: Mapping[str, RewardConfig]
+    environment: EnvironmentConfig | None = None
 
 
 def source_of(name: str) -> Source:
@@ -58,7 +63,23 @@ def source_of(name: str) -> Source:
     known, steps = {part.name: part.config for part in parts("reward")}, held.get("steps", 0)
     rewards = {key: _reward(known, key, dict(value)).settled(steps) for key, value in held.get("rewards", {}).items()}
     sampling = _known(SamplingConfig, held.get("sampling", {}))
-    return Source(model=config_of(held["model"]), path=str(policy), sampling=sampling, rewards=rewards)
+    return Source(
+        model=config_of(held["model"]),
+        path=str(policy),
+        sampling=sampling,
+        rewards=rewards,
+        environment=_environment(held.get("environment")),
+    )
+
+
+def _environment(plain: Mapping[str, Any] | None) -> EnvironmentConfig | None:
+    """An environment's config from its plain form; older runs have none."""
+    if plain is None:
+        return None
+    known = {part.name: part.config for part in parts("environment")}
+    if plain["kind"] not in known:
+        raise ConfigError(f"environment={plain['kind']}: not registered here; import the file that registers it")
+    return _known(known[plain["kind"]], plain)
 
 
 def _reward(known: Mapping[str, type], key: str, plain: dict[str, Any]) -> RewardConfig:
@@ -89,14 +110,28 @@ def sample(source: Source, prompt: str, *, n: int, seed: int, answer: str | None
     prompts, dropped = encode_all(policy, [problem], source.model, max_prompt_tokens=limit)
     if dropped:
         raise ConfigError(why_left_out(policy, problem, source.model, max_prompt_tokens=limit))
-    engine = LocalRollout(LocalRolloutConfig(), source.sampling, policy, seed=seed)
-    groups = engine.generate(prompts, step=0, group_size=n)
+    with _rollout(source, policy, seed=seed) as rollout:
+        groups = rollout.generate(prompts, step=0, group_size=n)
     if answer is not None:
         context = Context(seed=seed, tokenizer=policy.tokenizer, max_new_tokens=source.sampling.max_new_tokens)
         groups, _ = score(groups, source.rewards, context)
     return replace(
         groups[0], notes={"tokens": [texts(policy.tokenizer, each.token_ids) for each in groups[0].completions]}
     )
+
+
+@contextmanager
+def _rollout(source: Source, policy: Policy, *, seed: int) -> Iterator[Rollout]:
+    """The local engine, with the run's environment where it has one."""
+    engine = LocalRollout(LocalRolloutConfig(), source.sampling, policy, seed=seed)
+    if source.environment is None:
+        yield engine
+        return
+    pool = EnvironmentPool(source.environment)
+    try:
+        yield TurnRollout(engine, pool, source.environment, source.sampling, policy, model=source.model, seed=seed)
+    finally:
+        pool.close()
 
 
 def texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The calculator miniature and its control over seeds, two processes at a time with one thread each. Resumes where it
 # stopped. Per seed, from one cold start: GRPO on the outcome; MT-GRPO, which rewards a call that gives a result, too; and
-# as many sequences of the cold start's own supervised training as RL sees (120 x 64 = 60 x 128), on fresh problems.
+# as many sequences of the cold start's own supervised training as RL sees (60 x 64 = 30 x 128), on fresh problems.
 # usage: scripts/reproduce/calculator.sh [OUT] [SEEDS]     e.g. runs/calculator "0 1 2 3 4 5 6 7"
 set -euo pipefail
 out=${1:-runs/calculator}
 seeds=${2:-0 1 2 3 4 5 6 7}
 export OMP_NUM_THREADS=1 WANDB_MODE=${WANDB_MODE:-disabled} out
-export STEPS=${STEPS:-60} JOBS=${JOBS:-2} MORE=${MORE:-}
+export STEPS=${STEPS:-30} JOBS=${JOBS:-2} MORE=${MORE:-}
 
 run() { # MODULE SEED OUT [OVERRIDE…]
     local module=$1 seed=$2 folder=$3
@@ -33,7 +33,8 @@ arm() { # SEED ARM
     model="$seed/$2/checkpoints/step_$(printf %06d "$STEPS")/policy"
     case $2 in
         outcome) run train "$1" "$seed/$2" "steps=$STEPS" ;;
-        turns) run train "$1" "$seed/$2" "steps=$STEPS" "$given" algorithm=mt_grpo environment.call_reward=1 ;;
+        turns) run train "$1" "$seed/$2" "steps=$STEPS" "$given" algorithm=mt_grpo \
+            loss.aggregation=sequence environment.call_reward=1 ;; # the advantage alone differs
         sft_*)
             model="$seed/$2/cold_start"
             [ -d "$model" ] || run sft "$1" "$seed/$2" "model.path=$seed/outcome/cold_start" data.seed=1 \
