@@ -217,7 +217,7 @@ class GreedyModel:
         from rltrain.policy.load import load_policy
         from rltrain.runtime import dist
 
-        self._config, self._policy = config, load_policy(config.model)
+        self._config, self._policy = config, load_policy(config.model, device=dist.device())
         self._policy.model.to(dist.device())
         engine: Any = part_of(config.rollout).function
         self._rollout = engine(config.rollout, config.sampling, self._policy, seed=config.seed)

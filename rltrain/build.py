@@ -193,7 +193,7 @@ def build(config: RunConfig) -> Run:
     saved = checkpoint.resume_point(Path(config.run_dir), config)
     initial = sft.cold_start(config) if config.cold_start.is_wanted else None
     with sharded_loading(config.deepspeed, dtype=config.model.dtype):
-        policy = load_policy(config.model, path=initial)
+        policy = load_policy(config.model, path=initial, device=dist.device())
     source = PromptSource(config, policy)
     held_out = held_out_prompts(config, policy) if config.evaluation.every_steps > 0 else []
     model = LogprobModel(policy.model, temperature=config.sampling.temperature)

@@ -134,7 +134,8 @@ def load(config: RunConfig) -> Pipeline:
     """The compressor is the configured model. ``scorer.path`` is the frozen model, which may be the same."""
     if config.compress.verifier is None:
         raise ConfigError("compress.verifier: none is set; choose one, for example reward@compress.verifier=boxed")
-    compressor, frozen = load_policy(config.model), load_frozen(config.model, path=config.scorer.path)
+    compressor = load_policy(config.model, device=dist.device())
+    frozen = load_frozen(config.model, path=config.scorer.path, device=dist.device())
     check_same_vocabulary(compressor, frozen, name=f"scorer.path={config.scorer.path}")
     engines = []
     for policy in (compressor, frozen):

@@ -190,7 +190,7 @@ def context_of(config: RunConfig, policy: Policy, rollout: Rollout) -> Context:
 def main(config: RunConfig) -> None:
     """Evaluate the configured model on held-out problems; prints the metrics and writes ``evaluation.json``."""
     dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
-    policy = load_policy(config.model)
+    policy = load_policy(config.model, device=dist.device())
     policy.model.to(dist.device())
     rollout = sampler_of(config, policy)
     context = context_of(config, policy, rollout)

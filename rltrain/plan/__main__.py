@@ -109,7 +109,11 @@ def show(made: Plan) -> None:
     )
     Console(width=max(Console().width, 150)).print(table_of(made))
     host = max(footprint.host for footprint in made.footprints.values()) * cluster.gpus_per_node / GIB
-    print(f"* as configured. Offloading takes up to {host:.1f} GiB of a node's own memory.")
+    loading = made.loading * cluster.gpus_per_node / GIB
+    print(
+        f"* as configured. Of a node's own memory loading takes up to {loading:.1f} GiB beside the files' pages, and "
+        f"offloading up to {host:.1f} GiB."
+    )
 
 
 def table_of(made: Plan) -> Any:

@@ -17,11 +17,13 @@ from rltrain.plan.devices import DEVICES, GIB
 from rltrain.plan.load import RankLoad, rank_load
 from rltrain.plan.model_shape import FP32_BYTES, ModelShape, activation_bytes, architecture, measure
 from rltrain.plan.sampling import sampler_bytes, sampling_footprint
+from rltrain.policy.load import PretrainedConfig
 
 STATE_BYTES = 12  # of AdamW, a parameter: an fp32 copy of the weight and two moments
 # Of DeepSpeed: elements of a gradient bucket, and of weights that ZeRO 3 keeps gathered at most.
 BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
+LOADING_THREADS = 4  # of transformers, each with a tensor
 # CUDA's context and NCCL's buffers.
 RESERVE_GIB = 2.0
 # Of what comes and goes on a GPU, activations, logits and cache: the blocks that its caching allocator cannot join.
@@ -249,6 +251,21 @@ def gradient_element_bytes(config: RunConfig, shape: ModelShape) -> int:
     return FP32_BYTES if accumulated == "fp32" else shape.dtype_bytes
 
 
+def loading_bytes(config: RunConfig, shape: ModelShape, *, on_gpu: bool) -> int:
+    """The most of a node's own memory that a rank takes while it loads the policy, beside pages of the files.
+
+    A GGUF file is unpacked in fp32. A folder is loaded straight to a GPU, by threads that hold a tensor each; any other
+    source is made whole on the host, as on a CPU.
+    """
+    if isinstance(config.model, PretrainedConfig) and config.model.gguf_file:
+        return shape.parameters * FP32_BYTES
+    if not on_gpu or not isinstance(config.model, PretrainedConfig):
+        return shape.parameters * shape.dtype_bytes
+    rows = [shape.vocabulary] * (1 if shape.tied else 2) + [shape.intermediate_size] * LOADING_THREADS
+    largest = sorted(rows, reverse=True)[:LOADING_THREADS]
+    return sum(largest) * shape.hidden_size * shape.dtype_bytes
+
+
 def sharding_plans(stages: Sequence[int] = (0, 1, 2, 3)) -> list[ShardingPlan]:
     """Every stage, with and without offload (which needs shards) and gradient checkpointing."""
     return [
@@ -261,13 +278,14 @@ def sharding_plans(stages: Sequence[int] = (0, 1, 2, 3)) -> list[ShardingPlan]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The footprints of a config on a cluster, by sharding plan."""
+    """The footprints of a config on a cluster, by sharding plan; ``loading`` is :func:`loading_bytes`, of a rank."""
 
     cluster: Cluster
     shape: ModelShape
     load: RankLoad
     chosen: ShardingPlan
     footprints: dict[ShardingPlan, Footprint]
+    loading: int
 
     def fits(self, sharding: ShardingPlan) -> bool:
         """Whether the peak fits, with RESERVE_GIB left for what is not counted."""
@@ -310,7 +328,14 @@ def plan(config: RunConfig, cluster: Cluster, *, on_gpu: bool = True) -> Plan:
         offload_optimizer=config.deepspeed.offload_optimizer,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
-    return Plan(cluster=cluster, shape=shape, load=load, chosen=chosen, footprints=footprints)
+    return Plan(
+        cluster=cluster,
+        shape=shape,
+        load=load,
+        chosen=chosen,
+        footprints=footprints,
+        loading=loading_bytes(config, shape, on_gpu=on_gpu),
+    )
 
 
 def as_json(made: Plan, times: Mapping[int, Any] | None = None) -> str:
@@ -328,7 +353,7 @@ def as_json(made: Plan, times: Mapping[int, Any] | None = None) -> str:
     facts = {"cluster": made.cluster, "shape": made.shape, "work": made.load}
     avoided = naive_logits_bytes(made.shape, made.load.loss_tokens)
     return json.dumps(
-        {**facts, "logits_avoided": avoided, "layouts": rows, "times": times or {}},
+        {**facts, "logits_avoided": avoided, "loading": made.loading, "layouts": rows, "times": times or {}},
         indent=1,
         default=dataclasses.asdict,
     )

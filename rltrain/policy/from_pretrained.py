@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 from rltrain.errors import ConfigError, require
 
 log = logging.getLogger(__name__)
 
 EAGER = "eager"
+_DEVICE: ContextVar[torch.device | None] = ContextVar("the device that weights are loaded to", default=None)
+
+
+@contextmanager
+def weights_on(device: torch.device | None) -> Iterator[None]:
+    """Inside, :func:`causal_lm` puts weights on ``device`` tensor by tensor, not into the host's memory first."""
+    token = _DEVICE.set(device)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
 
 
 def causal_lm(source: str, setting: str, *, attn_implementation: str, dtype: Any, **options: Any) -> Any:
@@ -48,7 +64,7 @@ def _load(source: str, setting: str, attention: str, dtype: Any, options: dict[s
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+        source, dtype=dtype, attn_implementation=attention, output_loading_info=True, **_placement(options), **options
     )
     model, found = loaded
     missing = sorted(found["missing_keys"])
@@ -59,6 +75,15 @@ def _load(source: str, setting: str, attention: str, dtype: Any, options: dict[s
     )
     require_finite(model, setting)
     return model
+
+
+def _placement(options: dict[str, Any]) -> dict[str, Any]:
+    """Where transformers puts the weights. ZeRO 3 places them itself, and a GGUF file is unpacked by the host."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    device = _DEVICE.get()
+    elsewhere = device is not None and device.type != "cpu" and not is_deepspeed_zero3_enabled()
+    return {"device_map": {"": device}} if elsewhere and "gguf_file" not in options else {}
 
 
 def require_finite(model: Any, setting: str) -> None:

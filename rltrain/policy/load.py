@@ -16,7 +16,7 @@ import torch
 
 from rltrain.config import MISSING, LoraConfig, ModelConfig
 from rltrain.errors import ConfigError, require
-from rltrain.policy.from_pretrained import causal_lm
+from rltrain.policy.from_pretrained import causal_lm, weights_on
 from rltrain.policy.lora import add_lora, load_lora
 from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer, pad_token_id
 from rltrain.policy.training_mode import only_lora_dropout, recompute_layers
@@ -55,10 +55,11 @@ class PretrainedConfig(ModelConfig):
     attn_implementation: str = "sdpa"  # transformers' name of the attention: sdpa, eager, flash_attention_2
 
 
-def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
+def load_policy(config: ModelConfig, *, path: str | None = None, device: torch.device | None = None) -> Policy:
     """The policy of a config, with LoRA adapters if asked; ``path`` overrides where the weights come from.
 
-    A path to saved adapters goes on with them, or, where the config asks for none, merges them into their base.
+    A path to saved adapters goes on with them, or, where the config asks for none, merges them into their base. Files
+    of a transformers folder are loaded straight to ``device``. Other sources may leave the model on the CPU.
     """
     if path is not None:
         config = _at(config, path)
@@ -67,7 +68,8 @@ def load_policy(config: ModelConfig, *, path: str | None = None) -> Policy:
     logging.disable_progress_bar()
     adapters = _adapters(config)
     base = config if adapters is None else _base_of(adapters, config)
-    model, tokenizer = part_of(base).function(base)
+    with weights_on(device):
+        model, tokenizer = part_of(base).function(base)
     check_tokenizer(tokenizer, model, config)
     if adapters is not None:
         model = load_lora(model, adapters, config.lora)
@@ -147,13 +149,13 @@ def _saved_base(adapters: Path, config: ModelConfig) -> ModelConfig:
     return _at(config, named)
 
 
-def load_frozen(config: ModelConfig, *, path: str | None = None) -> Policy:
+def load_frozen(config: ModelConfig, *, path: str | None = None, device: torch.device | None = None) -> Policy:
     """A model without gradients, in eval mode, and its tokenizer: a reference or a scorer."""
     plain = copy.copy(config)
     plain.lora = LoraConfig()
     plain.gradient_checkpointing = False
     plain.chat, plain.chat_template_kwargs, plain.template_date = False, {}, None  # prompts are the policy's
-    frozen = load_policy(plain, path=path)
+    frozen = load_policy(plain, path=path, device=device)
     frozen.model.requires_grad_(False).eval()
     return frozen
 

@@ -251,7 +251,7 @@ def load_scorer(
 
 def load_phi(config: RunConfig, policy: Policy, *, path: str | None) -> LogprobModel:
     """A frozen model that shares the policy's vocabulary."""
-    frozen = load_frozen(config.model, path=path)
+    frozen = load_frozen(config.model, path=path, device=dist.device())
     check_same_vocabulary(policy, frozen, name=f"scorer.path={config.scorer.path}")
     return LogprobModel(frozen.model, temperature=1.0).to(dist.device())
 
@@ -259,7 +259,8 @@ def load_phi(config: RunConfig, policy: Policy, *, path: str | None) -> LogprobM
 def load_shadow(config: RunConfig, initial: str | None) -> nn.Module:
     """A second policy in fp32, adapters included."""
     plain = dataclasses.replace(config.model, gradient_checkpointing=False)
-    shadow = LogprobModel(load_policy(plain, path=initial).model.float(), temperature=1.0)
+    policy = load_policy(plain, path=initial, device=dist.device())
+    shadow = LogprobModel(policy.model.float(), temperature=1.0)
     return shadow.to(dist.device()).eval()
 
 
@@ -279,6 +280,6 @@ def load_reference(config: RunConfig, *, path: str | None) -> LogprobModel | Non
     if Need.REFERENCE_LOGPROBS not in config.needs():
         return None
     with sharded_loading(config.deepspeed, dtype=config.model.dtype):
-        model = load_frozen(config.model, path=path).model
+        model = load_frozen(config.model, path=path, device=dist.device()).model
     reference = LogprobModel(model, temperature=config.sampling.temperature)
     return shard_frozen(reference, config.deepspeed, dtype=config.model.dtype)

@@ -290,7 +290,7 @@ def load_copy(config: RunConfig, initial: str | None) -> Any:
     if dtype != "policy":
         plain.dtype = dtype
     device = copy_device(config.rollout.device_offset)
-    return load_policy(plain, path=initial).model.requires_grad_(False).to(device).eval()
+    return load_policy(plain, path=initial, device=device).model.requires_grad_(False).to(device).eval()
 
 
 def copy_device(offset: int) -> torch.device:

@@ -197,6 +197,23 @@ def test_the_peak_is_the_busiest_of_training_stepping_and_sampling():
     assert Footprint(**parts, sampling=90, accumulates=True).peak == 35 + 90
 
 
+@pytest.mark.parametrize(("overrides", "on_gpu", "expected"), [
+    (["model=pretrained", "model.path=some/model"], True, 4 * 128 * 64 * 2),  # four threads, each a matrix of the MLP
+    (["model=pretrained", "model.path=some/model"], False, 2 * T),
+    (["model=pretrained", "model.path=some/model", "model.gguf_file=a.gguf"], True, 4 * T),
+    ([], True, 2 * T),  # the built-in model is made on the host
+])  # fmt: skip
+def test_host_memory_while_loading(overrides, on_gpu, expected):
+    assert memory.loading_bytes(cli.compose(overrides), BF16, on_gpu=on_gpu) == expected
+
+
+def test_embeddings_and_head_are_the_largest_of_four_tensors():
+    config = cli.compose(["model=pretrained", "model.path=some/model"])
+    for tied, rows in ((True, 1000 + 3 * 128), (False, 2 * 1000 + 2 * 128)):
+        shape = dataclasses.replace(BF16, vocabulary=1000, tied=tied)
+        assert memory.loading_bytes(config, shape, on_gpu=True) == rows * 64 * 2
+
+
 def test_the_load_of_a_rank():
     overrides = ["sampling.max_prompt_tokens=32", "sampling.max_new_tokens=48", "batch.token_budget=1000"]
     overrides += ["batch.prompts_per_step=16", "batch.group_size=8", "evaluation.problems=500", "rollout.max_rows=100"]
@@ -295,7 +312,11 @@ def test_the_command_prints_every_sharding_plan_and_marks_the_chosen_one(tmp_pat
     (chosen,) = [row for row in printed["layouts"] if row["chosen"]]
     assert (chosen["zero_stage"], chosen["offload_optimizer"], chosen["fits"]) == (2, False, True)
     report(run_config, cluster=cluster, as_text=True)
-    assert "2*" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2*" in out
+    # Two GPUs a node, each with the built-in model of 25 thousand weights in fp32.
+    assert "loading takes up to 0.0 GiB beside the files' pages" in out
+    assert printed["loading"] == 4 * measure(run_config.model, architecture(run_config.model)).parameters
 
 
 def test_mistakes_name_the_remedy(tmp_path):
