@@ -47,6 +47,7 @@ bench: $(installed)
 	$(python) scripts/bench/rollout.py --rounds 3
 	$(python) scripts/bench/probes.py --short
 	$(python) scripts/bench/continuations.py --completions 2
+	$(python) scripts/bench/turns.py --prompts 4 --tokens 64 --turn 16 --repeats 1 --sleep 0.01
 	$(python) scripts/bench/logprobs.py --shapes 256,64,4096 --rounds 1
 	$(python) scripts/bench/batching.py --rounds 3
 	$(python) scripts/bench/step.py --limits 32 --rounds 1 --sides trl trl-fast

@@ -87,8 +87,8 @@ class LocalBatch:
         decoding = sum(not row.done for row in self._rows)
         if queue and not self._rows:
             return
-        after_steps = self._config.reply_steps or self._config.steps_between_looks(self._keys_B.device.type)
-        due = self._waiting.take_due(self._steps, decoding, share=self._config.compact_share, after_steps=after_steps)
+        share, after_steps = self._config.compact_share, self._config.reply_steps
+        due = self._waiting.take_due(self._steps, decoding, share=share, after_steps=after_steps)
         carry([row.conversation for job in due for row in job.rows if row.conversation], answers, wait=True)
         if due and self._feeding is None:
             self._keep(self._wanted())

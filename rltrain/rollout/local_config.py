@@ -21,8 +21,8 @@ class LocalRolloutConfig(RolloutConfig):
     ``compact_share`` of the batch. ``cuda_graph=auto`` replays the steps of Llama-shaped models as CUDA graphs.
     ``dtype=bfloat16`` decodes with a cast copy of the weights, renewed by ``sync``; ``policy`` with the policy itself.
     Prefill and continuations forward ``prefix_tokens_per_pass`` tokens at a time (a single prompt may have more).
-    A row whose turn an environment answers goes on with the first ``compact_share`` of the batch that wait, no sooner
-    than ``reply_steps`` decode steps after its turn (0: ``check_steps``). The others decode meanwhile.
+    Rows whose turns an environment answers wait until they are ``compact_share`` of the batch, each for at least
+    ``reply_steps`` decode steps, which hide the latency of its reply: the others decode meanwhile.
     ``speculate_tokens`` (0: none) guesses so many of the next tokens of each row, once nothing queues and at most
     ``speculate_rows`` rows are left (:mod:`rltrain.rollout.speculation`).
     """
@@ -55,9 +55,7 @@ class LocalRolloutConfig(RolloutConfig):
             0 <= self.speculate_tokens <= MOST_GUESSES,
             f"rollout.speculate_tokens={self.speculate_tokens}: must lie in 0..{MOST_GUESSES}; 0 is off",
         )
-        require(
-            self.reply_steps >= 0, f"rollout.reply_steps={self.reply_steps}: 0 means the steps of rollout.check_steps"
-        )
+        require(self.reply_steps >= 0, f"rollout.reply_steps={self.reply_steps}: must be >= 0; 0 waits for no step")
         require(self.speculate_rows >= 1, f"rollout.speculate_rows={self.speculate_rows}: set at least 1")
 
     def steps_between_looks(self, device_type: str) -> int:

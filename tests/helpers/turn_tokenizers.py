@@ -1,5 +1,6 @@
 """Tokenizers made in code for conversations: byte-level BPE whose merges cross borders, SentencePiece BPE, unigram."""
 
+import string
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -27,9 +28,10 @@ def _finished(backend, **names):
 
 @cache
 def byte_bpe():
-    """Every byte, and merges of "12", "=1", ">1", "calc" and the like."""
+    """Every byte, and merges of "12", of "1" behind every letter, "calc" and the like."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("1", "2"), ("=", "1"), (">", "1"), ("c", "a"), ("l", "c"), ("ca", "lc"), ("2", "1"), ("12", "1")]
+    merges += [(letter, "1") for letter in string.ascii_letters]
     tokens = [*SPECIAL, *letters, *("".join(pair) for pair in merges)]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -3,20 +3,27 @@
 import copy
 import dataclasses
 import math
+import string
 
 import pytest
 import torch
+from chat_tokenizers import small_model
 from local_engine import EOS, PROMPTS, Policy, model, plain_logprobs, tokenizer
 from turn_environments import ARRIVALS, SAMPLING, Here, Lengths, Timed, talked, talking
+from turn_tokenizers import byte_bpe
 from vllm_stand_in import StandIn
 
+from rltrain.config import EnvironmentConfig, ModelConfig, SamplingConfig
 from rltrain.errors import RunError
 from rltrain.rollout.continuation_types import ContinuationRequest, ContinuationSampling
+from rltrain.rollout.local import LocalRollout, LocalRolloutConfig
 from rltrain.rollout.observations import plain_ids
 from rltrain.rollout.shared_prompt_decoder import SharedDecoder
+from rltrain.rollout.turns import TurnRollout
 from rltrain.rollout.vllm import VllmRollout, VllmRolloutConfig
 from rltrain.rollout.vllm_requests import request_seed
-from rltrain.types import Reply
+from rltrain.runs.completions import facts_of, flat_ids, flat_logprobs, restored
+from rltrain.types import Environment, Problem, Prompt, Reply
 
 
 def completions(groups):
@@ -291,3 +298,39 @@ def test_a_vllm_server_gives_the_spans_of_the_local_engine(tmp_path):
         assert first <= set(seeds), "the first turn has those of a completion without turns"
     finally:
         server.stop()
+
+
+class Crossing(Environment):
+    """Ends turns at letters, and answers with a text whose first character merges with a letter."""
+
+    stop = tuple(string.ascii_letters)
+    role = None
+
+    def start(self, problem):
+        return 0
+
+    def respond(self, state, text):
+        return Reply(text="12", state=state + 1)
+
+
+def test_ids_are_kept_where_merges_cross_the_borders_of_turns():
+    """The text of a completion has other ids; those of the record are what was sampled and what was observed."""
+    bpe = byte_bpe()
+    network = small_model(len(bpe))
+    policy = Policy(network, bpe, (bpe.eos_token_id,))
+    sampling = SamplingConfig(max_new_tokens=48)
+    local = LocalRollout(LocalRolloutConfig(check_steps=2), sampling, policy, seed=3)
+    config = EnvironmentConfig(max_turns=6, reply_tokens=4)
+    rollout = TurnRollout(local, Here(Crossing()), config, sampling, policy, model=ModelConfig(), seed=3)
+    prompt = Prompt(problem=Problem(id="p", prompt="", answer=""), token_ids=plain_ids(bpe, "3*4="))
+    ones, other = rollout.generate([prompt], step=0, group_size=16)[0].completions, 0
+    for one in ones:
+        expected = plain_logprobs(network, prompt, one.token_ids, 1.0)
+        for logprob, exact, written in zip(one.logprobs, expected, one.written_T, strict=True):
+            assert math.isnan(logprob) if not written else abs(logprob - float(exact)) < 2e-5
+        assert all(observed in ((), plain_ids(bpe, "12")) for _, _, observed in spans(one))
+        retokenised = tuple(bpe(bpe.decode(one.token_ids), add_special_tokens=False)["input_ids"])
+        other += len(one.turns) > 1 and retokenised != one.token_ids
+    assert other > 8
+    facts, ids = [facts_of(one) for one in ones], flat_ids(ones, torch.int32)
+    assert restored(facts, ids, flat_logprobs(ones, torch.float64)) == list(ones), "as a checkpoint keeps them"
