@@ -50,14 +50,14 @@ class LocalBatch:
         while queue or self._rows or self._waiting.rows:
             while fitting := self._fitting(queue):
                 self._admit(fitting)
+            self._note_waiting()  # a turn may end with its first token, before the cache is made room in
             if not all(row.done for row in self._rows):
                 self._make_room(queue)
                 if not queue and self._speculates():
                     self._decode_guessing()
                 else:
                     self._decode()
-            if self._answers is not None:
-                self._waiting.add(self._jobs, self._steps)
+            self._note_waiting()
             self._compact()
             if self._answers is not None:
                 self._rejoin(queue, self._answers)
@@ -72,6 +72,10 @@ class LocalBatch:
                 break
             chosen.append(queue.popleft())
         return chosen
+
+    def _note_waiting(self) -> None:
+        if self._answers is not None:
+            self._waiting.add(self._jobs, self._steps)
 
     def _alike(self, job: Job, first: Job) -> bool:
         """Whether two jobs may start together: of as many rows and, in a conversation, both at or behind its start."""
@@ -95,11 +99,25 @@ class LocalBatch:
         for job in due:
             job.rows[0].observe()
         going = [job for job in due if not job.rows[0].done]
+        self._make_room_to_feed({id(job.rows[0]): 1 + job.rows[0].observed_tokens for job in going})
         place = {id(row): index for index, row in enumerate(self._rows)}
         here = sorted(((place[id(job.rows[0])], job) for job in going if id(job.rows[0]) in place), key=lambda x: x[0])
         queue.extendleft(reversed([job for job in going if id(job.rows[0]) not in place]))
         for fed in self._feeds(here):
             self._feed(fed)
+
+    def _make_room_to_feed(self, tokens_of: dict[int, int]) -> None:
+        """Let the rows that are to be fed leave where the cache has no room for a copy of them and their new tokens.
+
+        They are prefilled with all of their tokens later.
+        """
+        if self._limit_tokens is None or not tokens_of or not isinstance(self._decoder, SharedDecoder):
+            return
+        here, width = sum(id(row) in tokens_of for row in self._rows), max(tokens_of.values())
+        grown = self._decoder.cache_tokens(width, len(self._rows), grows=True)
+        if here and grown + here * (self._decoder.capacity + width) > self._limit_tokens:
+            self._keep([index for index, row in enumerate(self._rows) if id(row) not in tokens_of])
+            self._was_full = True
 
     def _feeds(self, here: Sequence[tuple[int, Job]]) -> list[list[tuple[int, Job]]]:
         """Rows that are fed together, at most ``prefix_tokens_per_pass`` tokens with their padding, or one."""

@@ -334,3 +334,25 @@ def test_ids_are_kept_where_merges_cross_the_borders_of_turns():
     assert other > 8
     facts, ids = [facts_of(one) for one in ones], flat_ids(ones, torch.int32)
     assert restored(facts, ids, flat_logprobs(ones, torch.float64)) == list(ones), "as a checkpoint keeps them"
+
+
+def test_rows_that_are_fed_stay_below_the_limit_of_the_cache(monkeypatch):
+    """What is allocated after every step and feed; with a small cache rows leave and are prefilled again."""
+    limit, seen, counts = 24 + 4 * 40, [], {"step": 0, "feed": 0}
+    for method in counts:
+        original = getattr(SharedDecoder, method)
+
+        def measured(self, *arguments, original=original, method=method):
+            logits = original(self, *arguments)
+            layer = self.layers[0]
+            seen.append(sum(x.shape[1] * x.shape[2] for x in (layer.prompt_keys, layer.own_keys)))
+            counts[method] += 1
+            return logits
+
+        monkeypatch.setattr(SharedDecoder, method, measured)
+    expected = [group.completion_ids for group in talked(talking(environment=Chatty(), check_steps=2))]
+    fed = counts["feed"]
+    seen.clear()
+    small = talked(talking(environment=Chatty(), check_steps=2, max_cache_tokens=limit))
+    assert [group.completion_ids for group in small] == expected
+    assert max(seen) <= limit and fed > 3
