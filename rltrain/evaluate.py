@@ -30,6 +30,7 @@ from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.grading import with_grades
 from rltrain.rewards.random_calculation import parse_literal
 from rltrain.rewards.scoring import score
+from rltrain.rewards.signs import sign_metrics
 from rltrain.rollout import Rollout, build_engine
 from rltrain.rollout.ahead import check_rollout, with_turns
 from rltrain.rollout.continuations import services_of
@@ -92,7 +93,9 @@ def evaluate(
     groups, _ = score(drawn, rewards, context)
     accumulator = Accumulator()
     for group in groups:
-        accumulator.add({**group_metrics(group, config.samples), **mixture.source_metrics(group)})
+        accumulator.add(
+            {**group_metrics(group, config.samples), **mixture.source_metrics(group), **sign_metrics([group])}
+        )
     values = mixture.with_source_errors(accumulator.reduce())
     values["accuracy_se"] = values.pop("accuracy_std", 0.0) / math.sqrt(max(1.0, values["problems"]))
     return {f"eval_{name}": value for name, value in values.items()}, groups

@@ -16,6 +16,7 @@ from rltrain.config import RunConfig
 from rltrain.evaluate import evaluate, evaluation_rewards
 from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.scoring import answers_differ, score
+from rltrain.rewards.signs import sign_metrics
 from rltrain.runs import run_folder
 from rltrain.runs.recorder import Recorder
 from rltrain.runs.scope import Scope
@@ -107,7 +108,7 @@ def draw(run: Run, scope: Scope, attempt: int) -> list[Group]:
     if not run.config.batch.dynamic_sampling:  # else this step may need the engine again
         sample_ahead(run, scope)
     with scope.stage("reward", "reward"):
-        scope.metrics.add(completion_metrics(drawn))
+        scope.metrics.add({**completion_metrics(drawn), **sign_metrics(drawn)})
         groups, scores = score(drawn, run.config.rewards, run.context(scope.step, scope.metrics))
         scope.metrics.add(scores)
         if scope.step == run.first_step:

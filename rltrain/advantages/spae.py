@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rltrain.advantages.failed_steps import failed_step_fraction
 from rltrain.advantages.group import as_rewards
 from rltrain.advantages.spae_steps import Steps, check_delimiter, split_steps
 from rltrain.advantages.whitening import whiten_where
@@ -258,6 +259,7 @@ def _diagnostics(
     }
     return by_step | {
         "spae/potential/mean": Mean.of([float(phi) for phi_K in potentials for phi in phi_K]),
+        "spae/failed_step_fraction": Mean.of([failed_step_fraction(phi_K.tolist()) for phi_K in potentials]),
         "spae/steps": Mean.of([len(phi_K) for phi_K in potentials]),
         "spae/solving_tokens": Mean.of([solving for solving, _ in solving_and_checking]),
         "spae/checking_tokens": Mean.of([checking for _, checking in solving_and_checking]),

@@ -33,6 +33,9 @@ TRAINING = {
     "frac_reward_zero_std": CurveWords(
         title="zero-variance groups", says="Share of groups whose rewards are all equal: they teach nothing."
     ),
+    "completions/repeat_share": CurveWords(
+        title="repeated tokens", says="Mean share of tokens in runs of ten and more that stood before."
+    ),
     "completions/clipped_ratio": CurveWords(
         title="completions cut off", says="Share of completions that ran into sampling.max_new_tokens."
     ),
@@ -47,7 +50,7 @@ TURNS = {  # of runs with an environment
 CURVES = RESULTS | TRAINING
 
 SHARE = re.compile(
-    r"accuracy|(^|_)(pass|maj|avg)@|(^|/)clipped_ratio|clip_ratio/|(^|_)frac_|_share$|^groups/|^answered$"
+    r"accuracy|(^|_)(pass|maj|avg)@|(^|/)(clipped_ratio|repeat_share|think_answer_mismatch|failed_step_fraction)|clip_ratio/|(^|_)frac_|_share$|^groups/|^answered$"
     r"|^rewards/.*/(errors|timeouts|abstained)$|(^|_)environment/(errors|timeouts|(call|failed)_ratio)$"
 )
 

@@ -15,6 +15,7 @@ from rltrain.report.credit import credit
 from rltrain.report.evaluation import Evaluation, evaluation
 from rltrain.report.folder import RecordedRun, read_run
 from rltrain.report.provenance import Origin, origin
+from rltrain.report.signs import Signs, in_percent, signs
 from rltrain.report.warnings import all_warnings
 from rltrain.runs.summary import MetricRows
 
@@ -33,6 +34,7 @@ class RunView:
     warnings: Sequence[str]
     evaluation: Evaluation | None
     stages: Sequence[charts.StageTime]
+    signs: Signs | None
     config_text: str
 
     @property
@@ -93,6 +95,7 @@ def build(folders: Sequence[Path], *, estimators: Sequence[str] = (), groups: in
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         chart=charts,
+        percent=in_percent,
     )
 
 
@@ -118,6 +121,7 @@ def view_of(run: RecordedRun) -> RunView:
         warnings=all_warnings(run.rows, evaluated=evaluated),
         evaluation=evaluation(run),
         stages=charts.stages(run.rows),
+        signs=signs(run),
         config_text=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     )
 

@@ -264,6 +264,7 @@ def test_diagnostics_by_hand():
         "spae/right_to_wrong": Mean(total=1, count=3),
         "spae/right_to_wrong_of_saturated": Mean(total=1, count=2),
         "spae/steps": Mean(total=5, count=3),
+        "spae/failed_step_fraction": Mean(total=0, count=3),
         "spae/potential/step_1": Mean(total=phi[0.2] + phi[0.99], count=2),
         "spae/potential/step_2": Mean(total=phi[0.99] + phi[0.1], count=2),
         "spae/potential/step_3": Mean(total=phi[0.99], count=1),
