@@ -16,7 +16,7 @@ from rltrain.rollout.local_config import LocalRolloutConfig
 from rltrain.rollout.rows import Job, Row, WaitingRows
 from rltrain.rollout.sampling import entropy_and_collision, sample_with_distribution, uniforms
 from rltrain.rollout.shared_prompt_decoder import SharedDecoder
-from rltrain.rollout.speculation import GroupDrafts, accepted
+from rltrain.rollout.speculation import GroupDrafts, RecycledTokens, accepted
 
 
 class LocalBatch:
@@ -41,6 +41,7 @@ class LocalBatch:
         self._tokens_B: Tensor
         self._keys_B: Tensor
         self._positions_B: Tensor  # of the next completion token
+        self._recycled = RecycledTokens() if config.speculate_from == "recycling" else None
         self._drafts: dict[int, tuple[GroupDrafts, int]] = {}  # of each row and its place in the group, by id
 
     def run(self, jobs: Sequence[Job]) -> None:
@@ -207,6 +208,9 @@ class LocalBatch:
         self._tokens_B, self._keys_B, self._positions_B = tokens_B, keys_B, positions_B
         self._rows += rows
         self._jobs += jobs
+        if self._recycled is not None:
+            for job in jobs:
+                self._recycled.watch(job.prompt_ids, [row.token_ids for row in job.rows])
 
     def _decode(self) -> None:
         """``check_steps`` tokens for every row, and one look at them from the host at the end."""
@@ -229,6 +233,8 @@ class LocalBatch:
         """Feed every row its last token and guesses behind it; sample at all of them, keep what the guesses allow."""
         assert isinstance(self._decoder, SharedDecoder)
         left = min(row.left_tokens for row in self._rows if not row.done)
+        if self._recycled is not None:
+            self._recycled.refresh()
         guesses = [self._guess(row, min(self._config.speculate_tokens, left - 1)) for row in self._rows]
         guessed_BK = torch.tensor(guesses, device=self._keys_B.device, dtype=torch.int64)
         fed_BT = torch.cat([self._tokens_B[:, None], guessed_BK], dim=1)
@@ -249,6 +255,8 @@ class LocalBatch:
     def _guess(self, row: Row, count: int) -> list[int]:
         if row.done or count == 0:
             return [0] * count
+        if self._recycled is not None:
+            return self._recycled.guess(row.token_ids[-1], count)
         if not self._drafts:
             for job in self._jobs:
                 drafts = GroupDrafts(job.prompt_ids, [one.token_ids for one in job.rows])

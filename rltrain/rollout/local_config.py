@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rltrain.config import RolloutConfig
-from rltrain.errors import require
+from rltrain.errors import require, require_one_of
 
 MOST_GUESSES = 8
 
@@ -24,7 +24,8 @@ class LocalRolloutConfig(RolloutConfig):
     Rows whose turns an environment answers wait until they are ``compact_share`` of the batch, each for at least
     ``reply_steps`` decode steps, which hide the latency of its reply: the others decode meanwhile.
     ``speculate_tokens`` (0: none) guesses so many of the next tokens of each row, once nothing queues and at most
-    ``speculate_rows`` rows are left (:mod:`rltrain.rollout.speculation`).
+    ``speculate_rows`` rows are left (:mod:`rltrain.rollout.speculation`). ``speculate_from=prompt`` looks them up in
+    the prompt and the group; ``recycling`` takes the last successors of each token in the whole batch.
     """
 
     max_rows: int = 256
@@ -36,6 +37,7 @@ class LocalRolloutConfig(RolloutConfig):
     prefix_tokens_per_pass: int = 16384
     speculate_tokens: int = 0
     speculate_rows: int = 8
+    speculate_from: str = "prompt"
     reply_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +58,12 @@ class LocalRolloutConfig(RolloutConfig):
             f"rollout.speculate_tokens={self.speculate_tokens}: must lie in 0..{MOST_GUESSES}; 0 is off",
         )
         require(self.reply_steps >= 0, f"rollout.reply_steps={self.reply_steps}: must be >= 0; 0 waits for no step")
+        require_one_of(("prompt", "recycling"), "rollout.speculate_from", self.speculate_from)
+        require(
+            self.speculate_tokens > 0 or self.speculate_from == "prompt",
+            f"rollout.speculate_from={self.speculate_from} with rollout.speculate_tokens=0: guesses nothing; set "
+            "rollout.speculate_tokens=4, or leave it out",
+        )
         require(self.speculate_rows >= 1, f"rollout.speculate_rows={self.speculate_rows}: set at least 1")
 
     def steps_between_looks(self, device_type: str) -> int:

@@ -1,5 +1,7 @@
 """Guesses of a completion's next tokens, from what its group has written (prompt lookup decoding, Saxena 2023).
 
+Or from a table of what last followed each token in the whole batch (after token recycling, Luo et al., 2408.08696).
+
 A guess costs a lookup. The decoder feeds it behind the last token, and a token is sampled at every place with that
 place's own uniform number (:mod:`rltrain.rollout.sampling`). Those whose whole past was guessed right are the tokens
 that would have been sampled one by one; the first always is. So a wrong guess costs time and changes nothing.
@@ -7,6 +9,8 @@ that would have been sampled one by one; the first always is. So a wrong guess c
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +18,10 @@ from torch import Tensor
 
 _LONGEST = 3
 """Tokens that a place must have in common with the end of a completion, at best; else fewer."""
+
+
+RECYCLED = 8
+"""Successors of a token that are kept."""
 
 
 class GroupDrafts:
@@ -45,6 +53,51 @@ class GroupDrafts:
             for size in range(1, min(_LONGEST, end) + 1):
                 self._after[tuple(text[end - size : end])] = (text, end)
         self._indexed[index] = len(text)
+
+
+class RecycledTokens:
+    """A table of the last ``RECYCLED`` successors of each token, in the prompts and completions of a batch.
+
+    The paper's table has 8 candidates per token, too, from the logits of the last forward; its tree of guesses is here
+    a chain. The table is that of one batch, so that a resumed run guesses alike.
+    """
+
+    def __init__(self) -> None:
+        self._watched: list[tuple[list[int], list[int]]] = []  # what was read of a row: its last token; its tokens
+        self._read: list[int] = []
+        self._after: dict[int, deque[int]] = {}
+
+    def watch(self, prompt_ids: Sequence[int], completions: Sequence[list[int]]) -> None:
+        """Read a prompt, and its completions while they grow. Completions that are watched already stay so."""
+        new = [completion for completion in completions if not any(completion is known for _, known in self._watched)]
+        if new:
+            self._enter(list(prompt_ids))
+        self._watched += [(list(prompt_ids[-1:]), completion) for completion in new]
+        self._read += [0] * len(new)
+
+    def refresh(self) -> None:
+        """Enter what the completions have grown by."""
+        for index, (last, completion) in enumerate(self._watched):
+            new = completion[self._read[index] :]
+            if new:
+                self._enter([*last, *new])
+                last[:], self._read[index] = new[-1:], len(completion)
+
+    def _enter(self, tokens: Sequence[int]) -> None:
+        for token, successor in itertools.pairwise(tokens):
+            self._after.setdefault(token, deque(maxlen=RECYCLED)).append(successor)
+
+    def guess(self, token: int, count: int) -> list[int]:
+        """A chain of ``count`` tokens behind ``token``, filled up with 0.
+
+        Each is the most frequent of the last successors of the one before; of equally frequent ones the newest.
+        """
+        guessed: list[int] = []
+        while len(guessed) < count and (successors := self._after.get(token)):
+            times = Counter(reversed(successors))  # the newest first, which breaks ties
+            token = max(times, key=times.__getitem__)
+            guessed.append(token)
+        return guessed + [0] * (count - len(guessed))
 
 
 def accepted(fed_BT: Tensor, sampled_BT: Tensor) -> Tensor:

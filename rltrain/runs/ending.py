@@ -19,6 +19,7 @@ from rltrain.runs.summary import plot_curves
 from rltrain.types import is_right
 
 WIDTH = 80
+SIGNS = ("eval_completions/repeat_share", "eval_completions/think_answer_mismatch")  # the report has them
 COUNT = "eval_problems"  # stands in the head, as standard errors stand beside what they are of
 
 
@@ -47,7 +48,7 @@ def table(first: Mapping[str, Any], last: Mapping[str, Any], *, error: float | N
     problems = f", n = {int(last['eval_problems'])}" if "eval_problems" in last else ""
     steps = ("step " + str(row["step"]) for row in (first, last))
     names = [name for name in last if name.startswith("eval_") and first.get(name) is not None]
-    names = [name for name in names if not name.startswith(COUNT) and not name.endswith("_se")]
+    names = [name for name in names if not name.startswith(COUNT) and not name.endswith("_se") and name not in SIGNS]
     width = max(20, 1 + max(len(_short(name)) for name in names))
     head = f"{'held-out' + problems:{width}s}{next(steps):>17s}{next(steps):>17s}{'change':>18s}"
     return "\n".join([head, *(f"{_short(name):{width}s}{_cells(name, first, last, error)}" for name in names)])

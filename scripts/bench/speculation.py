@@ -31,8 +31,8 @@ from rltrain.rollout.shared_prompt_decoder import SharedDecoder
 class Side:
     """A rollout with its settings, its tokens, and the decoder's forwards in it."""
 
-    def __init__(self, config: RunConfig, policy: Policy, prompts: list[Any], settings: dict[str, int]) -> None:
-        rollout: Any = dataclasses.replace(config.rollout, **settings)  # type: ignore[arg-type]
+    def __init__(self, config: RunConfig, policy: Policy, prompts: list[Any], settings: dict[str, Any]) -> None:
+        rollout: Any = dataclasses.replace(config.rollout, **settings)
         engine = LocalRollout(rollout, config.sampling, policy, seed=config.seed)
         self._sample = lambda: engine.generate(prompts, step=0, group_size=config.batch.group_size)
         self.tokens: list[Any] = []
@@ -62,6 +62,7 @@ def main() -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2, 4, 8], help="guesses of a row")
+    parser.add_argument("--sources", nargs="+", default=["prompt"], help="speculate_from: prompt, recycling")
     parser.add_argument("--rows", type=int, default=8, help="guess once so few rows are left")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -70,7 +71,10 @@ def main() -> None:
     config = cli.compose(overrides)
     policy = load_policy(config.model)
     prompts = PromptSource(config, policy).next(0)[0]
-    settings = {str(n): {"speculate_tokens": n, "speculate_rows": options.rows} for n in (0, *options.tokens)}
+    settings: dict[str, dict[str, Any]] = {"0": {"speculate_tokens": 0}}
+    for source in options.sources:
+        chosen = {"speculate_rows": options.rows, "speculate_from": source}
+        settings |= {f"{n} {source}": {"speculate_tokens": n} | chosen for n in options.tokens}
     sides = {count: Side(config, policy, prompts, chosen) for count, chosen in settings.items()}
     times = paired(sides, options.rounds, time.perf_counter)
     without = sides["0"].tokens

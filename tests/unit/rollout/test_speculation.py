@@ -11,7 +11,7 @@ from rltrain.config import SamplingConfig
 from rltrain.errors import ConfigError
 from rltrain.rollout.local import LocalRolloutConfig
 from rltrain.rollout.shared_prompt_decoder import SharedDecoder
-from rltrain.rollout.speculation import GroupDrafts, accepted
+from rltrain.rollout.speculation import GroupDrafts, RecycledTokens, accepted
 
 
 def test_a_guess_is_what_last_followed_the_longest_common_end():
@@ -27,6 +27,25 @@ def test_a_guess_is_what_last_followed_the_longest_common_end():
     assert drafts.guess(0, 2) == [0, 0]
 
 
+def test_a_recycled_guess_is_the_most_frequent_of_the_last_successors():
+    table, row = RecycledTokens(), []
+    table.watch([1, 2, 1, 3, 1, 2], [row])
+    assert table.guess(1, 3) == [2, 1, 2]  # 1 was followed by 2, 3, 2; 2 by 1
+    assert table.guess(3, 2) == [1, 2]
+    assert table.guess(9, 2) == [0, 0]  # was seen nowhere
+    row += [5, 1, 3]
+    table.refresh()
+    assert table.guess(1, 1) == [3]  # 2, 3, 2, 3: as frequent, and newer
+    assert table.guess(2, 2) == [5, 1]  # 1 once, then 5, the first token behind the prompt
+    row += [1, 7] * 5
+    table.refresh()
+    assert table.guess(1, 2) == [7, 1]  # the last 8 are 2, 3, 3 and 7 five times: older ones are forgotten
+    table.watch([1, 2, 1, 3, 1, 2], [row])  # a row that was sent back and starts again
+    table.refresh()
+    assert table.guess(1, 2) == [7, 1]
+    assert table.guess(3, 1) == [1]
+
+
 def test_sampled_tokens_hold_up_to_the_first_wrong_guess():
     fed = torch.tensor([[9, 1, 2, 3], [9, 1, 2, 3], [9, 1, 2, 3], [9, 1, 2, 3]])
     sampled = torch.tensor([[1, 2, 3, 7], [1, 2, 0, 7], [0, 2, 3, 7], [1, 0, 3, 7]])
@@ -34,14 +53,18 @@ def test_sampled_tokens_hold_up_to_the_first_wrong_guess():
     assert accepted(fed[:, :1], sampled[:, :1]).tolist() == [1] * 4
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0])
-@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2", "gpt2"])
-def test_no_token_changes(name, temperature):
+@pytest.mark.parametrize(("name", "temperature", "source"), [
+    *[(name, temperature, "prompt") for name in ("qwen3", "llama", "gemma2", "gpt2") for temperature in (0.3, 1.0)],
+    ("qwen3", 1.0, "recycling"), ("llama", 0.3, "recycling"),
+])  # fmt: skip
+def test_no_token_changes(name, temperature, source):
     sampling = SamplingConfig(max_new_tokens=24, temperature=temperature)
     expected = engine(name).generate(PROMPTS, step=5, group_size=4, sampling=sampling)
     lookers = [{"compact_share": 0.01}, {"compact_share": 1.0}, {"max_rows": 6, "speculate_rows": 3}]
     for (tokens, rows), extra in zip(((1, 64), (4, 64), (8, 5)), lookers, strict=True):
-        rollout = engine(name, **({"speculate_tokens": tokens, "speculate_rows": rows} | extra))
+        rollout = engine(
+            name, **({"speculate_tokens": tokens, "speculate_rows": rows, "speculate_from": source} | extra)
+        )
         groups = rollout.generate(PROMPTS, step=5, group_size=4, sampling=sampling)
         assert ids(groups) == ids(expected)
     for group in groups:
@@ -50,7 +73,8 @@ def test_no_token_changes(name, temperature):
             torch.testing.assert_close(torch.tensor(completion.logprobs).double(), exact, atol=2e-5, rtol=0)
 
 
-def test_it_begins_when_few_rows_are_left_and_saves_steps(monkeypatch):
+@pytest.mark.parametrize("source", ["prompt", "recycling"])
+def test_it_begins_when_few_rows_are_left_and_saves_steps(monkeypatch, source):
     fed = []
     for method in ("step", "verify"):
         original = getattr(SharedDecoder, method)
@@ -63,7 +87,8 @@ def test_it_begins_when_few_rows_are_left_and_saves_steps(monkeypatch):
     greedy = SamplingConfig(max_new_tokens=64, temperature=0.0)
     lengths = {}
     for tokens in (0, 8):
-        rollout = engine("llama", stop_ids=(EOS,), speculate_tokens=tokens, speculate_rows=10)
+        chosen = {"speculate_from": source} if tokens else {}
+        rollout = engine("llama", stop_ids=(EOS,), speculate_tokens=tokens, speculate_rows=10, **chosen)
         groups = rollout.generate(PROMPTS, step=0, group_size=2, sampling=greedy)
         lengths[tokens] = (ids(groups), len(fed))
         if tokens:
@@ -156,5 +181,9 @@ def test_no_position_past_the_end_of_a_learned_table():
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match=r"rollout.speculate_tokens=9: must lie in 0..8; 0 is off"):
         LocalRolloutConfig(speculate_tokens=9)
+    with pytest.raises(ConfigError, match=r"rollout.speculate_from=recycling with rollout.speculate_tokens=0: guesses"):
+        LocalRolloutConfig(speculate_from="recycling")
+    with pytest.raises(ConfigError, match=r"rollout.speculate_from=memory: unknown; set one of prompt, recycling"):
+        LocalRolloutConfig(speculate_tokens=2, speculate_from="memory")
     with pytest.raises(ConfigError, match="MambaForCausalLM cannot take back a token that it was fed"):
         engine("mamba", speculate_tokens=2)
