@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import turn_groups
 
 from rltrain.report import page as report
 from rltrain.runs import run_folder
@@ -261,3 +262,48 @@ def test_model_output_is_text(opened):
     assert opened.page.locator("script").count() == 2
     assert opened.dialogs == [] and opened.said == []
     assert opened.page.title().startswith("run <script>alert(1)")
+
+
+EXCHANGES = turn_groups.called(), turn_groups.answered(), turn_groups.failed()
+
+
+def turned_rows(made):
+    return run_folder.sample_rows(1, [made], turn_groups.advantages(made), turn_groups.Letters())
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A page on completions over turns."""
+    folder, made = tmp_path_factory.mktemp("turns"), turn_groups.group(*EXCHANGES)
+    run_folder.write_samples(folder, "step_000001", turned_rows(made))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+    out = folder / "report.html"
+    out.write_text(report.build([folder], estimators=["grpo"]), encoding="utf-8")
+    return out.as_uri()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_an_environment_wrote_and_where_turns_begin(browser, told, scheme):
+    one = Opened(browser, told, "desktop", scheme)
+    column = one.page.locator('.completion [data-c="0"]').first
+    assert column.locator(".t").all_text_contents() == ["a", "b", "c", "d"]
+    assert column.locator(".observed").all_text_contents() == ["c"]
+    lines = one.page.locator(".estimates > div:first-child [data-turn]").evaluate_all(
+        "all => all.map(token => token.dataset.turn)"
+    )
+    assert lines == [
+        "turn 1 · calls · reward +0.5",
+        "turn 2",
+        "turn 1",
+        "turn 1 · calls · reward -1 · failed: error",
+        "turn 2 · calls · failed: timeout",
+    ]
+    one.page.hover('[data-c="0"] [data-t="2"] >> nth=0')
+    panel = one.panel()
+    assert (panel["turn"], panel["log-prob"]) == ("1 of 2, observed, calls, reward +0.5", "–")
+    assert panel["advantage, grpo"] == "–"
+    ink, tint, paper = one.page.evaluate(COLOURS, ".tokens .observed")
+    ground = [tint[3] * a + (1 - tint[3]) * b for a, b in zip(tint[:3], paper[:3], strict=True)]
+    assert contrast(ink[:3], ground) >= 4.5
+    assert one.said == []
+    one.page.close()
