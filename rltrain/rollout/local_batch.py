@@ -46,14 +46,14 @@ class LocalBatch:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Sample every row of every job to its end."""
-        queue = deque(job for job in jobs if not job.rows[0].waits)
-        self._waiting.add([job for job in jobs if job.rows[0].waits], self._steps)
+        queue = deque(jobs)
         while queue or self._rows or self._waiting.rows:
             while fitting := self._fitting(queue):
                 self._admit(fitting)
             self._note_waiting()  # a turn may end with its first token, before the cache is made room in
             if not all(row.done for row in self._rows):
                 self._make_room(queue)
+            if not all(row.done for row in self._rows):  # those that decode may have left, and those that wait not
                 if not queue and self._speculates():
                     self._decode_guessing()
                 else:

@@ -91,6 +91,11 @@ class TurnRollout:
         return self._engine
 
     @property
+    def answers(self) -> Answers:
+        """Who answers."""
+        return self._answers
+
+    @property
     def same_distribution(self) -> bool:
         """That of the engine."""
         return self._engine.same_distribution
