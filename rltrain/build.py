@@ -238,6 +238,11 @@ def build(config: RunConfig) -> Run:
 
 
 def _refuse_unequal_shares(config: RunConfig) -> None:
+    if config.evaluation.cautious:
+        raise ConfigError(
+            "evaluation.cautious=true: is of rltrain evaluate alone, since what it keeps is not the policy's "
+            "distribution; leave it out, and evaluate the run's checkpoint with it"
+        )
     ranks = dist.world_size()
     if config.batch.prompts_per_step % ranks:
         raise ConfigError(

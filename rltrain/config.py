@@ -334,6 +334,8 @@ class EvaluationConfig:
     split: str = "test"  # train, validation or test
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0  # as in sampling
+    cautious: bool = False  # of rltrain evaluate alone: trials up to the next mark where the policy is unsure
+    cautious_marks: list[str] = field(default_factory=lambda: [*".,;:!?", "\n"])  # where a trial ends
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)  # of rltrain evaluate alone
 
     def __post_init__(self) -> None:
@@ -344,6 +346,14 @@ class EvaluationConfig:
             self.samples == 1 or self.temperature > 0,
             f"evaluation.samples={self.samples} with temperature=0: all samples are the same; "
             "set evaluation.temperature=1.0 or evaluation.samples=1",
+        )
+        require(
+            not self.cautious or self.temperature > 0,
+            "evaluation.cautious=true with temperature=0: all trials are the same; set evaluation.temperature=1.0",
+        )
+        require(
+            bool(self.cautious_marks) and all(self.cautious_marks),
+            "evaluation.cautious_marks: a mark is empty, or there is none; leave the key out for punctuation",
         )
 
 

@@ -33,6 +33,7 @@ from rltrain.rewards.scoring import score
 from rltrain.rewards.signs import sign_metrics
 from rltrain.rollout import Rollout, build_engine
 from rltrain.rollout.ahead import check_rollout, with_turns
+from rltrain.rollout.cautious import CautiousRollout
 from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.runs.metrics import Accumulator
@@ -74,7 +75,7 @@ def evaluation_sampling(sampling: SamplingConfig, config: EvaluationConfig) -> S
 
 
 def evaluate(
-    rollout: Rollout,
+    rollout: Rollout | CautiousRollout,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, RewardConfig],
     config: EvaluationConfig,
@@ -202,11 +203,17 @@ def main(config: RunConfig) -> None:
         rewards = {name: reward.settled(config.steps) for name, reward in evaluation_rewards(config).items()}
         asked = f"{len(prompts)} problems of {part_of(config.eval_data or config.data).name}, {config.evaluation.split}"
         progress.say("evaluation", f"{asked}: {in_words(config.evaluation)}")
-        metrics, _ = evaluate(rollout, prompts, rewards, config.evaluation, config.sampling, context)
+        drawing = rollout
+        if config.evaluation.cautious:
+            marks = config.evaluation.cautious_marks
+            drawing = CautiousRollout(rollout, policy, config.sampling, marks=marks, seed=config.seed)
+        metrics, _ = evaluate(drawing, prompts, rewards, config.evaluation, config.sampling, context)
+        if isinstance(drawing, CautiousRollout):
+            metrics["eval_trials_per_segment"] = drawing.trials / max(1, drawing.segments)
         refuse_broken(rewards)
         greedy = metrics
         if config.evaluation.temperature > 0:
-            settings = dataclasses.replace(config.evaluation, temperature=0.0, samples=1)
+            settings = dataclasses.replace(config.evaluation, temperature=0.0, samples=1, cautious=False)
             progress.say("evaluation", f"{asked}: {in_words(settings)}")
             greedy, _ = evaluate(rollout, prompts, rewards, settings, config.sampling, context)
         exits = early_exits(config, policy, rollout, context, prompts)
@@ -249,7 +256,8 @@ def early_exits(
 
 def in_words(config: EvaluationConfig) -> str:
     """How completions are drawn."""
-    return "greedy" if config.temperature == 0 else f"{config.samples} samples each at {config.temperature:g}"
+    how = "cautious" if config.cautious else "samples"
+    return "greedy" if config.temperature == 0 else f"{config.samples} {how} each at {config.temperature:g}"
 
 
 def about(config: RunConfig) -> dict[str, str]:
