@@ -210,7 +210,7 @@ class StepContinuer:
         watchdog.extend(deadline_s)
         with dist.stage(f"continuations of step {self.step + 1}", deadline_s):
             continued = self.engine.continue_(requests, step=self.step)
-        tokens = sum(len(completion.token_ids) for completions in continued for completion in completions)
+        tokens = sum(completion.written_tokens for completions in continued for completion in completions)
         self.metrics.add(
             {
                 "continuations/requests": Sum(value=float(len(requests))),
