@@ -22,8 +22,8 @@ METHODS = {"start": ("problem",), "respond": ("state", "text")}
 class CustomEnvironmentConfig(EnvironmentConfig):
     """``import_path`` names a class with ``start(problem)`` and ``respond(state, text)``, or a module with both.
 
-    A class is built as ``Class(**options)``. It may derive from ``rltrain.types.Environment``. ``stop``, ``role`` and
-    ``key(state)`` may be left out of both. A module has no options.
+    A class is built as ``Class(**options)``. It may derive from ``rltrain.types.Environment``. ``stop``, ``role``,
+    ``key(state)`` and ``prepare()`` may be left out of both. A module has no options.
     """
 
     import_path: str = MISSING  # your class or module: package.module:Class, or package.module
@@ -81,6 +81,10 @@ class _UserEnvironment(Environment):
 
     def __init__(self, made: Any, *, stop: Sequence[str], role: str | None) -> None:
         self.made, self.stop, self.role = made, stop, role
+
+    def prepare(self) -> None:
+        if hasattr(self.made, "prepare"):
+            self.made.prepare()
 
     def start(self, problem: Problem) -> Any:
         return self.made.start(problem)

@@ -104,12 +104,15 @@ class Search(Environment):
 
     @cached_property
     def index(self) -> Any:
-        """The BM25 index of the documents; a worker builds it at its first search."""
+        """The BM25 index of the documents."""
         import bm25s  # pyright: ignore[reportMissingImports]
 
         made = bm25s.BM25(k1=self.config.k1, b=self.config.b)
         made.index([document.words for document in self.documents], show_progress=False)
         return made
+
+    def prepare(self) -> None:
+        assert self.index
 
     def start(self, problem: Problem) -> dict[str, Any]:
         return {"answer": problem.answer, "seen": []}

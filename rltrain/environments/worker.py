@@ -27,7 +27,9 @@ def loaded(path: str) -> Any:
 def prepare(environment: str, config: str, settings: Mapping[str, Any]) -> None:
     """Build the environment that all later requests go to."""
     made = loaded(config)(**settings)
-    _built[:] = [(loaded(environment)(made), CHARACTERS_PER_TOKEN * made.reply_tokens)]
+    built = loaded(environment)(made)
+    built.prepare()
+    _built[:] = [(built, CHARACTERS_PER_TOKEN * made.reply_tokens)]
 
 
 def answer(kind: str, given: Any, text: str) -> dict[str, Any]:

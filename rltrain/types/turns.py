@@ -104,6 +104,10 @@ class Environment(Protocol):
         """The answer to a turn's ``text`` alone."""
         ...
 
+    def prepare(self) -> None:
+        """Called once in a worker before its first reply, without its deadline: load here what takes long."""
+        return
+
     def key(self, state: Any) -> str | None:
         """Equal states have equal keys. None: the environment knows no equality of states."""
         return None
