@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rltrain.config import EnvironmentConfig
-from rltrain.errors import ConfigError, require
-from rltrain.types import Environment
+from rltrain.errors import require
 
 FIELD = "{}"
 
@@ -55,18 +53,6 @@ class ToolConfig(EnvironmentConfig):
 
     def texts(self) -> Sequence[str]:
         return (self.opening, self.closing, self.reply_format.replace(FIELD, ""))
-
-
-def check_texts(environment: Environment, config: EnvironmentConfig, tokenizer: Any) -> None:
-    """``ConfigError`` where the tokenizer cannot write what ends a turn, a tag, or what stands around a reply."""
-    for text in filter(None, (*environment.stop, *config.texts())):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        written = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if tokenizer.unk_token_id in ids or written.strip() != text.strip():
-            raise ConfigError(
-                f"environment: the tokenizer cannot write {text!r} (it gives {written!r}); set another "
-                "environment.tag, stop or reply_format, or another model"
-            )
 
 
 def cut(text: str, characters: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -165,3 +165,15 @@ def _other_role() -> str:
 def _marker_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     """The ids of a piece of the template's own text, its special tokens included."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+
+def check_texts(texts: Iterable[str], tokenizer: Any) -> None:
+    """``ConfigError`` where the tokenizer cannot write what ends a turn, a tag, or what stands around a reply."""
+    for text in filter(None, texts):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        written = tokenizer.decode(ids)
+        if tokenizer.unk_token_id in ids or written.strip() != text.strip():
+            raise ConfigError(
+                f"environment: the tokenizer cannot write {text!r} (it gives {written!r}); set another "
+                "environment.tag, stop or reply_format, or another model"
+            )

@@ -20,7 +20,7 @@ from rltrain.rollout.continuation_types import ContinuationRequest, Continuation
 from rltrain.rollout.continuations import check_requests, draw_key, sampling_of
 from rltrain.rollout.conversation import Answers, Conversation, TurnRules, begin, carry
 from rltrain.rollout.local import LocalRollout
-from rltrain.rollout.observations import Observer
+from rltrain.rollout.observations import Observer, check_texts
 from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.rollout.rows import Job, Row
 from rltrain.rollout.sampling import row_key
@@ -83,6 +83,7 @@ class TurnRollout:
     ) -> None:
         self._engine, self._answers, self._config, self._sampling = engine, answers, config, sampling
         self._policy, self._seed = policy, seed
+        check_texts((*answers.environment.stop, *config.texts()), policy.tokenizer)
         self._observer = Observer.of(policy.tokenizer, answers.environment.role, model)
 
     @property

@@ -4,10 +4,11 @@ import pytest
 
 from rltrain import cli
 from rltrain.environments.calculator import Calculator, CalculatorConfig
-from rltrain.environments.tags import check_texts, cut
+from rltrain.environments.tags import cut
 from rltrain.errors import ConfigError
 from rltrain.policy.tiny import character_tokenizer
 from rltrain.registry import part_of
+from rltrain.rollout.observations import check_texts
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -77,12 +78,12 @@ def test_none_is_the_default_and_can_be_chosen():
 def test_a_tag_that_the_tokenizer_cannot_write():
     config = CalculatorConfig(tag="rechne→")
     with pytest.raises(ConfigError) as error:
-        check_texts(Calculator(config), config, character_tokenizer())
+        check_texts((*Calculator(config).stop, *config.texts()), character_tokenizer())
     assert str(error.value) == (
         "environment: the tokenizer cannot write '</rechne→>' (it gives '</rechne<unk>>'); set another "
         "environment.tag, stop or reply_format, or another model"
     )
-    check_texts(Calculator(CalculatorConfig()), CalculatorConfig(), character_tokenizer())
+    check_texts((*Calculator(CalculatorConfig()).stop, *CalculatorConfig().texts()), character_tokenizer())
 
 
 def test_a_cut_says_how_much_it_left_out():
