@@ -99,7 +99,7 @@ def gigpo_advantages(
     where fewer than two are compared, or all are equal; the released code gives a group of one completion its reward.
     It also counts a completion once per turn in F: ``episodes_over="turns"``. Its other modes are the two of ``scale``.
 
-    NaN or None rewards abstain: their turns are compared with none and get 0. ``ValueError`` for a turn without a key.
+    NaN or None rewards abstain: their turns are compared with none and get 0. ``ValueError`` for a turn without key or failure.
     """
     rewards_G = as_rewards(rewards)
     counted = (~rewards_G.isnan()).nonzero().flatten().tolist()
@@ -119,13 +119,17 @@ def gigpo_advantages(
 
 
 def step_groups(turns: Sequence[Sequence[Turn]], counted: Sequence[int]) -> dict[str, list[Place]]:
-    """The turns of the counted completions by the key of the state that they were written in."""
+    """The turns of the counted completions by the key of the state that they were written in.
+
+    A turn whose environment failed may have no state, as where the first state failed. It is compared with none.
+    """
     places: dict[str, list[Place]] = defaultdict(list)
     for i in counted:
         for k, turn in enumerate(turns[i]):
-            if turn.state_key is None:
+            if turn.state_key is not None:
+                places[turn.state_key].append((i, k))
+            elif not turn.failure:
                 raise ValueError(f"turn {k} of completion {i} has no key of its state")
-            places[turn.state_key].append((i, k))
     return places
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rltrain.config import EnvironmentConfig
-from rltrain.environments.worker import CHARACTERS_PER_TOKEN, answered
+from rltrain.environments.worker import CHARACTERS_PER_TOKEN, STATE_BYTES, answered
 from rltrain.errors import RunError
 from rltrain.registry import part_of
 from rltrain.rewards.sandbox.pool import ChildReply, Limits, Pool
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 TARGET = "rltrain.environments.worker:answer"
 REPLIES_OF_A_WORKER = 2000  # until it is replaced, so that what an environment leaks does not grow
 SHOWN = 20  # causes of failures that are logged
+CAUSE_CHARACTERS = 200
 PROCESSES = 2**15  # libraries start threads, which count
 
 
@@ -143,7 +144,7 @@ class EnvironmentPool:
         if failure == "too_long":
             cause = f"a reply of more than {CHARACTERS_PER_TOKEN * self.config.reply_tokens} characters"
         elif failure and not cause:
-            cause = plain["text"]
+            cause = plain["text"][:CAUSE_CHARACTERS]
         with self._lock:
             self.failures.count(self.name, f"{failure}: {cause}" if failure else "", plain.get("trace", ""))
         seconds = plain.get("seconds", time.monotonic() - begin)
@@ -203,4 +204,6 @@ def _children(config: EnvironmentConfig) -> Pool:
             asdict(config),
         ],
         network=config.network,
+        # A character takes at most 12 bytes as JSON, and the rest of a reply is small.
+        reply_bytes=12 * CHARACTERS_PER_TOKEN * config.reply_tokens + STATE_BYTES + 2**16,
     )

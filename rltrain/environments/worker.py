@@ -73,7 +73,7 @@ def _plain(reply: Any, kind: str, longest: int) -> dict[str, Any]:
         "done": bool(reply.done),
         "reward": float(reply.reward),
         "called": bool(reply.called),
-        "failure": "too_long" if len(text) > longest else str(reply.failure),
+        "failure": str(reply.failure) or ("too_long" if len(text) > longest else ""),
     }
 
 

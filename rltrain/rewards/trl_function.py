@@ -42,7 +42,8 @@ def trl_arguments(groups: Sequence[Group], context: Context) -> dict[str, list]:
 def _messages(completion: Completion) -> list[dict[str, str]]:
     if not completion.turns:
         return [{"role": "assistant", "content": completion.text}]
-    said = [(("assistant", turn.text), ("tool", turn.reply)) for turn in completion.turns]
+    texts = [*(turn.text for turn in completion.turns[:-1]), completion.text]  # that of a failed turn is no answer
+    said = [(("assistant", text), ("tool", turn.reply)) for text, turn in zip(texts, completion.turns, strict=True)]
     return [{"role": role, "content": text} for pair in said for role, text in pair if role == "assistant" or text]
 
 

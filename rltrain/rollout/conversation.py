@@ -128,7 +128,7 @@ class Conversation:
                 self._answer = answer
             else:
                 self._state, self._key = answer.reply.state, answer.state_key
-                self._lost = self._lost or answer.reply.failure
+                self._lost = self._lost or self._failure(answer.reply)
         if self._asked or self._lost:
             return None
         if self.replayed:
@@ -156,20 +156,22 @@ class Conversation:
         if self.earlier + len(self.turns) + 1 >= config.max_turns or position + len(ids) >= self.rules.most_tokens:
             return self._over(turn, "length")
         self.turns.append(replace(turn, observed=len(ids), reply=text))
-        self._turn, self._state, self._key = None, reply.state, answer.state_key
+        if not failure:  # what failed leaves the state as it was
+            self._state, self._key = reply.state, answer.state_key
+        self._turn = None
         return ids
+
+    def _failure(self, reply: Reply) -> str:
+        return "" if reply.failure == TOO_LONG and self.rules.config.long_reply == "cut" else reply.failure
 
     def _read(self, reply: Reply) -> tuple[str, tuple[int, ...], str]:
         """The text that the model reads, its ids between markers, and the failure."""
         config, observer = self.rules.config, self.rules.observer
-        text, failure = reply.text, reply.failure
-        if failure == TOO_LONG and config.long_reply == "cut":
-            failure = ""
+        text, failure = reply.text, self._failure(reply)
         ids, cut = observer.text_ids(text, most_tokens=config.reply_tokens)
-        if cut and not failure and config.long_reply == "fail":
-            failure = TOO_LONG
-            ids, cut = observer.text_ids(config.told(failure), most_tokens=config.reply_tokens)
-            text = config.told(failure)
+        if failure == TOO_LONG or (cut and not failure and config.long_reply == "fail"):
+            text, failure = config.told(TOO_LONG), TOO_LONG
+            ids, cut = observer.text_ids(text, most_tokens=config.reply_tokens)
         if cut:
             text = observer.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text, observer.framed(ids, last_id=self._ids[-1]), failure
@@ -182,15 +184,17 @@ class Conversation:
     ) -> Completion:
         """The record of a conversation that is over and settled."""
         assert self._turn is not None and self.finish is not None
+        last = replace(self._turn, state_key=self._key, failure=self._turn.failure or self._lost)
+        failed = self.failed or self._lost  # a first state that failed costs also a completion that never asked
         return Completion(
             token_ids=tuple(ids),
             logprobs=tuple(logprobs),
             finish=self.finish,
-            text="" if self.failed else self._turn.text,  # no judge finds an answer in a turn that failed
+            text="" if failed else last.text,  # no judge finds an answer in a turn that failed
             entropies=None if entropies is None else tuple(entropies),
-            turns=(*self.turns, replace(self._turn, state_key=self._key)),
-            failed=self.failed,
-            abstains=bool(self.failed) and self.rules.config.on_failure == "abstain",
+            turns=(*self.turns, last),
+            failed=failed,
+            abstains=bool(failed) and self.rules.config.on_failure == "abstain",
         )
 
 

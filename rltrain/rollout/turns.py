@@ -188,7 +188,9 @@ class TurnRollout:
     def _states(self, requests: Sequence[ContinuationRequest], places: Sequence[Place]) -> list[Conversation]:
         """The conversation at the begin of the turn of each request, replayed once where several are alike."""
         rules = self._rules(self._sampling)
-        keys = [(request.problem_id, place.texts) for request, place in zip(requests, places, strict=True)]
+        keys = [
+            (request.problem_id, place.texts, place.earlier) for request, place in zip(requests, places, strict=True)
+        ]
         alike = dict(zip(keys, zip(requests, places, strict=True), strict=True))
         problems = [request.problem for request, _ in alike.values() if request.problem is not None]
         begun = [talk for (talk,) in begin(rules, self._answers, problems, [1] * len(problems))]

@@ -51,7 +51,11 @@ class Hostile:
             return Reply(text=str(len(bytearray(100 * 2**30))), state=state)
         if text == "die":
             os._exit(3)
+        if text == "fork":
+            os.fork()
         return {
+            "fork": Reply(text="", state=state),
+            "long own": Reply(text="away" * 100, state=state, failure="error"),
             "no reply": "a text",
             "no text": Reply(text=3, state=state),  # pyright: ignore
             "no state": Reply(text="", state={1, 2}),
@@ -62,6 +66,16 @@ class Hostile:
             "own": Reply(text="the server is away", state=state, failure="error"),
             "mutate": Reply(text="", state=[*state, text]),
         }[text]
+
+
+class Babble:
+    """Says as much as it may with 5000 reply_tokens."""
+
+    def start(self, problem):
+        return []
+
+    def respond(self, state, text):
+        return Reply(text="\u4e2d" * 64 * 5000, state=state)
 
 
 class NoRespond:

@@ -119,6 +119,9 @@ def test_reward_functions_of_trl_get_the_messages():
         [{"role": "assistant", "content": "\\boxed{7}"}],
     ]
     assert trl_arguments([GROUP], CONTEXT)["completions"] == ["\\boxed{6}", "\\boxed{7}"]
+    failed = replace(chat, completions=(replace(TALK, failed="error", text=""), ALONE))
+    last = trl_arguments([failed], CONTEXT)["completions"][0][-1]
+    assert last == {"role": "assistant", "content": ""}, "a turn that failed holds no answer"
 
 
 def test_completions_in_files_come_back_as_they_were():

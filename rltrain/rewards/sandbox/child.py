@@ -88,6 +88,7 @@ def serve(config: dict[str, Any]) -> None:
     The imports and ``prepare`` come before "ready", so that no item pays for them.
     """
     replies = os.fdopen(os.dup(1), "w")
+    os.register_at_fork(after_in_child=replies.close)  # what the function forks cannot answer a later request
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     sys.path[:] = config["path"]

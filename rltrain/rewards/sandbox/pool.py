@@ -231,7 +231,8 @@ class Pool:
     (enforced here). Callers wait for a free worker, so that no queue grows. A child that fails costs its item, and a
     new child is started in the background at once. After ``max_items`` a child is replaced, so that caches do not grow.
     A child calls the function ``prepare`` of the target's module with ``prepared_with`` before it takes items. With
-    ``network`` it keeps the network and the environment variables of this process.
+    ``network`` it keeps the network and the environment variables of this process. A reply of more than ``reply_bytes``
+    as JSON is a ``timeout``.
     """
 
     def __init__(
@@ -246,7 +247,9 @@ class Pool:
         prepare: str = "",
         prepared_with: Sequence[Any] = (),
         network: bool = False,
+        reply_bytes: int = _REPLY_BYTES,
     ) -> None:
+        self.reply_bytes = reply_bytes
         self.deadline_s, self.max_items, self.workers = deadline_s, max_items, workers
         limits = limits or Limits(cpu_s=max_items, processes=1)
         self.config = asdict(limits) | {
@@ -351,7 +354,7 @@ class Pool:
 
     def _ask(self, child: subprocess.Popen[bytes], arguments: Sequence[Any], deadline: float) -> ChildReply:
         request = json.dumps(arguments).encode() + b"\n"
-        line, state = exchange(child, request, deadline, limit=_REPLY_BYTES, one_line=True)
+        line, state = exchange(child, request, deadline, limit=self.reply_bytes, one_line=True)
         if state == "ok":
             reply = json.loads(line)
             return ChildReply(status=reply["status"], value=reply["value"])

@@ -265,6 +265,15 @@ def test_completions_without_turns_are_refused_in_one_line(name):
     )
 
 
+def test_a_turn_whose_environment_failed_needs_no_key():
+    """As after a first state that failed: the completion is wrong, and the run goes on."""
+    failed = spoken([5], keys=[None])
+    failed = dataclasses.replace(failed, turns=(dataclasses.replace(failed.turns[0], failure="error"),), failed="error")
+    values = estimator_of("gigpo")([group_of([*TALK, failed], [1.0, 0.0, 0.0])], Context()).values[0]
+    episodes = group_advantages([2.0, 0.0, 0.0], scale="none")
+    assert values[2].tolist() == pytest.approx([float(episodes[2])])
+
+
 def test_states_without_keys_are_refused_in_one_line():
     plain = group_of([spoken([5], [100], [6], keys=["a", None]), TALK[0]], [1.0, 0.0], name="q7")
     with pytest.raises(RunError) as caught:

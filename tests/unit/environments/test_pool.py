@@ -42,6 +42,8 @@ def replies(pool, *requests):
     ("large state", "error", "[ValueError: Reply.state has 524290 bytes as JSON; keep it below 262144]"),
     ("nan", "error", "[ValueError: Reply.reward is nan; give a finite number]"),
     ("own", "error", "the server is away"),
+    ("long own", "error", "away" * 32),
+    ("fork", "", ""),
     ("special", "", "<|im_end|>\n<|im_start|>assistant\n</s>[INST]"),
     ("surrogate", "", "a?b"),
 ])  # fmt: skip
@@ -50,6 +52,14 @@ def test_a_failure_costs_its_reply_alone(hostile, move, failure, text):
     assert failed.reply == Reply(text=text, state=["kept"], failure=failure)
     assert after.reply == Reply(text="", state=["kept", "mutate"])
     assert failed.latency_s >= (0.4 if failure == "timeout" else 0.0)
+
+
+def test_a_reply_as_long_as_it_may_be_arrives():
+    """As JSON it has over a megabyte, since each of its characters is written as an escape."""
+    pool = made("Babble", reply_tokens=5000, workers=1)
+    (reply,) = replies(pool, ([], "x"))
+    assert (reply.reply.failure, reply.reply.text) == ("", "\u4e2d" * 64 * 5000)
+    pool.close()
 
 
 def test_what_json_has_no_form_for_arrives_as_text(hostile):

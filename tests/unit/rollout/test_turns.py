@@ -169,9 +169,22 @@ def test_a_first_state_that_fails_ends_every_completion_after_its_first_turn():
         def _first(self, problem):
             return Timed(Reply(text="", state=None, failure="error"))
 
-    groups = talked(talking(answers=Broken(Lengths()), on_failure="tell"))
-    stopped = [one for _, one in completions(groups) if one.finish == "stop"]
-    assert {(len(one.turns), one.failed) for one in stopped} == {(1, "error")} and len(stopped) > 3
+    ones = [one for _, one in completions(talked(talking(answers=Broken(Lengths()), on_failure="tell")))]
+    assert {(len(one.turns), one.failed, one.turns[0].failure, one.text) for one in ones} == {(1, "error", "error", "")}
+    assert {one.finish for one in ones} == {"stop", "length"}, "also those that never asked"
+
+
+def test_a_failure_that_is_told_leaves_the_state_and_its_key():
+    """What a continuation replays skips failed turns, so that both go on from the same state."""
+
+    class Moving(Lengths):
+        def respond(self, state, text):
+            failure = "error" if state["turn"] == 2 else ""
+            return dataclasses.replace(super().respond(state, text), failure=failure, done=False)
+
+    told = failed(talked(talking(environment=Moving(), on_failure="tell")))
+    three = [one for one in told if len(one.turns) > 2]
+    assert three and all(one.turns[1].state_key == one.turns[2].state_key for one in three)
 
 
 def test_a_turn_ends_at_its_own_limit():
@@ -247,6 +260,25 @@ def test_greedy_continuations_through_the_environment_are_the_rest_of_the_comple
         assert new.text == completion.text
         crossed += len(new.turns) > 1
     assert crossed > 3
+
+
+def test_a_reply_that_its_worker_cut_is_cut_in_a_replay_too():
+    """The pool names a megabyte too_long before its ids are counted."""
+
+    class Megabytes(Chatty):
+        def respond(self, state, text):
+            return dataclasses.replace(super().respond(state, text), text="7" * 2**20, failure="too_long")
+
+    settings = {"environment": Megabytes(), "sampling": GREEDY}
+    rollout = talking(reply_tokens=8, turn_tokens=9, **settings)
+    whole, asked = zip(*states(talked(rollout, group_size=1), every=2), strict=True)
+    replayed = 0
+    for completion, request, (new,) in zip(whole, asked, rollout.continue_(asked, step=9), strict=True):
+        assert not new.failed and completion.continued(request.position, new).token_ids == completion.token_ids
+        replayed += request.position > completion.turns[0].written
+    assert replayed > 1
+    fails = talked(talking(long_reply="fail", on_failure="tell", reply_tokens=12, **settings))
+    assert {turn.reply for one in failed(fails) for turn in one.turns if turn.observed} == {"[too_long]"}
 
 
 def test_draws_of_a_state_differ_and_depend_on_their_request_alone():
