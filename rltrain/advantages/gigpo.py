@@ -99,7 +99,8 @@ def gigpo_advantages(
     where fewer than two are compared, or all are equal; the released code gives a group of one completion its reward.
     It also counts a completion once per turn in F: ``episodes_over="turns"``. Its other modes are the two of ``scale``.
 
-    NaN or None rewards abstain: their turns are compared with none and get 0. ``ValueError`` for a turn without key or failure.
+    NaN or None rewards abstain: their turns are compared with none and get 0.
+    ``ValueError`` for a turn without a key whose environment did not fail.
     """
     rewards_G = as_rewards(rewards)
     counted = (~rewards_G.isnan()).nonzero().flatten().tolist()
