@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from rltrain.rollout.probe_types import ProbeRequest, ProbeResult, ProbeSettings
 from rltrain.rollout.rows import Job, Row
 from rltrain.rollout.sampling import row_key
 from rltrain.rollout.stopping import StopRule
+from rltrain.rollout.vllm import VllmRollout
 from rltrain.runtime import dist
 from rltrain.types import Completion, Group, Prompt
 
@@ -155,15 +157,16 @@ class TurnRollout:
     def _in_rounds(self, jobs: Sequence[Job], samplings: Sequence[SamplingConfig], *, step: int) -> None:
         """Every turn of every row by the engine's continuations; all ranks make as many rounds."""
         open_ones = [(job, row, sampling) for job, sampling in zip(jobs, samplings, strict=True) for row in job.rows]
-        while int(dist.all_max(torch.tensor(len(open_ones)), name="completions that go on")):
-            requests = [_request(*each) for each in open_ones]
-            for (_, row, _), (new,) in zip(open_ones, self._engine.continue_(requests, step=step), strict=True):
-                row.extend(new.token_ids, [(logprob,) for logprob in new.logprobs])
-            waiting = [row for _, row, _ in open_ones if row.waits]
-            self._settle(waiting)
-            for row in waiting:
-                row.observe()
-            open_ones = [each for each in open_ones if not each[1].done]
+        with self._engine.awake() if isinstance(self._engine, VllmRollout) else nullcontext():
+            while int(dist.all_max(torch.tensor(len(open_ones)), name="completions that go on")):
+                requests = [_request(*each) for each in open_ones]
+                for (_, row, _), (new,) in zip(open_ones, self._engine.continue_(requests, step=step), strict=True):
+                    row.extend(new.token_ids, [(logprob,) for logprob in new.logprobs])
+                waiting = [row for _, row, _ in open_ones if row.waits]
+                self._settle(waiting)
+                for row in waiting:
+                    row.observe()
+                open_ones = [each for each in open_ones if not each[1].done]
 
     def continue_(self, requests: Sequence[ContinuationRequest], *, step: int) -> list[list[Completion]]:
         """Continuations to the end of the conversation, whose state is made again from the texts of the turns before.

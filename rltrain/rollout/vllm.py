@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ class VllmRollout:
         longest = sampling.max_prompt_tokens + sampling.max_new_tokens
         self._engine = _engine(config, policy, longest=longest)
         self.sync(policy)
+
+    def awake(self) -> AbstractContextManager[None]:
+        """For calls that follow each other: the engine keeps its memory between them."""
+        return self._engine.awake()
 
     def sync(self, policy: Any) -> None:
         """Push the policy's weights into the engine; all ranks call this together."""

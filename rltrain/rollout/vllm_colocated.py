@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class ColocatedEngine:
         _, shutdown, _, _ = self._llm.llm_engine.engine_core._finalizer.detach()
         weakref.finalize(self, _end, shutdown)
         self._vllm = vllm
-        self._asleep, self._pushed = False, None
+        self._asleep, self._pushed, self._stays = False, None, False
 
     def push(self, model: Any) -> None:
         """Put the weights in place, tensor by tensor, and forget what was cached under the old ones.
@@ -93,10 +93,23 @@ class ColocatedEngine:
         if self._asleep:
             self.push(self._pushed)
         outputs = self._generate(requests, fields) if requests else []
-        if self._sleeps:
+        self._rest()
+        return [_sampled(output.outputs[0]) for output in outputs]
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Sleep after the last of several calls alone, which all ranks make together."""
+        self._stays = True
+        try:
+            yield
+        finally:
+            self._stays = False
+            self._rest()
+
+    def _rest(self) -> None:
+        if self._sleeps and not self._stays and not self._asleep:
             self._llm.sleep(level=2)
             self._asleep = True
-        return [_sampled(output.outputs[0]) for output in outputs]
 
     def _generate(self, requests: Sequence[Request], fields: dict[str, Any]) -> list[Any]:
         return self._llm.generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +34,10 @@ class SamplingEngine(Protocol):
 
     def sample(self, requests: Sequence[Request], fields: dict[str, Any]) -> list[Sampled]:
         """One answer per request, in order; ``fields`` are vLLM's ``SamplingParams`` but for the seed."""
+        ...
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Between the calls in here the engine keeps its weights and what it cached."""
         ...
 
     def push(self, model: Any) -> None:

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,10 @@ class Servers:
             self._mark(server, error)
             return False
         return True
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Servers do not sleep."""
+        return nullcontext()
 
     def sample(self, requests: Sequence[Request], fields: dict[str, Any]) -> list[Sampled]:
         """One answer per request, in order. :class:`RolloutLost` on every rank if any of them found no server."""

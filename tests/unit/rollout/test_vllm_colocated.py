@@ -89,6 +89,18 @@ def test_a_rank_without_requests_sleeps_and_wakes_with_the_others(made):
     assert idle._llm.calls == [SAMPLE[1], *WAKE, *SAMPLE]
 
 
+def test_rounds_of_a_conversation_keep_the_engine_awake(made):
+    """One push and one sleep for all rounds, so that the cache of prefixes serves the later ones."""
+    engine, model = made(sleeps=True)
+    engine.push(model)
+    engine.sample(REQUESTS, {})
+    engine._llm.calls.clear()
+    with engine.awake():
+        engine.sample(REQUESTS, {})
+        engine.sample(REQUESTS, {})
+    assert engine._llm.calls == [*WAKE, SAMPLE[0], *SAMPLE]
+
+
 def test_an_engine_that_cannot_sleep_keeps_weights_and_cache(made):
     engine, model = made(sleeps=False)
     engine.push(model)
