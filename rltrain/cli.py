@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rltrain.config import RunConfig
+from rltrain.config import AdvantageConfig, RunConfig
 from rltrain.errors import ConfigError, RunError
 from rltrain.options import help as help_pages
 from rltrain.options import keys, overrides
@@ -42,26 +42,41 @@ def store_nodes() -> None:
 
 def to_config(composed: Any) -> RunConfig:
     """A composed DictConfig as the typed, validated record."""
-    from omegaconf import OmegaConf
-
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"{missing[0]}: has no value; set {missing[0]}=… on the command line or in the experiment")
-    config = OmegaConf.to_object(composed)
+    config = _to_object(composed)
     assert isinstance(config, RunConfig)
     if added := keys.unknown_in(config):
         raise keys.unknown(added[0])
     return config
 
 
+def _to_object(composed: Any) -> Any:
+    """The typed record of a composed node; ``ConfigError`` for a key without a value."""
+    from omegaconf import OmegaConf
+
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        raise ConfigError(f"{missing[0]}: has no value; set {missing[0]}=… on the command line or in the experiment")
+    return OmegaConf.to_object(composed)
+
+
 def compose(words: list[str]) -> RunConfig:
     """The config that these command-line overrides give, for tests and notebooks."""
+    return to_config(_composed(words))
+
+
+def compose_advantage(words: list[str]) -> AdvantageConfig:
+    """The estimator's config alone, whatever it would ask of the rest of a run."""
+    config = _to_object(_composed(words).advantage)
+    assert isinstance(config, AdvantageConfig)
+    return config
+
+
+def _composed(words: list[str]) -> Any:
     import hydra
 
     store_nodes()
     folder = str(config_folder())
     with _hydra_errors_of_other_types(words), hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
-        return to_config(hydra.compose("config", overrides=words))
+        return hydra.compose("config", overrides=words)
 
 
 def one_line(error: BaseException) -> str:

@@ -78,7 +78,7 @@ class SampledStep:
             return self.recorded(name)
         for override in candidates(name):
             try:
-                config = cli.compose([override]).advantage
+                config = cli.compose_advantage([override])
                 part, needs = part_of(config), needs_of(config)
                 # Probes of a checkpoint would differ from those that the run made with the same estimator.
                 is_same = trained_with == {"kind": part.name} | vars(config)

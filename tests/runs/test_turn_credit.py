@@ -9,6 +9,8 @@ from tiny_run import config, metrics
 
 from rltrain import trainer
 from rltrain.advantages.estimator import estimator_of
+from rltrain.report.estimators import SampledStep
+from rltrain.report.folder import read_run
 from rltrain.report.samples import as_group
 from rltrain.types import Context
 
@@ -38,10 +40,15 @@ def is_written(row, t):
     return logprob is not None and not math.isnan(logprob)
 
 
-@pytest.mark.parametrize("name", ["gigpo", "mt_grpo"])
-def test_the_samples_of_a_run_give_its_advantages_again(tmp_path, name):
+@pytest.mark.parametrize(("name", "other"), [("gigpo", "mt_grpo"), ("mt_grpo", "gigpo")])
+def test_the_samples_of_a_run_give_its_advantages_again_and_those_of_others(tmp_path, name, other):
     groups, line = sampled(tmp_path, f"algorithm={name}")
-    found = estimator_of(name)([as_group(rows) for rows in groups], Context()).values
+    records = [as_group(rows) for rows in groups]
+    shown = SampledStep(read_run(tmp_path, label="run"), 1, groups).under(other)
+    assert shown.remark == f"settings of algorithm={other}; recomputed from token ids and rewards"
+    expected = estimator_of(other)(records, Context()).values
+    assert shown.values == [[value_T.tolist() for value_T in rows] for rows in expected]
+    found = estimator_of(name)(records, Context()).values
     observed = 0
     for rows, values in zip(groups, found, strict=True):
         for row, value_T in zip(rows, values, strict=True):
