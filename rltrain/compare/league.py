@@ -67,8 +67,9 @@ class Standing:
     """A method on a task. Differences are paired by seed with the baseline, in the metric's mean over the run.
 
     ``mean`` is the interquartile mean over seeds, ``last`` that of the last evaluation. ``ratio`` is the steps to the
-    task's level over the baseline's, a geometric mean over the pairs in which both reached it (``reached`` of them).
-    ``tokens`` is the ratio of generated tokens.
+    task's level over the baseline's, a geometric mean over the pairs in which both reached it (``reached`` of them),
+    None below five. ``start`` is the mean before the first step, ``end`` that of the last evaluation. ``tokens`` is the
+    ratio of generated tokens.
     """
 
     task: str
@@ -80,6 +81,8 @@ class Standing:
     detectable: float | None
     ratio: Interval | None
     reached: int
+    start: float
+    end: float
     tokens: float
     step_s: float
 
@@ -143,7 +146,7 @@ def standing(of_seed: Mapping[int, LeagueRun], base: Mapping[int, LeagueRun], *,
     pairs = np.array([of_seed[seed].mean - base[seed].mean for seed in seeds])
     steps = [(of_seed[seed].steps_to(reach), base[seed].steps_to(reach)) for seed in seeds]
     logs = np.array([np.log(ours / theirs) for ours, theirs in steps if ours and theirs])
-    ratio = paired(logs, level=level)
+    ratio = paired(logs, level=level) if len(logs) >= FEWEST_PAIRS else None
     first = next(iter(of_seed.values()))
     shared = [of_seed[seed] for seed in seeds]
     is_base = of_seed is base
@@ -157,6 +160,8 @@ def standing(of_seed: Mapping[int, LeagueRun], base: Mapping[int, LeagueRun], *,
         detectable=None if is_base or len(pairs) < 2 else detectable(float(pairs.std(ddof=1)), len(pairs), level=level),
         ratio=None if is_base or ratio is None else exponentiated(ratio),
         reached=len(logs),
+        start=float(np.mean([run.values[0] for run in of_seed.values()])),
+        end=float(np.mean([run.values[-1] for run in of_seed.values()])),
         tokens=float(np.mean([run.tokens / base[run.seed].tokens for run in shared])) if shared else float("nan"),
         step_s=float(np.median([run.step_s for run in of_seed.values()])),
     )
@@ -203,7 +208,7 @@ def task_table(rows: Sequence[Standing], methods: Sequence[str]) -> list[str]:
             continue
         difference = points(row.difference, signed=True)
         strong = f"**{difference}**" if row.verdict != "open" else difference
-        reach = "–" if row.ratio is None else f"{ratios(row.ratio)}, {row.reached} pairs"
+        reach = f"{ratios(row.ratio)}, {row.reached} pairs" if row.method != BASELINE else "–"
         cells = [method, str(len(row.seeds)), points(row.mean), strong]
         cells += ["–" if row.detectable is None else f"{100 * row.detectable:.1f}", points(row.last), reach]
         cells += [f"{row.tokens:.2f}", f"{row.step_s:.2f}"]
@@ -219,6 +224,8 @@ def summary(rows: Sequence[Standing]) -> list[str]:
         if not others:
             said.append(f"- **{task}**: too few seeds for an interval.")
             continue
+        base = next(row for row in rows if row.task == task and row.method == BASELINE)
+        rise = f"{BASELINE} {100 * base.start:.1f} to {100 * base.end:.1f} %, {len(base.seeds)} seeds"
         parts = [
             f"{verdict} than {BASELINE}: {', '.join(f'{row.method} {_gain(row)}' for row in chosen)}"
             for verdict in ("higher", "lower")
@@ -231,7 +238,7 @@ def summary(rows: Sequence[Standing]) -> list[str]:
                 f" (the design finds {100 * min(smallest):.1f} to {100 * max(smallest):.1f} points)" if smallest else ""
             )
             parts.append(f"not told apart: {', '.join(row.method for row in unsure)}{bound}")
-        said.append(f"- **{task}**: {'. '.join(part[0].upper() + part[1:] for part in parts)}.")
+        said.append(f"- **{task}** ({rise}): {'. '.join(part[0].upper() + part[1:] for part in parts)}.")
     return said
 
 
@@ -316,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (options.methods, [run.method for run in runs]),
         )
     )
+    rows.sort(key=lambda row: (tasks.index(row.task), methods.index(row.method)))
     heat_map(rows, methods, tasks, options.plot or options.runs / "league.png")
     generated = page(rows, methods, tasks)
     if options.page is None:

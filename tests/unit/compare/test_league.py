@@ -71,9 +71,9 @@ def test_a_ratio_of_steps_is_a_geometric_mean_over_pairs():
     """Level 0.6, which every run reaches at step 6: 1. With 0.5 and 0.7 there: at 6·0.2/0.3 = 4 and 6 + 18/3 = 12."""
     rows = {row.method: row for row in standings(pairs())}
     assert rows["TEMPO"].ratio is not None and rows["TEMPO"].ratio.estimate == pytest.approx(1.0)
-    fast = [made("fast", seed, [0.4, 0.7, 0.8]) for seed in range(2)]
-    slow = [made("slow", seed, [0.4, 0.5, 0.8]) for seed in range(2)]
-    base = [made("GRPO", seed, [0.4, 0.6, 0.8]) for seed in range(2)]
+    fast = [made("fast", seed, [0.4, 0.7, 0.8]) for seed in range(5)]
+    slow = [made("slow", seed, [0.4, 0.5, 0.8]) for seed in range(5)]
+    base = [made("GRPO", seed, [0.4, 0.6, 0.8]) for seed in range(5)]
     found = {row.method: row.ratio.estimate for row in standings([*base, *fast, *slow]) if row.ratio}
     assert found == {"fast": pytest.approx(4 / 6), "slow": pytest.approx(12 / 6)}
 
@@ -81,6 +81,7 @@ def test_a_ratio_of_steps_is_a_geometric_mean_over_pairs():
 def test_few_pairs_decide_nothing():
     runs = [run for run in pairs() if run.seed < 4]
     assert [row.verdict for row in standings(runs)] == ["open"] * 3
+    assert [row.ratio for row in standings(runs)] == [None] * 3
 
 
 def test_the_page_says_what_is_told_apart_and_what_was_not_run():
@@ -88,7 +89,9 @@ def test_the_page_says_what_is_told_apart_and_what_was_not_run():
     said = summary(rows)
     assert len(said) == 1
     assert re.fullmatch(
-        r"- \*\*forks\*\*: Higher than GRPO: TEMPO \(\+3\.5 points\)\. Not told apart: RLOO \(.* points\)\.", said[0]
+        r"- \*\*forks\*\* \(GRPO 40\.0 to 80\.0 %, 6 seeds\): Higher than GRPO: TEMPO \(\+3\.5 points\)\. "
+        r"Not told apart: RLOO \(.* points\)\.",
+        said[0],
     )
     text = page(rows, ["GRPO", "TEMPO", "RLOO", "SPAE"], ["forks", "mirror"])
     assert "| TEMPO | 6 | 67." in text or "| TEMPO | 6 | 68." in text
