@@ -30,7 +30,9 @@ def last_lines(run_dir: Path) -> str:
     evaluations = [row for row in rows if row.get("eval_accuracy") is not None]
     following = [f"next: python -m rltrain.report {run_dir}", f"run folder: {run_dir}"]
     if not evaluations:
-        return "\n".join(["no evaluation was run (evaluation.every_steps=0)", *following])
+        ran = any("eval_abstained" in row for row in rows)
+        why = "every held-out completion abstained, so there is no accuracy; see environment/* and rewards/* metrics"
+        return "\n".join([why if ran else "no evaluation was run (evaluation.every_steps=0)", *following])
     first, last = evaluations[0], evaluations[-1]
     before, after = (held_out_samples(run_dir, int(row["step"])) for row in (first, last))
     error = paired_error(before, after) if agrees(first, before) and agrees(last, after) else None

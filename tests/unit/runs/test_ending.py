@@ -81,6 +81,8 @@ def test_the_sentence(change, words):
 def test_without_an_evaluation(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     assert ending.last_lines(tmp_path).startswith("no evaluation was run")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "eval_abstained": 1.0, "eval_problems": 0.0}\n')
+    assert ending.last_lines(tmp_path).startswith("every held-out completion abstained, so there is no accuracy")
 
 
 def test_accuracy_is_the_share_of_right_completions():
