@@ -1,8 +1,10 @@
 """A whole run on two ranks, and what must equal the run of one."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,16 @@ def train(run_dir, ranks: int, *overrides: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *launcher, "-m", "rltrain.train", *defaults, f"run_dir={run_dir}", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def train_all(folder: Path, runs: Mapping[str, Sequence[str]]) -> None:
+    """Runs of two ranks one after another, in processes that start once; the folder of each has its name."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    listed = json.dumps([[*OVERRIDES, *overrides, f"run_dir={folder / name}"] for name, overrides in runs.items()])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(ROOT / "tests/helpers/fit_all.py"), listed]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
 
 
 def assert_same_run(left: Path, right: Path):

@@ -1,26 +1,12 @@
-"""Losses in whole runs: two ranks equal one, minibatches, and a run of before losses were parts resumes."""
+"""Losses in whole runs: one without ratios, and a run of before losses were parts resumes (ranks: test_ranks.py)."""
 
 import json
 
 import pytest
 from tiny_run import config, metrics
-from two_ranks import assert_same_run, train
 
 from rltrain import trainer
 from rltrain.runs import run_folder
-
-PENALISED = ["algorithm=kl_cov", "loss.share=0.05", "steps=3", "evaluation.every_steps=0", "batch.minibatches=2"]
-
-
-@pytest.mark.parametrize(
-    "overrides", [PENALISED, ["algorithm=clip_cov", "loss.share=0.05", "loss.cov_low=0.0", *PENALISED[2:]]]
-)
-def test_two_ranks_select_the_tokens_of_one(tmp_path, overrides):
-    for ranks in (1, 2):
-        result = train(tmp_path / f"of{ranks}", ranks, *overrides)
-        assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "of2", tmp_path / "of1")
-    assert all(0 < line["loss/selected"] < 0.1 for line in metrics(tmp_path / "of1") if "loss/selected" in line)
 
 
 def test_a_run_of_before_losses_were_parts_has_todays_kind(tmp_path):

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from tiny_run import OVERRIDES
-from two_ranks import PERSISTENCE, ROOT, assert_same_run, train
+from tiny_run import OVERRIDES, config, metrics
+from two_ranks import PERSISTENCE, ROOT, assert_same_run, train, train_all
+
+from rltrain import trainer
 
 LEAVING = """
 import atexit, sys
@@ -44,52 +46,38 @@ def test_no_thread_of_the_process_group_is_left_when_python_ends(end, tmp_path):
     ), result.stderr
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks") / "one"
-    result = train(folder, 1)
-    assert result.returncode == 0, result.stderr
-    return folder
+# What both sides of a comparison have, and what two ranks have on top.
+SHARDED = ["deepspeed.zero_stage=3", *(f"+deepspeed.extra.zero_optimization.{key}=0" for key in PERSISTENCE)]
+PENALISED = ["loss.share=0.05", "steps=3", "evaluation.every_steps=0", "batch.minibatches=2"]
+LORA = ["model.lora.rank=4", "model.lora.target_modules=[q_proj,lm_head]", "steps=2", "evaluation.every_steps=0"]
+CASES = {
+    "plain": ([], []),
+    "ZeRO 1": ([], ["deepspeed.zero_stage=1"]),
+    "ZeRO 2": ([], ["deepspeed.zero_stage=2"]),
+    "ZeRO 3": ([], SHARDED),  # by default it leaves weights as small as these whole on every rank
+    "minibatches": (["batch.minibatches=2", "steps=2"], []),
+    # One held-out problem for two ranks: one of them has nothing to decode while the other does.
+    "unequal work": (["steps=1", "evaluation.problems=1", "evaluation.every_steps=1"], SHARDED),
+    "dynamic sampling": (["batch.dynamic_sampling=true", "batch.group_size=2", "steps=2"], []),
+    "kl_cov": (["algorithm=kl_cov", *PENALISED], []),
+    "clip_cov": (["algorithm=clip_cov", "loss.cov_low=0.0", *PENALISED], []),
+    # The check before the first step perturbs adapters, and puts them back on every rank.
+    "adapters": (LORA, SHARDED),
+}
 
 
-def test_two_ranks_make_the_minibatches_of_one(tmp_path):
-    for ranks in (1, 2):
-        result = train(tmp_path / str(ranks), ranks, "batch.minibatches=2", "steps=2")
-        assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "2", tmp_path / "1")
-
-
-def test_two_ranks_equal_one(one_rank, tmp_path):
-    result = train(tmp_path / "two", 2)
-    assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "two", one_rank)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_stages_on_two_ranks_equal_one_rank_without(one_rank, tmp_path, stage):
-    # By default ZeRO 3 leaves weights as small as these whole on every rank.
-    sharded = [f"+deepspeed.extra.zero_optimization.{key}=0" for key in PERSISTENCE] if stage == 3 else []
-    result = train(tmp_path / "zero", 2, f"deepspeed.zero_stage={stage}", *sharded)
-    assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "zero", one_rank)
-
-
-def test_ranks_of_unequal_work_under_zero_3(tmp_path):
-    """One held-out problem for two ranks: one of them has nothing to decode while the other does."""
-    overrides = ["steps=1", "evaluation.problems=1", "evaluation.every_steps=1"]
-    sharded = ["deepspeed.zero_stage=3", *(f"+deepspeed.extra.zero_optimization.{key}=0" for key in PERSISTENCE)]
-    for ranks, options in ((1, overrides), (2, [*overrides, *sharded])):
-        result = train(tmp_path / str(ranks), ranks, *options)
-        assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "2", tmp_path / "1")
-
-
-def test_dynamic_sampling_keeps_the_same_groups_on_two_ranks(tmp_path):
-    overrides = ["batch.dynamic_sampling=true", "batch.group_size=2", "steps=2"]
-    for ranks in (1, 2):
-        result = train(tmp_path / str(ranks), ranks, *overrides)
-        assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "2", tmp_path / "1")
+def test_two_ranks_are_one_rank_in_every_case(tmp_path):
+    train_all(tmp_path, {name: [*both, *two] for name, (both, two) in CASES.items()})
+    alone = {}
+    for name, (both, _) in CASES.items():
+        key = " ".join(both)
+        if key not in alone:
+            alone[key] = tmp_path / f"{name} alone"
+            trainer.fit(config(alone[key], *both))
+        assert_same_run(tmp_path / name, alone[key])
+    for name in ("kl_cov", "clip_cov"):
+        selected = [line["loss/selected"] for line in metrics(tmp_path / name) if "loss/selected" in line]
+        assert selected and all(0 < share < 0.1 for share in selected), name
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
