@@ -121,7 +121,8 @@ def load(config: RunConfig) -> Writers:
         raise ConfigError(
             f"rewards.{serviced[0]}: it needs a service that only a training run has; choose rewards of the answer"
         )
-    student, teacher = load_policy(config.model), load_frozen(config.model, path=config.traces.teacher)
+    student = load_policy(config.model, device=dist.device())
+    teacher = load_frozen(config.model, path=config.traces.teacher, device=dist.device())
     check_same_vocabulary(student, teacher, name=f"traces.teacher={config.traces.teacher}")
     student.model.requires_grad_(False).eval()
     return Writers(config=config, student=student, kinds=(_decoder(teacher), _decoder(student)))

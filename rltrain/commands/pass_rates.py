@@ -47,7 +47,7 @@ class Measurement:
 
     def __init__(self, config: RunConfig, samples: int) -> None:
         self._config, self._samples = config, samples
-        self._policy = load_policy(config.model)
+        self._policy = load_policy(config.model, device=dist.device())
         self._policy.model.to(dist.device())
         self._rollout = sampler_of(config, self._policy)
         self._context = context_of(config, self._policy, self._rollout)
