@@ -238,6 +238,8 @@ def build(config: RunConfig) -> Run:
 
 
 def _refuse_unequal_shares(config: RunConfig) -> None:
+    if delta := config.evaluation.early_exit.delta:
+        raise ConfigError(f"evaluation.early_exit.delta={delta:g}: is of rltrain evaluate alone; leave it out")
     if config.evaluation.cautious:
         raise ConfigError(
             "evaluation.cautious=true: is of rltrain evaluate alone, since what it keeps is not the policy's "

@@ -30,9 +30,10 @@ from rltrain.rollout.continuation_types import ContinuationRequest, Continuation
 from rltrain.rollout.probe_types import vocabulary
 from rltrain.runs.metrics import wilson
 from rltrain.runtime.records import EarlyExitConfig
-from rltrain.types import Completion, Context, Group, Prompt
+from rltrain.types import Completion, Context, Group, Prompt, UnknownLogprobs
 
 ROWS_OF_A_FORWARD = 16
+NOT_KEPT = UnknownLogprobs(reason="an early exit asks for its answer and keeps none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,7 +185,7 @@ class Asking:
         before = self.policy.tokenizer.decode(before_ids, clean_up_tokenization_spaces=False)
         ids = before_ids + self._ask_ids + new.token_ids
         text = before + self.config.ask + closed(self.config.ask, new.text)
-        left = Completion(token_ids=ids, logprobs=(0.0,) * len(ids), finish="stop", text=text)
+        left = Completion(token_ids=ids, logprobs=NOT_KEPT, finish="stop", text=text)
         return Group(prompt=group.prompt, completions=(left,))
 
     def _states(self, asked: Sequence[tuple[Group, tuple[int, ...]]]) -> list[Tensor]:

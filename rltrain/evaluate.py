@@ -198,6 +198,7 @@ def main(config: RunConfig) -> None:
     policy.model.to(dist.device())
     rollout = sampler_of(config, policy)
     context = context_of(config, policy, rollout)
+    refuse_early_exits(config, rollout)
     prompts = held_out_prompts(config, policy)
     with dist.stage("evaluation", config.deadline("evaluation")):
         rewards = {name: reward.settled(config.steps) for name, reward in evaluation_rewards(config).items()}
@@ -229,6 +230,17 @@ def main(config: RunConfig) -> None:
         print(f"\nwritten to {path}")
 
 
+def refuse_early_exits(config: RunConfig, rollout: Rollout) -> None:
+    """``ConfigError`` where early exits are asked for and cannot be measured."""
+    delta = config.evaluation.early_exit.delta
+    if delta:
+        name = f"evaluation.early_exit.delta={delta:g}"
+        require(dist.world_size() == 1, f"{name}: runs in one process; start one rank")
+        require(rollout.uses_policy, f"{name}: reads the hidden states of a local policy; set rollout=local")
+        require(config.environment is None, f"{name}: does not follow turns; set environment=none")
+        require(not config.evaluation.cautious, f"{name}: is of plain sampling; set evaluation.cautious=false")
+
+
 def early_exits(
     config: RunConfig, policy: Policy, rollout: Rollout, context: Context, held_out: Sequence[Prompt]
 ) -> dict[str, float]:
@@ -236,16 +248,12 @@ def early_exits(
     asked = config.evaluation.early_exit
     if not asked.delta:
         return {}
-    refusal = f"evaluation.early_exit.delta={asked.delta:g}: "
-    require(dist.world_size() == 1, f"{refusal}runs in one process; start one rank")
-    require(rollout.uses_policy, f"{refusal}reads the hidden states of a local policy; set rollout=local")
-    require(config.environment is None, f"{refusal}does not follow turns; set environment=none")
     evaluation = dataclasses.replace(config.evaluation, split=asked.split, problems=asked.problems)
     training = held_out_prompts(dataclasses.replace(config, evaluation=evaluation), policy)
     asking = early_exit.Asking(
         rollout=rollout,
         policy=policy,
-        rewards=evaluation_rewards(config),
+        rewards={name: reward.settled(config.steps) for name, reward in evaluation_rewards(config).items()},
         context=context,
         config=asked,
         step=EVALUATION_STEP,

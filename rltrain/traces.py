@@ -38,7 +38,7 @@ from rltrain.rollout.stopping import StopRule
 from rltrain.runs import run_folder
 from rltrain.runs.rows_file import JsonRow, append_rows, read_rows, refuse_other_config, write_whole
 from rltrain.runtime import dist, progress
-from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right
+from rltrain.types import Completion, Context, Group, Problem, Prompt, UnknownLogprobs, is_right
 
 # A step for sampling keys that neither training, evaluation nor compression uses.
 TRACES_STEP = -3
@@ -83,10 +83,14 @@ class Writers:
         teacher, student = (kind.make(self._rule.max_new_tokens) for kind in self.kinds)
         write(traces, teacher, student, self._veto, self._rule)
         groups = [
-            Group(prompt=prompt, completions=(self._rule.completion(trace.token_ids, [0.0] * len(trace.token_ids)),))
+            Group(prompt=prompt, completions=(self._completion(trace),))
             for prompt, trace in zip(prompts, traces, strict=True)
         ]
         return [_row(*each) for each in zip(groups, traces, self._statuses(groups), strict=True)]
+
+    def _completion(self, trace: FriendlyTrace) -> Completion:
+        made = self._rule.completion(trace.token_ids, [0.0] * len(trace.token_ids))
+        return dataclasses.replace(made, logprobs=UnknownLogprobs(reason="two models wrote the trace"))
 
     def _statuses(self, groups: Sequence[Group]) -> list[str]:
         if self.config.traces.keep == "stopped":
@@ -117,6 +121,8 @@ def load(config: RunConfig) -> Writers:
     """Student and teacher, in eval mode, with decoders that were checked against their own forward."""
     if not config.traces.teacher:
         raise ConfigError("traces.teacher: none is set; give a folder or hub name of a model with model's vocabulary")
+    if config.environment is not None:
+        raise ConfigError("environment: traces are written in one turn; set environment=none")
     if serviced := [name for name, reward in config.rewards.items() if needs_of(reward)]:
         raise ConfigError(
             f"rewards.{serviced[0]}: it needs a service that only a training run has; choose rewards of the answer"

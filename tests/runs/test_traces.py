@@ -84,6 +84,7 @@ def test_what_stopped_is_kept_where_asked(teacher, tmp_path):
     [
         (["traces.teacher="], "traces.teacher: none is set; give a folder or hub name"),
         (["traces.threshold=2"], r"traces.threshold=2.*: must lie in \[0, 1\]"),
+        (["environment=calculator", "environment.reply_tokens=8"], "environment: traces are written in one turn"),
         (["traces.keep=best"], "traces.keep=best: unknown"),
         (["traces.tries=0"], "traces.tries=0: set at least 1"),
     ],

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rltrain import cli, early_exit, evaluate
+from rltrain import cli, early_exit, evaluate, trainer
 from rltrain.early_exit import CuedCompletion, Probe, closed, conformal_threshold, cue_positions, exit_metrics
 from rltrain.errors import ConfigError, RunError
 from rltrain.runtime.records import EarlyExitConfig
@@ -154,6 +154,7 @@ def test_states_are_those_of_the_completions_own_forward(tmp_path):
         (["evaluation.early_exit.delta=1"], ConfigError, r"early_exit.delta=1.*: must lie in \[0, 1\)"),
         (["evaluation.early_exit.cues=[]"], ConfigError, "early_exit.cues: a cue is empty, or there is none"),
         (["evaluation.early_exit.delta=0.001"], RunError, "the guarantee needs 999"),
+        (["evaluation.early_exit.delta=0.1", "evaluation.cautious=true"], ConfigError, "is of plain sampling"),
         (
             ["evaluation.early_exit.delta=0.1", "environment=calculator", "environment.reply_tokens=8"],
             ConfigError,
@@ -164,3 +165,9 @@ def test_states_are_those_of_the_completions_own_forward(tmp_path):
 def test_what_cannot_be_measured_is_refused(tmp_path, more, error, message):
     with pytest.raises(error, match=message):
         evaluate.main(cli.compose([*TINY, *ASKED, *more, f"run_dir={tmp_path}"]))
+
+
+def test_a_training_run_refuses_what_it_does_not_measure(tmp_path):
+    config = cli.compose([*TINY, *ASKED, "evaluation.early_exit.delta=0.1", "steps=1", f"run_dir={tmp_path}"])
+    with pytest.raises(ConfigError, match="early_exit.delta=0.1: is of rltrain evaluate alone"):
+        trainer.fit(config)
