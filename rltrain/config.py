@@ -190,6 +190,9 @@ class EnvironmentConfig(WorkersConfig):
                 "replies included; lower the one or raise the other",
             )
 
+    def check_data(self, key: str, data: DataConfig) -> None:
+        """``ConfigError`` where the problems of ``data``, which stands at ``key``, are none of this environment's."""
+
 
 @dataclass(kw_only=True)
 class LoraConfig:
@@ -452,11 +455,17 @@ class RunConfig:
 
     def _check_data(self) -> None:
         self.data.check_pass_rate("data")
-        for key, other in (("eval_data", self.eval_data), ("cold_start_data", self.cold_start_data)):
-            unused = other is None or (other.pass_rate is None and other.pass_rate_file is None)
+        for key, data in (
+            ("data", self.data),
+            ("eval_data", self.eval_data),
+            ("cold_start_data", self.cold_start_data),
+        ):
+            unused = data is None or key == "data" or (data.pass_rate is None and data.pass_rate_file is None)
             require(
                 unused, f"{key}.pass_rate: filters RL's training problems alone; set it under data, or leave it out"
             )
+            if data is not None and self.environment is not None:
+                self.environment.check_data(key, data)
 
     def _check_rewards(self) -> None:
         place = "rewards" if self.advantage.uses_rewards() else "eval_rewards"

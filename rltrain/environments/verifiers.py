@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from rltrain.config import MISSING, EnvironmentConfig
-from rltrain.data.verifiers import ROW, check_library, library, load, message_text
+from rltrain.config import MISSING, DataConfig, EnvironmentConfig
+from rltrain.data.mixture import MixtureConfig
+from rltrain.data.verifiers import ROW, VerifiersDataConfig, check_library, library, load, message_text
+from rltrain.errors import require
 from rltrain.registry import register
 from rltrain.types import Environment, Problem, Reply
 
@@ -40,6 +42,19 @@ class VerifiersConfig(EnvironmentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_library(self.env_id, setting="environment")
+
+    def check_data(self, key: str, data: DataConfig) -> None:
+        sources = data.sources if isinstance(data, MixtureConfig) else {}
+        for name, source in sources.items():
+            self.check_data(f"{key}.sources.{name}", source)
+        if isinstance(data, VerifiersDataConfig):
+            for entry in ("env_id", "env_args"):
+                here, there = getattr(self, entry), getattr(data, entry)
+                require(
+                    here == there,
+                    f"environment.{entry}={here}: {key}.{entry} is {there}; give both the same, since the rows of one "
+                    "environment are played by it",
+                )
 
 
 @register("environment", "verifiers", VerifiersConfig)

@@ -144,9 +144,21 @@ def meant_by(key: str) -> str:
         return f"{owner} takes any name, added with a plus: +{key}=VALUE{needed}"
     path = nearest(key, keys)
     if path is None:
-        return "rltrain help keys lists them"
+        return _beside(pattern(key).rpartition(".")[0], keys)
     needed = f" (of {_listed(keys[path].choices)})" if path in keys and keys[path].choices else ""
     return f"did you mean {_named(path, key)}?{needed}"
+
+
+def _beside(place: str, keys: Mapping[str, Key]) -> str:
+    """The keys of a section that always exist, and the commands that list the others."""
+    below = {path.removeprefix(f"{place}."): key for path, key in keys.items() if path.startswith(f"{place}.")}
+    names = {path.partition(".")[0]: None for path, key in below.items() if not key.choices}
+    if not below or ANY in place:
+        return "rltrain help keys lists them"
+    if not names:
+        return f"rltrain help {place} lists those of its choices"
+    others = f"; rltrain help {place} lists those of its choices" if any(key.choices for key in below.values()) else ""
+    return f"the keys of {place} are {', '.join(names)}{others}"
 
 
 def _open_owner(key: str, keys: dict[str, Key]) -> str | None:
@@ -161,11 +173,12 @@ def _listed(choices: tuple[str, ...]) -> str:
     return " or ".join(choices[:3]) + (" or others" if len(choices) > 3 else "")
 
 
-def nearest(key: str, keys: Mapping[str, Any]) -> str | None:
+def nearest(key: str, keys: Mapping[str, Key]) -> str | None:
     """The path that ``key`` means, None if none is near.
 
     In this order: a synonym in the same place, a slip of the pen in the same place, the same word in another place, a
-    synonym for another place, the same word in a part that is not chosen, a slip of the pen in any part of the path.
+    synonym for another place, the same word of a part that is not chosen, alone or behind this part's place or name, a
+    slip of the pen in any part of the path.
     """
     place, _, word = pattern(key).rpartition(".")
     synonym = _MEANT.get(word.casefold())
@@ -179,7 +192,15 @@ def nearest(key: str, keys: Mapping[str, Any]) -> str | None:
     same = [path for path in keys if _plain(path.rpartition(".")[2]) == _plain(word)]
     same.sort(key=lambda path: path.count("."))  # of equal words that of the least depth
     always = [path for path in same if not keys[path].choices]
-    return _in_place(always, place) or synonym or _in_place(same, place) or _slip(place, word, keys)
+    chosen = [path for path in same if not place or _is_of(keys[path], place)]
+    return _in_place(always, place) or synonym or _in_place(chosen, place) or _slip(place, word, keys)
+
+
+def _is_of(key: Key, place: str) -> bool:
+    """Whether ``place`` is close to that of a key of a choice, or names the choice."""
+    return _ratio(key.path.rpartition(".")[0], place) >= CLOSE or any(
+        choice.endswith(f"={place}") for choice in key.choices
+    )
 
 
 def _in_place(paths: Sequence[str], place: str) -> str | None:

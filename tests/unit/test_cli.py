@@ -75,9 +75,26 @@ def test_suggestions_are_right_and_whole(key, meant):
     assert said(f"{key}=1") == f"{key}: no such key; did you mean {meant}?"
 
 
-@pytest.mark.parametrize("key", ["sampling.min_p", "batch.size", "zzz"])
+@pytest.mark.parametrize("key", ["zzz", "output.folder", "trainer.urls", "rewards.answer.x"])
 def test_far_keys_get_no_guess(key):
     assert said(f"{key}=1") == f"{key}: no such key; rltrain help keys lists them"
+
+
+@pytest.mark.parametrize(("key", "told"), [
+    ("model.lora.x", "the keys of model.lora are rank, alpha, dropout, target_modules"),
+    (
+        "rollout.x",
+        "the keys of rollout are ahead, device_offset, tree; rltrain help rollout lists those of its choices",
+    ),
+    ("advantage.x", "rltrain help advantage lists those of its choices"),
+])  # fmt: skip
+def test_far_keys_of_a_section_get_its_keys(key, told):
+    assert said(f"{key}=1") == f"{key}: no such key; {told}"
+
+
+@pytest.mark.parametrize("key", ["urls", "vllm.urls", "rollot.urls"])
+def test_a_key_of_a_choice_is_meant_alone_or_behind_its_place_or_name(key):
+    assert said(f"{key}=1") == f"{key}: no such key; did you mean rollout.urls? (of rollout=vllm)"
 
 
 def test_every_synonym_leads_to_a_key_that_exists():

@@ -1,11 +1,15 @@
 """Environments of the library verifiers run as they are, replayed turn by turn; skipped without the library."""
 
+import dataclasses
 import importlib.util
 import signal
 
 import pytest
 
+from rltrain import cli
+from rltrain.config import DataConfig
 from rltrain.data import verifiers as data
+from rltrain.data.mixture import MixtureConfig
 from rltrain.environments.pool import EnvironmentPool
 from rltrain.environments.verifiers import VerifiersConfig
 from rltrain.errors import ConfigError
@@ -96,3 +100,32 @@ def test_a_library_that_does_not_fit_is_named(monkeypatch, installed, message):
     with pytest.raises(ConfigError) as error:
         data.VerifiersDataConfig(env_id=ID)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("there", "message"), [
+    ({"env_id": ID}, None),
+    ({"env_id": "other"}, "environment.env_id=verifiers-environment: data.env_id is other; give both the same"),
+    ({"env_id": ID, "env_args": {"kind": "tools"}}, "environment.env_args={}: data.env_args is {'kind': 'tools'}; "),
+])  # fmt: skip
+@pytest.mark.parametrize("in_mixture", [False, True])
+def test_data_and_environment_name_the_same_game(monkeypatch, there, message, in_mixture):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: name)  # the library is asked for nothing else
+    rows = data.VerifiersDataConfig(**there)
+    environment = VerifiersConfig(env_id=ID)
+    given = MixtureConfig(sources={"game": rows, "other": DataConfig()}) if in_mixture else rows
+    if message is None:
+        environment.check_data("data", given)
+        return
+    with pytest.raises(ConfigError) as error:
+        environment.check_data("data", given)
+    place = "data.sources.game" if in_mixture else "data"
+    assert str(error.value).startswith(message.replace("data.", f"{place}."))
+
+
+def test_a_run_checks_every_data_set_of_its_environment(monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: name)
+    run = cli.compose([])
+    game = {"environment": VerifiersConfig(env_id=ID), "data": data.VerifiersDataConfig(env_id=ID)}
+    assert dataclasses.replace(run, **game).environment == game["environment"]
+    with pytest.raises(ConfigError, match=r"^environment.env_id=verifiers-environment: eval_data.env_id is other; "):
+        dataclasses.replace(run, **game, eval_data=data.VerifiersDataConfig(env_id="other"))
