@@ -2,9 +2,9 @@
 
 python scripts/reproduce/league.py [OUT] [--tasks forks,mirror] [--methods GRPO,TEMPO] [--seeds 8] [--jobs 1] [--rates]
 
-Tasks and methods are in league.yaml beside this file. Cells run seed by seed, all required ones of a seed before the
-next seed, so that what is finished is balanced at any time. A finished cell is never run again, and an interrupted run
-resumes. With --rates GRPO and regression run at three rates each.
+Tasks and methods are in league.yaml beside this file, or in the file of --specification. Cells run seed by seed, all
+required ones of a seed before the next seed, so that what is finished is balanced at any time. A finished cell is never
+run again, and an interrupted run resumes. With --rates GRPO and regression run at three rates each.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Cell:
         return record.is_file() and json.loads(record.read_text())["words"] == list(self.words)
 
 
-def specification() -> dict[str, Any]:
-    """league.yaml."""
-    return yaml.safe_load(SPECIFICATION.read_text())
+def specification(file: Path = SPECIFICATION) -> dict[str, Any]:
+    """league.yaml, or another file like it."""
+    return yaml.safe_load(file.read_text())
 
 
 def plain(name: str) -> str:
@@ -65,6 +65,7 @@ def cell(given: Mapping[str, Any], task: str, method: str, seed: int, *, rate: f
     name = plain(method) if rate is None else f"{plain(method)}-{rate:g}"
     words = [
         f"+experiment={settings['experiment']}",
+        *settings.get("words", []),
         *given["methods"][method],
         *given["equal_tokens"].get(method, {}).get(task, []),
         f"optimizer.learning_rate={chosen:g}",
@@ -228,9 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", type=names, default=[], help="between commas (default: all)")
     parser.add_argument("--seeds", type=numbers, default=[], help="a count, or a list with a comma (default: 8)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default: 1)")
-    parser.add_argument("--rates", action="store_true", help="GRPO and regression at three rates, in OUT/rates")
+    parser.add_argument("--specification", type=Path, default=SPECIFICATION, help="tasks and methods (league.yaml)")
+    parser.add_argument("--rates", action="store_true", help="the methods of by_rate at each rate, in OUT/rates")
     options = parser.parse_args(arguments)
-    given = specification()
+    given = specification(options.specification)
     for kind, chosen in (("tasks", options.tasks), ("methods", options.methods)):
         if unknown := [name for name in chosen if name not in given[kind]]:
             parser.error(f"--{kind} {unknown[0]}: unknown; choose from {', '.join(given[kind])}")
