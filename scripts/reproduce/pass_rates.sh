@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does a filter by measured pass rate help the quickstart? Per seed, from one cold start: all problems, and those whose
-# rate of 8 samples lies in 0.1..0.9, 140 steps each. The table: python -m rltrain.compare OUT --by name
+# rate of 8 samples lies in 0.1..0.9, 40 steps each. The table: python -m rltrain.compare OUT --by name
 # usage: scripts/reproduce/pass_rates.sh [OUT] [SEEDS]     e.g. runs/pass_rates "0 1 2 3 4"
 set -euo pipefail
 out=${1:-runs/pass_rates}

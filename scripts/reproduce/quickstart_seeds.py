@@ -21,6 +21,7 @@ from rltrain.runs.summary import series
 REWARDS = {"right": "right reward", "random": "random reward", "inverted": "inverted reward"}
 COLOURS = {"right": "tab:green", "random": "tab:gray", "inverted": "tab:red", "supervised": "tab:blue"}
 LEVEL = 0.95
+CONTROL, LONGER = 80, 280  # supervised steps: as many sequences as RL, and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, folder: Path) -> Evaluation:
-        greedy, sampled = (json.loads((folder / how / "evaluation.json").read_text()) for how in ("greedy", "sampled"))
+        greedy, sampled = (json.loads((folder / f"temperature_{t}" / "evaluation.json").read_text()) for t in (0, 1))
         return cls(
             greedy=100 * greedy["eval_accuracy"],
             sampled=100 * sampled["eval_accuracy"],
@@ -44,9 +45,9 @@ class Evaluation:
         return f"{self.greedy:.1f} % | {self.sampled:.1f} % | {self.length:.1f}"
 
 
-def supervised(seed: Path) -> tuple[str, Evaluation]:
-    """The better of the supervised controls, by greedy accuracy, and its rate."""
-    arms = {folder.name.removeprefix("sft_"): Evaluation.of(folder) for folder in sorted(seed.glob("sft_*"))}
+def supervised(seed: Path, steps: int = CONTROL) -> tuple[str, Evaluation]:
+    """The better of the supervised controls of so many steps, by greedy accuracy, and its rate."""
+    arms = {folder.name.split("_")[1]: Evaluation.of(folder) for folder in sorted(seed.glob(f"sft_*_{steps}"))}
     return max(arms.items(), key=lambda arm: arm[1].greedy)
 
 
@@ -67,7 +68,8 @@ def arms_of(seed: Path) -> dict[str, Evaluation]:
     """Every evaluated model of a seed, by what was done to it."""
     arms = {"cold start": Evaluation.of(seed / "cold_start")}
     arms |= {name: Evaluation.of(seed / arm) for arm, name in REWARDS.items()}
-    return arms | {"more supervised training": supervised(seed)[1]}
+    controls = [steps for steps in (CONTROL, LONGER) if any(seed.glob(f"sft_*_{steps}"))]
+    return arms | {f"{steps} more supervised steps": supervised(seed, steps)[1] for steps in controls}
 
 
 def arm_table(seeds: Sequence[Path]) -> str:
@@ -99,7 +101,7 @@ def change_cells(changes: np.ndarray) -> str:
 def difference(seeds: Sequence[Path]) -> str:
     """GRPO less the supervised control, in words."""
     arms = [arms_of(seed) for seed in seeds]
-    pairs = np.array([one["right reward"].greedy - one["more supervised training"].greedy for one in arms])
+    pairs = np.array([one["right reward"].greedy - one[f"{CONTROL} more supervised steps"].greedy for one in arms])
     mean, effect = change_cells(pairs).split(" | ")
     return f"GRPO less more supervised training, points of greedy accuracy: {mean}, detectable {effect}."
 
