@@ -14,7 +14,7 @@ from rltrain.types import Problem
 
 @dataclass(kw_only=True)
 class EquationsConfig(CutConfig):
-    """RandomCalculation's small integers; keys as there."""
+    """RandomCalculation's small integers; keys as there. An ``end`` makes the length of a result part of the target."""
 
     steps: list[int] = field(default_factory=lambda: [2])  # numbers of operators, taken in turn
     max_operand: int = 20  # largest number in a problem
@@ -22,6 +22,9 @@ class EquationsConfig(CutConfig):
     train_size: int = 100_000  # problems for training
     validation_size: int = 512  # problems for validation
     test_size: int = 512  # problems for the test
+    worked_share: float = 1.0  # share of the problems with a thought; the thoughts of the others are empty
+    all_worked: int = 0  # the first so many problems of a split all have one
+    end: str = ""  # what a document ends with, after the result
 
     def expressions(self) -> RandomCalculationConfig:
         """The problems that the equations come from."""
@@ -34,6 +37,8 @@ class EquationsConfig(CutConfig):
             validation_size=self.validation_size,
             test_size=self.test_size,
             seed=self.seed,
+            worked_share=self.worked_share,
+            all_worked=self.all_worked,
             prompt="{expression}",
         )
 
@@ -45,8 +50,8 @@ class EquationsConfig(CutConfig):
 class Equations(Sequence[Problem]):
     """Text ``9+8*2=25``; ``meta["solution"]`` is a thought and its closing tag: the operations, one a line."""
 
-    def __init__(self, problems: RandomCalculation, closing: str) -> None:
-        self.problems, self.closing = problems, closing
+    def __init__(self, problems: RandomCalculation, closing: str, end: str = "") -> None:
+        self.problems, self.closing, self.end = problems, closing, end
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -62,7 +67,7 @@ class Equations(Sequence[Problem]):
         thought = str(one.meta["solution"]).rpartition("\n")[0]  # all but the last line, the box
         return Problem(
             id=one.id,
-            prompt=f"{one.prompt}={one.answer}",
+            prompt=f"{one.prompt}={one.answer}{self.end}",
             answer=one.answer,
             meta={"solution": thought + self.closing, "steps": one.meta["steps"]},
         )
@@ -71,4 +76,4 @@ class Equations(Sequence[Problem]):
 @register("data", "equations", EquationsConfig)
 def equations(config: EquationsConfig, split: str) -> Documents:
     """The documents of ``split``; no problem is shared between splits."""
-    return Documents(Equations(RandomCalculation(config.expressions(), split), config.closing), config)
+    return Documents(Equations(RandomCalculation(config.expressions(), split), config.closing, config.end), config)

@@ -20,6 +20,7 @@ from rltrain.types import Problem, Prompt, TokenProblem
 class CutConfig(DataConfig):
     """Where a document is cut, in tokens: ``t`` uniform in [min_prefix, max_prefix], ``horizon`` targets after it.
 
+    With ``horizon=0`` the cut is directly after ``after``, and all that follows is the target.
     Each document comes with ``positions`` cuts, each a pure function of (seed, document, number of the cut). With
     ``after`` every prefix holds that string, as an answer's mark. The prompt is ``instruction``, the prefix, and
     ``opening``; a thought ends with ``closing``, which ``sampling.stop`` must hold.
@@ -28,7 +29,7 @@ class CutConfig(DataConfig):
 
     min_prefix: int = 1  # earliest cut of a document, in tokens
     max_prefix: int = 1024  # latest cut, in tokens
-    horizon: int = 1
+    horizon: int = 1  # target tokens; 0: all that follows data.after
     positions: int = 1
     after: str = ""
     instruction: str = ""
@@ -43,8 +44,16 @@ class CutConfig(DataConfig):
             self.max_prefix >= self.min_prefix,
             f"data.max_prefix={self.max_prefix}: below data.min_prefix={self.min_prefix}; raise it",
         )
-        require(self.horizon >= 1, f"data.horizon={self.horizon}: set at least 1")
+        require(self.horizon >= 0, f"data.horizon={self.horizon}: must be >= 0; 0 takes all that follows data.after")
+        require(
+            self.horizon > 0 or bool(self.after),
+            "data.horizon=0: takes all that follows data.after, which is empty; set it, or a horizon of at least 1",
+        )
         require(self.positions >= 1, f"data.positions={self.positions}: set at least 1")
+        require(
+            self.horizon > 0 or self.positions == 1,
+            f"data.positions={self.positions} with data.horizon=0: all cuts are at the mark; set data.positions=1",
+        )
         require(0 <= self.plain_share <= 1, f"data.plain_share={self.plain_share}: must lie in [0, 1]")
         require(bool(self.closing), "data.closing: is empty, so that no thought ever ends; set a tag")
 
@@ -67,8 +76,12 @@ class Document(TokenProblem):
     thinks: bool = True
 
     def position(self, tokens: int, least: int = 0) -> int | None:
-        """The cut: uniform among the admissible ones from ``least`` on in so many tokens; None if there is none."""
-        low, high = max(self.config.min_prefix, least), min(self.config.max_prefix, tokens - self.config.horizon)
+        """The cut: uniform among the admissible ones from ``least`` on in so many tokens; None if there is none.
+
+        With ``horizon=0`` it is ``least``, where that is admissible.
+        """
+        last = tokens - self.config.horizon if self.config.horizon else min(least, tokens - 1)
+        low, high = max(self.config.min_prefix, least), min(self.config.max_prefix, last)
         if high < low:
             return None
         return low + int(uniform("cut", self.config.seed, self.id) * (high - low + 1))
@@ -92,7 +105,7 @@ class Document(TokenProblem):
             token_ids=prompt_ids,
             continuation_ids=rest,
             context_ids=start + prefix,
-            target_ids=rest[: config.horizon],
+            target_ids=rest[: config.horizon or None],
             closing=config.closing,
             closing_ids=ids(config.closing),
         )

@@ -73,6 +73,17 @@ def test_cuts_come_after_a_mark(policy):
     assert encode_all(policy, [unmarked], MODEL, max_prompt_tokens=50) == ([], [unmarked])
 
 
+def test_a_horizon_of_zero_cuts_at_the_mark_and_takes_all_that_follows(policy):
+    config = CutConfig(after="=", horizon=0)
+    for name in map(str, range(20)):
+        prompt = encode(policy, Document(id=name, prompt="12+3=15=.", answer="", config=config), MODEL)
+        assert (prompt.context_ids, prompt.target_ids) == (ids(policy, "12+3="), ids(policy, "15=."))
+    for text in ("12+3=", "12+3"):  # nothing follows the mark, and there is none
+        assert not encode(policy, Document(id="d", prompt=text, answer="", config=config), MODEL).token_ids
+    late = CutConfig(after="=", horizon=0, min_prefix=6)
+    assert not encode(policy, Document(id="d", prompt="12+3=15", answer="", config=late), MODEL).token_ids
+
+
 def test_cuts_leave_room_for_the_target():
     config = CutConfig(min_prefix=1, horizon=3)
     cuts = {Document(id=str(i), prompt="", answer="", config=config).position(6) for i in range(200)}
@@ -123,6 +134,8 @@ def test_documents_are_cut_in_ids_never_in_text():
 def test_equations_are_text_and_their_thoughts_worked_steps(policy):
     one = documents(EquationsConfig())[0]
     assert (one.prompt, one.meta["solution"]) == ("18-(9+8)=1", "9+8=17\n18-17=1</think>")
+    bare = documents(EquationsConfig(end=".", worked_share=0.0))[0]
+    assert (bare.prompt, bare.meta["solution"]) == ("18-(9+8)=1.", "</think>")
 
 
 def test_cold_start_rows_think_then_go_on_with_the_text(policy):
@@ -145,7 +158,9 @@ def test_cold_start_rows_think_then_go_on_with_the_text(policy):
 @pytest.mark.parametrize(("values", "message"), [
     ({"min_prefix": 0}, "a target needs a token before it"),
     ({"min_prefix": 5, "max_prefix": 4}, "data.max_prefix=4: below data.min_prefix=5"),
-    ({"horizon": 0}, "data.horizon=0"),
+    ({"horizon": -1}, "data.horizon=-1"),
+    ({"horizon": 0}, "data.horizon=0: takes all that follows data.after, which is empty"),
+    ({"horizon": 0, "after": "=", "positions": 2}, "data.positions=2 with data.horizon=0"),
     ({"closing": ""}, "no thought ever ends"),
     ({"plain_share": 2}, "must lie in"),
 ])  # fmt: skip
