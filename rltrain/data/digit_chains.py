@@ -16,7 +16,7 @@ from typing import overload
 
 from rltrain.config import DataConfig
 from rltrain.data.random_calculation import MAX_REDRAWS, SPLIT_OF_QUARTER, SPLITS
-from rltrain.data.text import uniform
+from rltrain.data.text import mixed, uniform
 from rltrain.errors import ConfigError, require
 from rltrain.registry import register
 from rltrain.types import Problem
@@ -30,7 +30,9 @@ class DigitChainsConfig(DataConfig):
     base: int = 3  # digits are below it, and sums are taken modulo it
     slip: float = 0.15  # probability that a line of a trace is another digit
     tail: int = 0  # most repetitions of the last line; a trace has 0..tail, all equally likely
-    all_right: int = 0  # the first so many items have no slip
+    all_right: int = 0  # the first so many problems have no slip
+    ramp: int = 0  # over so many problems after these the probability of a slip rises linearly to slip
+    zeros: float = 0.0  # of the first all_right problems: probability that a digit is 0 before it is drawn
     train_size: int = 100_000  # problems for training
     validation_size: int = 512  # problems for validation
     test_size: int = 512  # problems for the test
@@ -39,8 +41,9 @@ class DigitChainsConfig(DataConfig):
     def __post_init__(self) -> None:
         require(2 <= self.base <= 10, f"data.base={self.base}: must lie in 2..10, for digits of one character")
         require(0 <= self.slip <= 1, f"data.slip={self.slip}: must lie in [0, 1]")
-        require(self.tail >= 0, f"data.tail={self.tail}: must be >= 0; 0 repeats nothing")
-        require(self.all_right >= 0, f"data.all_right={self.all_right}: must be >= 0")
+        require(0 <= self.zeros < 1, f"data.zeros={self.zeros}: must lie in [0, 1)")
+        for key in ("tail", "all_right", "ramp"):
+            require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)}: must be >= 0")
         for key in ("steps", "train_size", "validation_size", "test_size"):
             require(getattr(self, key) >= 1, f"data.{key}={getattr(self, key)}: set at least 1")
 
@@ -98,6 +101,8 @@ class DigitChains(Sequence[Problem]):
     def _digits(self, index: int) -> list[int]:
         for redraw in range(MAX_REDRAWS):
             drawn = [self._uniform("digit", index, redraw, place) for place in range(self.config.steps + 1)]
+            if index < self.config.all_right:
+                drawn = [max(0.0, value - self.config.zeros) / (1 - self.config.zeros) for value in drawn]
             digits = [int(self.config.base * value) for value in drawn]
             if split_of(digits) == self.split:
                 return digits
@@ -105,7 +110,7 @@ class DigitChains(Sequence[Problem]):
 
     def _trace(self, digits: Sequence[int], index: int) -> str:
         config = self.config
-        slip = config.slip if index >= config.all_right else 0.0
+        slip = config.slip * mixed(index, config.all_right, config.ramp)
         slips = [self._uniform("slip", index, place) < slip for place in range(config.steps)]
         added = [
             1 + int((config.base - 1) * self._uniform("slipped to", index, place)) if slips[place] else 0

@@ -20,7 +20,7 @@ from typing import overload
 
 from rltrain.config import DataConfig
 from rltrain.data.random_calculation import SPLITS
-from rltrain.data.text import uniform
+from rltrain.data.text import mixed, uniform
 from rltrain.errors import require, require_one_of
 from rltrain.registry import register
 from rltrain.types import Problem
@@ -37,8 +37,9 @@ class ForksConfig(DataConfig):
 
     A solution's method is right with probability ``right``, and each wrong one with half of the rest. A letter is the
     likely one of its place with probability ``likely``. The first ``all_right`` items of a split name the right method,
-    in likely letters alone, so that a cold start learns the sum first. Over the visits to a pair the methods are a
-    systematic sample: after m visits the right one was named ``m·right`` times, rounded up or down.
+    in likely letters alone, so that a cold start learns the sum first. Over the next ``ramp`` items both probabilities
+    fall linearly from 1, since a sudden fall makes a model forget the sum. Over the visits to a pair the methods are a
+    systematic sample: after m visits the right one was named :func:`expected` times, rounded up or down.
     """
 
     largest: int = 4  # largest digit of a pair
@@ -48,6 +49,7 @@ class ForksConfig(DataConfig):
     lines: int = 3  # lines of wording
     letters: int = 4  # letters of a line
     all_right: int = 0  # the first so many items name the right method in likely letters
+    ramp: int = 0  # over so many items after these the probabilities fall linearly to the stated ones
     prompt: str = "{a}+{b}\n"  # of a pair
     train_size: int = 100_000  # items for training
     validation_size: int = 512  # items for validation
@@ -61,7 +63,8 @@ class ForksConfig(DataConfig):
             require(0 <= getattr(self, key) <= 1, f"data.{key}={getattr(self, key)}: must lie in [0, 1]")
         for key in ("lines", "letters", "train_size", "validation_size", "test_size"):
             require(getattr(self, key) >= 1, f"data.{key}={getattr(self, key)}: set at least 1")
-        require(self.all_right >= 0, f"data.all_right={self.all_right}: must be >= 0")
+        for key in ("all_right", "ramp"):
+            require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)}: must be >= 0")
         require("{a}" in self.prompt and "{b}" in self.prompt, f"data.prompt={self.prompt!r}: add {{a}} and {{b}}")
 
 
@@ -74,9 +77,15 @@ def pairs_of(split: str, largest: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted({ordered for a, b in ours for ordered in ((a, b), (b, a))}))
 
 
-def systematic(visit: int, share: float, offset: float) -> bool:
-    """Whether visit ``visit``, from 0, is of the systematic sample: ``floor(m·share + offset)`` of the first m."""
-    return math.floor((visit + 1) * share + offset) > math.floor(visit * share + offset)
+def expected(visits: int, share: float, first: int, ramp: float) -> float:
+    """``m·share + (1 - share)·(m - x)``: of m visits those at the right method, in the mean.
+
+    The probability is 1 at the first ``first`` visits, falls linearly to ``share`` over the next ``ramp``, and stays
+    there: ``x = (m - first)²/(2·ramp)`` in the fall, ``m - first - ramp/2`` after it.
+    """
+    after = max(0, visits - first)
+    missed = after - ramp / 2 if after >= ramp else after**2 / (2 * ramp)
+    return visits * share + (1 - share) * (visits - missed)
 
 
 class Forks(Sequence[Problem]):
@@ -100,7 +109,8 @@ class Forks(Sequence[Problem]):
         visit, place = divmod(index, len(self.pairs))
         a, b = self.pairs[place]
         right = (a + b) % len(METHODS)
-        named = right if index < self.config.all_right else self._method(a, b, visit)
+        all_right = max(0, math.ceil((self.config.all_right - place) / len(self.pairs)))  # visits to this pair
+        named = self._method(a, b, visit, all_right)
         return Problem(
             id=f"forks-{self.split}-{self.config.seed}-{index}",
             prompt=self.config.prompt.replace("{a}", str(a)).replace("{b}", str(b)),
@@ -108,12 +118,16 @@ class Forks(Sequence[Problem]):
             meta={"method": METHODS[right], "solution": self._solution(named, index)},
         )
 
-    def _method(self, a: int, b: int, visit: int) -> int:
+    def _method(self, a: int, b: int, visit: int, all_right: int) -> int:
         offset = uniform("method", self.config.seed, a, b)
         right = (a + b) % len(METHODS)
-        if systematic(visit, self.config.right, offset):
+        ramp = self.config.ramp / len(self.pairs)
+        before, after = (
+            math.floor(expected(m, self.config.right, all_right, ramp) + offset) for m in (visit, visit + 1)
+        )
+        if after > before:
             return right
-        wrong_before = visit - (math.floor(visit * self.config.right + offset) - math.floor(offset))
+        wrong_before = visit - before
         return (right + 1 + (wrong_before + int(2 * uniform("wrong", self.config.seed, a, b))) % 2) % len(METHODS)
 
     def _solution(self, method: int, index: int) -> str:
@@ -127,7 +141,7 @@ class Forks(Sequence[Problem]):
         return "".join(self._letter(place, index) for place in places) + "\n"
 
     def _letter(self, place: int, index: int) -> str:
-        likely = self.config.likely if index >= self.config.all_right else 1.0
+        likely = 1 - (1 - self.config.likely) * mixed(index, self.config.all_right, self.config.ramp)
         drawn = uniform("letter", self.config.seed, self.split, index, place)
         chosen = 0 if drawn < likely else 1 if drawn < (1 + likely) / 2 else 2
         return ascii_lowercase[(ALTERNATIVES * place + chosen) % len(ascii_lowercase)]

@@ -123,6 +123,11 @@ def uniform(*key: Hashable) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
+def mixed(index: int, first: int, ramp: int) -> float:
+    """How far item ``index`` is in a data set's last mixture: 0 for the first ``first``, 1 after ``ramp`` more."""
+    return 0.0 if index < first else min(1.0, (index - first) / ramp) if ramp else 1.0
+
+
 class Documents(Sequence[Document]):
     """``positions`` cuts of each text, all texts at their first cut before any at its second."""
 

@@ -24,8 +24,8 @@ from rltrain.compare.statistics import detectable, paired
 from rltrain.runs.metrics import read_jsonl
 
 FACTORS = (1.0, 5.0)
-MIXTURE = {"think first": "data.all_worked=0"}  # leaves the first stage out of the fresh problems
-OTHERWISE = "data.all_right=0"
+MIXTURE = {"think first": ("data.all_worked=0",)}  # leaves the first stage out of the fresh problems
+OTHERWISE = ("data.all_right=0", "data.ramp=0")
 
 
 def cold_start_of(out: Path, task: str, seed: int) -> Path | None:
@@ -55,7 +55,7 @@ def accuracy_after(out: Path, given: Mapping[str, Any], task: str, seed: int, ra
         steps = rl.steps * rl.batch.prompts_per_step * rl.batch.group_size // rl.cold_start.batch_size
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        more = [f"model.path={start}", "data.seed=1", MIXTURE.get(task, OTHERWISE), f"cold_start.steps={steps}"]
+        more = [f"model.path={start}", "data.seed=1", *MIXTURE.get(task, OTHERWISE), f"cold_start.steps={steps}"]
         more += ["cold_start.warmup_steps=2", f"cold_start.learning_rate={rate:g}"]
         sft.train(cli.compose([*words, *more]), folder / "cold_start")
         evaluate.main(cli.compose([*words, f"model.path={folder / 'cold_start'}"]))

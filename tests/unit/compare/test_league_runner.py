@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from rltrain import cli
 
@@ -21,7 +22,7 @@ def scripts():
         yield importlib.import_module("league"), importlib.import_module("league_controls")
     finally:
         sys.path.remove(str(SCRIPTS))
-        for name in ("league", "league_controls"):
+        for name in ("league", "league_controls", "league_cold_starts"):
             sys.modules.pop(name, None)
 
 
@@ -84,3 +85,10 @@ def test_a_control_counts_at_its_better_rate(scripts):
     _, controls = scripts
     line = controls.row("chains", [0.50, 0.51], [[0.52, 0.40], [0.50, 0.54]], [3e-4, 1.5e-3])
     assert line.startswith("| chains | 2 | 0.0003, 0.0015 | 50.5 | 53.0 | +2.5 (-3.9 to +8.9) | ")
+
+
+def test_a_cold_start_is_as_good_as_its_worst_decision(scripts):
+    """Means 0.85 and 0.80. The spread of 0.8, 0.9, 0.7, 0.9 is sqrt(0.0275/3) = 0.0957."""
+    made = importlib.import_module("league_cold_starts")
+    decisions = [torch.tensor([0.8, 0.9]), torch.tensor([0.7, 0.9])]
+    assert made.row("chains", 0.85, [decisions, decisions[:1]]) == "| chains | 85 | 80.0 | 85.0 | 9.6 |"

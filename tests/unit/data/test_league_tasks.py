@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rltrain.data.digit_chains import DigitChains, DigitChainsConfig, probability_right, running_sums, split_of
-from rltrain.data.forks import Forks, ForksConfig, pairs_of, systematic
+from rltrain.data.forks import Forks, ForksConfig, expected, pairs_of
 from rltrain.data.random_calculation import SPLITS
 from rltrain.errors import ConfigError
 from rltrain.rewards.named_method import is_right
@@ -22,10 +22,21 @@ def test_no_pair_of_digits_is_in_two_splits_in_either_order():
     assert not prompts["train"] & prompts["test"] and not prompts["train"] & prompts["validation"]
 
 
-def test_a_systematic_sample_is_within_one_of_its_share():
-    """0.4 from offset 0.5: floor(0.9, 1.3, 1.7, 2.1, 2.5) = 0 1 1 2 2, so visits 1 and 3 of five are in it."""
-    assert [systematic(visit, 0.4, 0.5) for visit in range(5)] == [False, True, False, True, False]
-    assert sum(systematic(visit, 0.3, 0.77) for visit in range(1000)) == 300
+@pytest.mark.parametrize(("visits", "right"), [(1, 1.0), (2, 2.0), (4, 3.7), (6, 4.8), (7, 5.2), (11, 6.8)])
+def test_the_right_method_is_named_ever_less_over_the_ramp(visits, right):
+    """Two visits at 1, then 4 that fall to 0.4: the means 0.925, 0.775, 0.625, 0.475 of their ends, then 0.4 each."""
+    assert expected(visits, 0.4, 2, 4) == pytest.approx(right)
+
+
+def test_a_ramp_names_the_right_method_in_its_share():
+    """Of 100 visits to a pair 20 are at 1, 40 in the fall with mean 0.7, 40 at 0.4: 20 + 28 + 16 = 64."""
+    pairs = len(pairs_of("train", 4))
+    items = Forks(ForksConfig(all_right=20 * pairs, ramp=40 * pairs), "train")[: 100 * pairs]
+    right = [one.meta["solution"][0] == one.meta["method"] for one in items]
+    assert all(right[: 20 * pairs]) and abs(sum(right) / pairs - 64) < 0.5
+    assert sum(right[60 * pairs :]) / pairs == pytest.approx(16, abs=0.5)
+    likely = [one.meta["solution"][1] == "a" for one in items[20 * pairs : 60 * pairs]]
+    assert abs(sum(likely) / len(likely) - 0.85) < 0.05  # from 1 to 0.7
 
 
 @pytest.mark.parametrize("decision", ["first", "last"])
@@ -91,13 +102,27 @@ def test_no_chain_is_in_two_splits_and_tails_repeat_the_last_line():
     assert set(tails) == {0, 1, 2} and abs(tails.count(1) / 600 - 1 / 3) < 0.06
 
 
+def test_the_first_chains_have_more_zeros_and_slips_come_over_a_ramp():
+    """A digit is 0 by 0.5 + 0.5/3 = 2/3; then slips by 0.3·(0, 1/2, 1)."""
+    config = DigitChainsConfig(all_right=1000, zeros=0.5, ramp=2000, slip=0.3)
+    problems = DigitChains(config, "train")[:4000]
+    digits = [word for one in problems[:1000] for word in str(one.prompt).split("+")]
+    assert abs(sum(int(word) == 0 for word in digits) / len(digits) - 2 / 3) < 0.06
+    first = [one.meta["solution"][0] == str(sum(map(int, str(one.prompt).split("+")[:2])) % 3) for one in problems]
+    assert all(first[:1000])
+    for part, rate in ((first[1000:2000], 0.075), (first[2000:3000], 0.225), (first[3000:], 0.3)):
+        assert abs(part.count(False) / 1000 - rate) < 0.045  # three standard errors
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: ForksConfig(decision="middle"), "data.decision=middle"),
     (lambda: ForksConfig(right=1.5), "data.right=1.5: must lie in"),
     (lambda: ForksConfig(prompt="{a}\n"), "add {a} and {b}"),
     (lambda: DigitChainsConfig(base=11), "data.base=11: must lie in 2..10"),
     (lambda: DigitChainsConfig(slip=-1), "data.slip=-1: must lie in"),
-], ids=["decision", "right", "prompt", "base", "slip"])  # fmt: skip
+    (lambda: DigitChainsConfig(zeros=1), "data.zeros=1: must lie in [0, 1)"),
+    (lambda: ForksConfig(ramp=-1), "data.ramp=-1: must be >= 0"),
+], ids=["decision", "right", "prompt", "base", "slip", "zeros", "ramp"])  # fmt: skip
 def test_settings_that_cannot_be_are_named(make, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make()
