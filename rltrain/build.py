@@ -31,6 +31,7 @@ from rltrain.rollout import Rollout, ahead, engine_of
 from rltrain.rollout.ahead import Ahead, check_rollout
 from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
+from rltrain.rollout.values import PredictedValues
 from rltrain.runs import checkpoint, run_folder, trackers
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.part_states import PartStates, copies
@@ -104,6 +105,12 @@ class Run:
             self.engine, config.sampling, token_budget=config.batch.token_budget, layouts=self.layouts
         )
 
+    @cached_property
+    def values(self) -> PredictedValues:
+        """The service behind ``Need.VALUES``."""
+        config, budget = self.config.model.introspection, self.config.batch.token_budget
+        return PredictedValues(self.engine, config, token_budget=budget, layouts=self.layouts)
+
     def context(self, step: int, metrics: Accumulator | None = None) -> Context:
         """What parts may use at a step; services only where they were declared.
 
@@ -114,6 +121,8 @@ class Run:
             services["scorer"] = self.scorer
         if Need.ENTROPY in self.config.needs():
             services["entropy"] = self.entropies
+        if Need.VALUES in self.config.needs():
+            services["values"] = self.values
         context = Context(
             step=step,
             seed=self.config.seed,
@@ -139,7 +148,7 @@ class Run:
 
     def _whole_weights(self) -> AbstractContextManager[None]:
         """Whole weights, unless the rollout engine has its own and no part of the run asks the policy itself."""
-        asks_policy = self.scorer is not None or bool({Need.PROBES, Need.ENTROPY} & self.config.needs())
+        asks_policy = self.scorer is not None or bool({Need.PROBES, Need.ENTROPY, Need.VALUES} & self.config.needs())
         asks_policy |= Need.CONTINUATIONS in self.config.needs() and engine_of(self.config.rollout).uses_policy
         return self.engine.whole_weights() if asks_policy or self.rollout.uses_policy else nullcontext()
 

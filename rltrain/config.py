@@ -21,6 +21,7 @@ from rltrain.runtime.cold_starts import ColdStartConfig as ColdStartConfig
 from rltrain.runtime.cold_starts import FriendlyTracesConfig as FriendlyTracesConfig
 from rltrain.runtime.cold_starts import ScorerConfig as ScorerConfig
 from rltrain.runtime.dates import AuditConfig
+from rltrain.runtime.introspection import IntrospectionConfig
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
 from rltrain.runtime.records import DebugConfig, EarlyExitConfig, TrackingConfig
 from rltrain.runtime.watchdog import WatchdogConfig
@@ -154,6 +155,10 @@ class RolloutConfig:
         """How many of a rank's ``completions`` are decoded at once."""
         return completions
 
+    def masks_reserved_rows(self) -> bool:
+        """Whether the engine never samples the rows that an introspection head reserves."""
+        return False
+
 
 @dataclass(kw_only=True)
 class EnvironmentConfig(WorkersConfig):
@@ -222,6 +227,7 @@ class ModelConfig:
     template_date: str | None = None  # the date that the chat template is given, as 2024-07-26
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     lora: LoraConfig = field(default_factory=LoraConfig)
+    introspection: IntrospectionConfig = field(default_factory=IntrospectionConfig)  # docs/introspection.md
 
     def __post_init__(self) -> None:
         require(self.dtype in ("float32", "bfloat16"), f"model.dtype={self.dtype}: unknown; set float32 or bfloat16")
@@ -444,6 +450,7 @@ class RunConfig:
             self.environment.check_wait(self.deadline_s)
         self._check_data()
         self._check_rewards()
+        self.model.introspection.check_run(self)
         self.advantage.check_run(self)
         require(
             not self.loss.corrects_importance or (self.sampling.top_k == 0 and self.sampling.top_p == 1),
@@ -489,7 +496,8 @@ class RunConfig:
         """What the chosen parts and the loss ask the trainer to compute."""
         chosen = [self.advantage, *self.rewards.values(), *self.eval_rewards.values()]
         declared = frozenset().union(*(needs_of(config) for config in chosen))
-        return declared | ({Need.REFERENCE_LOGPROBS} if self.loss.kl_coef > 0 else frozenset())
+        keeps_reference = self.loss.kl_coef > 0 or self.model.introspection.alone
+        return declared | ({Need.REFERENCE_LOGPROBS} if keeps_reference else frozenset())
 
     def deadline(self, part: str) -> float:
         """The seconds that a part of the step may take (a key of ``watchdog`` without its unit); 0 for no limit."""

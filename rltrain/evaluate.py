@@ -36,6 +36,7 @@ from rltrain.rollout.ahead import check_rollout, with_turns
 from rltrain.rollout.cautious import CautiousRollout
 from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
+from rltrain.rollout.values import PredictedValues
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.turn_metrics import turn_metrics
 from rltrain.runtime import dist, progress
@@ -180,6 +181,8 @@ def context_of(config: RunConfig, policy: Policy, rollout: Rollout) -> Context:
     if Need.ENTROPY in config.needs():
         model = LogprobModel(policy.model, temperature=1.0)
         services["entropy"] = SampledEntropies(model, config.sampling, token_budget=config.batch.token_budget)
+    if Need.VALUES in config.needs():
+        services["values"] = values_of(config, policy)
     context = Context(
         seed=config.seed,
         tokenizer=policy.tokenizer,
@@ -189,6 +192,12 @@ def context_of(config: RunConfig, policy: Policy, rollout: Rollout) -> Context:
         **services,
     )
     return with_grades(context, config, policy)
+
+
+def values_of(config: RunConfig, policy: Policy) -> PredictedValues:
+    """What the policy's introspection head predicts, outside a run."""
+    model = LogprobModel(policy.model, temperature=1.0)
+    return PredictedValues(model, config.model.introspection, token_budget=config.batch.token_budget)
 
 
 def main(config: RunConfig) -> None:

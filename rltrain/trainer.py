@@ -166,7 +166,7 @@ def conclude(
         tokens_before=progress.num_tokens,
     )
     progress.num_tokens = progress.unwritten["num_tokens"]
-    if not run.config.advantage.learns_from_equal_rewards():
+    if not (run.config.advantage.learns_from_equal_rewards() or run.config.model.introspection.alone):
         progress.zero_signal_steps = zero_variance.count(progress.zero_signal_steps, groups)
     with scope.saved_if_lost(steps):
         values = write(run, scope, recorder, steps)

@@ -15,7 +15,8 @@ from rltrain.batching.masks import Masks, loss_masks, truncated_metrics
 from rltrain.batching.minibatches import split
 from rltrain.build import Run
 from rltrain.engine.deepspeed import NonFiniteError, learning_rate
-from rltrain.policy.logprobs import inference, logprobs, micro_batch_loss, to_device, unwrapped
+from rltrain.losses.introspection import refuse_uncovered, top_tokens
+from rltrain.policy.logprobs import HeadTraining, inference, logprobs, micro_batch_loss, of_logits, to_device, unwrapped
 from rltrain.runs import step_dump
 from rltrain.runs.scope import Scope
 from rltrain.runs.step_dump import StepRecord
@@ -45,6 +46,8 @@ def make_minibatches(run: Run, scope: Scope, groups: Sequence[Group], advantages
     Their old log-probs are those before the first update. Advantages were estimated over the whole rollout.
     """
     made = []
+    if run.config.model.introspection.is_trained:
+        refuse_uncovered(groups, run.config.model.introspection, scope.step)
     cut = run.config.loss.mask_truncated
     masks = loss_masks(groups, advantages.masks, mask_truncated=cut)
     scope.metrics.add(truncated_metrics(groups) if cut else {})
@@ -71,7 +74,7 @@ def micro_batches(
         aggregation=config.loss.aggregation,
         token_budget=config.batch.token_budget,
         max_new_tokens=config.sampling.max_new_tokens,
-        keep_zero_advantages=config.loss.keeps_zero_advantages(),
+        keep_zero_advantages=config.loss.keeps_zero_advantages() or config.model.introspection.is_trained,
         masks=masks,
         layouts=run.layouts,
         hidden_size=run.policy.model.config.get_text_config().hidden_size,
@@ -89,6 +92,11 @@ def with_fixed_logprobs(run: Run, batches: Sequence[TokenBatch]) -> list[TokenBa
             added["old_logprobs_N"] = _without_dropout(run, batch) if run.old_logprobs == "trainer" else None
         if run.reference is not None and run.config.loss.kl_coef > 0:
             added["reference_logprobs_N"] = logprobs(run.reference, batch, entropy=False).logprobs_N
+        if run.reference is not None and run.config.model.introspection.alone:
+            count = run.config.model.introspection.kl_tokens
+            top_NJ = of_logits(run.reference, batch, partial(top_tokens, count=count))  # J = 2K
+            ids_NK, added["top_logprobs_NK"] = top_NJ.chunk(2, dim=-1)
+            added["top_NK"] = ids_NK.long()
         fixed.append(dataclasses.replace(batch, **added))
     return fixed
 
@@ -103,15 +111,21 @@ def update_policy(run: Run, scope: Scope, minibatches: Sequence[Minibatch]) -> N
     """``batch.update_epochs`` times one optimiser step per minibatch."""
     for epoch in range(run.config.batch.update_epochs):
         for index, minibatch in enumerate(minibatches):
-            update(run, scope, minibatch.record(scope.step + 1, epoch, index))
+            update(run, scope, minibatch.record(scope.step + 1, epoch, index), _head_training(run, minibatch))
 
 
-def update(run: Run, scope: Scope, record: StepRecord) -> None:
+def _head_training(run: Run, minibatch: Minibatch) -> HeadTraining | None:
+    """How the completions train the policy's introspection head, where it has one."""
+    config = run.config.model.introspection
+    return HeadTraining(config=config, tokens=minibatch.denominators.tokens) if config.is_trained else None
+
+
+def update(run: Run, scope: Scope, record: StepRecord, head: HeadTraining | None = None) -> None:
     """One optimiser step over the record's micro-batches, whose losses add up to the loss of the step."""
     with watchdog.rescues(partial(step_dump.write_alone, run.config, record)):
         for index, batch in enumerate(record.batches):
             with scope.named(f"micro-batch {index + 1} of {len(record.batches)}", "train"):
-                output = micro_batch_loss(run.engine, batch, run.config.loss)
+                output = micro_batch_loss(run.engine, batch, run.config.loss, head)
                 run.engine.backward(output.loss, last=index == len(record.batches) - 1)
             record.add(output.loss, output.logprobs_N)
             scope.metrics.add(output.metrics)

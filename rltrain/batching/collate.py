@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ class LossRow:
     advantages_T: Tensor
     key: int = 0
     places: tuple[int, ...] | None = None
+    reward: float = math.nan
 
     @property
     def loss_places(self) -> Sequence[int]:
@@ -112,6 +114,7 @@ def rows_of(groups: Sequence[Group], advantages: Sequence[Sequence[Tensor]], mas
                     sampler_logprobs=tuple(completion.logprobs),
                     advantages_T=advantages_T,
                     places=_places(masks[index][sample]) if masks else None,
+                    reward=math.nan if group.rewards_G is None else float(group.rewards_G[sample]),
                 )
             )
     return rows
@@ -305,6 +308,8 @@ def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> 
     loss_tokens_S = torch.tensor([len(row.loss_places) for row in rows])
     weights_S = torch.tensor([weighting.of(row) for row in rows], dtype=torch.float32)
     keys_S = torch.tensor([row.key for row in rows])
+    rewards_S = torch.tensor([row.reward for row in rows], dtype=torch.float64)
+    lengths_S = torch.tensor([len(row.completion_ids) for row in rows])
     places_N = torch.tensor([place for row in rows for place in row.loss_places])
     sampler_logprobs_N = torch.tensor(
         [row.sampler_logprobs[place] for row in rows for place in row.loss_places], dtype=torch.float32
@@ -322,6 +327,8 @@ def token_batch(units: Sequence[Unit], weighting: Weighting, layout: Layout) -> 
         old_logprobs_N=sampler_logprobs_N,
         sampler_logprobs_N=sampler_logprobs_N,
         keys_N=torch.repeat_interleave(keys_S, loss_tokens_S) + places_N,
+        rewards_N=torch.repeat_interleave(rewards_S, loss_tokens_S),
+        remaining_N=torch.repeat_interleave(lengths_S, loss_tokens_S) - places_N,
     )
 
 
@@ -340,4 +347,6 @@ def empty_batch() -> TokenBatch:
         old_logprobs_N=zero_N,
         sampler_logprobs_N=zero_N,
         keys_N=torch.zeros(1, dtype=torch.long),
+        rewards_N=zero_N.double(),
+        remaining_N=torch.ones(1, dtype=torch.long),
     )

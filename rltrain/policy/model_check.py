@@ -19,6 +19,7 @@ from rltrain.batching.collate import LossRow, Unit
 from rltrain.engine.deepspeed import gathered
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy.logprobs import inference
+from rltrain.policy.reserved_rows import reserved_rows
 from rltrain.runtime import dist
 
 PROMPT_TOKENS = (5, 11)  # unequal, so that padding takes part
@@ -53,10 +54,12 @@ class Difference:
 
 
 def check_units(model: Any) -> list[Unit]:
-    """The prompts and completions, of ids that have no part of their own in the model (padding, images)."""
+    """The prompts and completions, of ids that have no part of their own in the model (padding, images, a grid)."""
     config = model.config.get_text_config()
     named = [value for each in (config, model.config) for name, value in vars(each).items() if "token_i" in name]
     special = [token for value in named for token in (value if isinstance(value, (list, tuple)) else [value])]
+    rows = reserved_rows(model)
+    special += range(rows.start, rows.stop) if rows is not None else ()
     ids = [index for index in range(min(config.vocab_size, MOST_IDS)) if index not in special]
 
     def row(prompt_seed: int, seed: int, prompt: int, completion: int) -> LossRow:

@@ -73,5 +73,8 @@ class LocalRolloutConfig(RolloutConfig):
     def decode_dtype(self) -> str:
         return self.dtype
 
+    def masks_reserved_rows(self) -> bool:
+        return True  # the head that it decodes with has the mask
+
     def rows_in_flight(self, completions: int) -> int:
         return min(completions, self.max_rows)

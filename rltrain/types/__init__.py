@@ -19,6 +19,7 @@ from rltrain.types.services import (
     NO_PROBER,
     NO_SCORER,
     NO_STATE,
+    NO_VALUES,
     Context,
     Continuer,
     EntropySource,
@@ -31,6 +32,7 @@ from rltrain.types.services import (
     State,
     TokenEntropy,
     Undeclared,
+    ValueSource,
 )
 from rltrain.types.turns import Environment, Reply, Turn, among_observed, turns_before, written_mask
 
@@ -41,6 +43,7 @@ __all__ = [
     "NO_PROBER",
     "NO_SCORER",
     "NO_STATE",
+    "NO_VALUES",
     "Advantages",
     "Completion",
     "Context",
@@ -76,6 +79,7 @@ __all__ = [
     "Turn",
     "Undeclared",
     "UnknownLogprobs",
+    "ValueSource",
     "among_observed",
     "is_right",
     "turns_before",

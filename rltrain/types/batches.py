@@ -21,7 +21,9 @@ class TokenBatch:
 
     Without ``old_logprobs_N`` the policy before the update is the current one, as in the only update of a step.
     ``selected_N`` are the tokens that the loss chose once a minibatch (``LossConfig.marked``). ``keys_N`` names a token
-    by its problem, sample and place, whatever the micro-batches and ranks.
+    by its problem, sample and place, whatever the micro-batches and ranks. ``rewards_N`` is the reward of the token's
+    completion, ``remaining_N`` how many of its tokens are left, this one included. ``top_NK`` are the frozen policy's
+    likeliest ids at the token's place and ``top_logprobs_NK`` their log-probs.
 
     Without ``prefix_S`` the sequences are forwarded as padded rows; with it as they lie, end to end. Then sequence s
     continues sequence ``prefix_S[s]`` (a prompt that several completions share), or none (-1): it attends to the
@@ -41,6 +43,10 @@ class TokenBatch:
     reference_logprobs_N: Tensor | None = None
     selected_N: Tensor | None = None
     keys_N: Tensor | None = None
+    rewards_N: Tensor | None = None
+    remaining_N: Tensor | None = None
+    top_NK: Tensor | None = None
+    top_logprobs_NK: Tensor | None = None
     prefix_S: Tensor | None = None
 
     def __post_init__(self) -> None:

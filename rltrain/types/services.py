@@ -27,6 +27,7 @@ class Need(enum.Enum):
     SCORER = "per-token log-probs of given spans under the policy, a frozen model or an EMA"
     ENTROPY = "entropy and collision probability of the sampling distribution at each completion token"
     CONTINUATIONS = "completions continued from inside, and the run's rewards of them"
+    VALUES = "the value that the policy's introspection head predicts at each completion token"
     STATE = "tensors kept from step to step and with the checkpoint"
 
 
@@ -100,6 +101,17 @@ class EntropySource(Protocol):
         ...
 
 
+class ValueSource(Protocol):
+    """The service behind ``Need.VALUES``, at ``context.values``."""
+
+    def __call__(self, groups: Sequence[Group]) -> list[list[Tensor]]:
+        """``[p][g]`` is V(s_t) [T] of completion g of group p, float64 on the CPU: the expected reward before token t.
+
+        All ranks call this together.
+        """
+        ...
+
+
 class Continuer(Protocol):
     """The service behind ``Need.CONTINUATIONS``, at ``context.rollout``."""
 
@@ -155,6 +167,7 @@ NO_CONTINUER = cast(Continuer, Undeclared("rollout", Need.CONTINUATIONS))
 NO_GRADER = cast(Grader, Undeclared("grade", Need.CONTINUATIONS))
 NO_SCORER = cast(SpanScorer, Undeclared("scorer", Need.SCORER))
 NO_ENTROPY = cast(EntropySource, Undeclared("entropy", Need.ENTROPY))
+NO_VALUES = cast(ValueSource, Undeclared("values", Need.VALUES))
 NO_STATE = cast("State", Undeclared("state", Need.STATE))
 
 
@@ -186,9 +199,9 @@ def _no_encoder(prompt: str | Sequence[Message]) -> tuple[int, ...]:
 class Context:
     """What an estimator or a reward may use besides the groups.
 
-    ``rollout``, ``grade``, ``scorer``, ``entropy`` and ``state`` are services: their use is a RunError unless their
-    ``Need`` was declared. ``tokenizer`` is None where there is no model, as in the bench. ``encode`` gives the ids of a
-    text or of chat messages as those of a prompt: through the chat template where the run's problems go through it.
+    ``rollout``, ``grade``, ``scorer``, ``entropy``, ``values`` and ``state`` are services: their use is a RunError
+    unless their ``Need`` was declared. ``tokenizer`` is None where there is no model, as in the bench. ``encode`` gives
+    the ids of a text or of chat messages as those of a prompt: through the chat template where the run's problems are.
     ``state_of`` gives the state of a part by its key. Outside a run each call of a part has a fresh one.
     ``reward_weights`` are by a reward's name.
     """
@@ -202,6 +215,7 @@ class Context:
     encode: Callable[[str | Sequence[Message]], tuple[int, ...]] = _no_encoder
     scorer: SpanScorer = NO_SCORER
     entropy: EntropySource = NO_ENTROPY
+    values: ValueSource = NO_VALUES
     grade: Grader = NO_GRADER
     state: State = NO_STATE
     state_of: Callable[[str], State] = _fresh_state

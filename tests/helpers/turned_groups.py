@@ -142,6 +142,18 @@ class ByWritten:
 
         return [[of(ids) for ids in group.completion_ids] for group in groups]
 
+    def values(self, groups):
+        return [
+            [
+                torch.tensor(
+                    [NAN if ids[t] >= FIRST_OBSERVED else self.value(ids[:t]) for t in range(len(ids))],
+                    dtype=torch.float64,
+                )
+                for ids in group.completion_ids
+            ]
+            for group in groups
+        ]
+
     def _scored(self, requests, scale):
         found = []
         for one in requests:
@@ -173,6 +185,7 @@ class ByWritten:
             grade=self.grade,
             scorer=self,
             entropy=self.entropy,
+            values=self.values,
             state_of=lambda part: self.state,
             encode=lambda prompt: (7, 8),
             max_new_tokens=64,

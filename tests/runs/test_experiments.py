@@ -11,7 +11,7 @@ SMALL = [one for one in OVERRIDES if not one.startswith(("data=", "reward@", "st
 @pytest.mark.parametrize("algorithm", [
     "grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "dapo", "gspo", "cispo", "tempo", "spae_lines",
     "vineppo_paper", "spo",
-    "ktae", "entropy_mask", "optimal_token_baseline", "regression",
+    "ktae", "entropy_mask", "optimal_token_baseline", "regression", "introspection",
 ])  # fmt: skip
 def test_every_algorithm_trains(algorithm, tmp_path):
     overrides = [*SMALL, "data=small_integers", "reward@rewards.answer=random", f"algorithm={algorithm}", "steps=2"]

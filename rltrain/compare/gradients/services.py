@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROVIDED = frozenset({Need.PROBES, Need.CONTINUATIONS, Need.ENTROPY, Need.SCORER, Need.STATE, Need.REFERENCE_LOGPROBS})
+PROVIDED |= {Need.VALUES}
 TEACHER_TEMPERATURE = 0.2
 
 
@@ -53,6 +54,7 @@ class Table:
             rollout=RolloutServices(prober=ExactProber(policy=self.policy), continuer=self.continuer),
             scorer=TableScorer(student=self.policy, teacher=teacher_of(self.policy)),
             entropy=ExactEntropies(policy=self.policy),
+            values=lambda groups: exact_values(self.policy, groups),
             grade=lambda groups: graded(self.policy, groups),
             encode=lambda prompt: (1,),
             state_of=lambda part: state,
@@ -120,6 +122,16 @@ class ExactEntropies:
             entropy_T, collision_T = (torch.from_numpy(self.policy.laid_out(ids, values.numpy())) for values in pair)
             self.known[ids] = TokenEntropy(entropy_T=entropy_T, collision_T=collision_T)
         return self.known[ids]
+
+
+def exact_values(policy: TabularPolicy, groups: Sequence[Group]) -> list[list[Tensor]]:
+    """V of the prefix before each token, as a head without error would predict; NaN where an environment wrote it."""
+
+    def of(ids: tuple[int, ...]) -> Tensor:
+        written = [policy.values[ids[:t]] for t in range(len(ids)) if ids[:t] in policy.state_of]
+        return torch.from_numpy(policy.laid_out(ids, np.array(written)))
+
+    return [[of(ids) for ids in group.completion_ids] for group in groups]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,26 @@
+"""Runs with an introspection head: beside the policy one step ahead, and alone; both resume exactly."""
+
+import pytest
+from tiny_run import config, metrics
+
+from rltrain import trainer
+
+HEAD = ["model.introspection.head=true", "model.introspection.lengths=[0,4,8]"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["advantage=introspection", "rollout.ahead=true", "loss.importance_correction=truncate"],
+        ["model.introspection.alone=true", "model.introspection.kl_tokens=8"],
+    ],
+    ids=["beside", "alone"],
+)
+def test_a_run_resumes_exactly(tmp_path, options):
+    overrides = [*HEAD, *options, "evaluation.every_steps=0"]
+    trainer.fit(config(tmp_path / "whole", *overrides))
+    trainer.fit(config(tmp_path / "parts", *overrides, "steps=2"))
+    trainer.fit(config(tmp_path / "parts", *overrides))
+    whole = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "parts") == whole
+    assert whole[-1]["introspection/cross_entropy"] < whole[0]["introspection/cross_entropy"]
