@@ -121,7 +121,7 @@ class Run:
             services["scorer"] = self.scorer
         if Need.ENTROPY in self.config.needs():
             services["entropy"] = self.entropies
-        if Need.VALUES in self.config.needs():
+        if self.config.model.introspection.head:
             services["values"] = self.values
         context = Context(
             step=step,
@@ -148,7 +148,8 @@ class Run:
 
     def _whole_weights(self) -> AbstractContextManager[None]:
         """Whole weights, unless the rollout engine has its own and no part of the run asks the policy itself."""
-        asks_policy = self.scorer is not None or bool({Need.PROBES, Need.ENTROPY, Need.VALUES} & self.config.needs())
+        asks_policy = self.scorer is not None or bool({Need.PROBES, Need.ENTROPY} & self.config.needs())
+        asks_policy |= self.config.model.introspection.head
         asks_policy |= Need.CONTINUATIONS in self.config.needs() and engine_of(self.config.rollout).uses_policy
         return self.engine.whole_weights() if asks_policy or self.rollout.uses_policy else nullcontext()
 
@@ -249,6 +250,8 @@ def build(config: RunConfig) -> Run:
 def _refuse_unequal_shares(config: RunConfig) -> None:
     if delta := config.evaluation.early_exit.delta:
         raise ConfigError(f"evaluation.early_exit.delta={delta:g}: is of rltrain evaluate alone; leave it out")
+    if budgets := config.evaluation.adaptive.budgets:
+        raise ConfigError(f"evaluation.adaptive.budgets={budgets}: is of rltrain evaluate alone; leave it out")
     if config.evaluation.cautious:
         raise ConfigError(
             "evaluation.cautious=true: is of rltrain evaluate alone, since what it keeps is not the policy's "

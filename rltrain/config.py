@@ -21,7 +21,7 @@ from rltrain.runtime.cold_starts import ColdStartConfig as ColdStartConfig
 from rltrain.runtime.cold_starts import FriendlyTracesConfig as FriendlyTracesConfig
 from rltrain.runtime.cold_starts import ScorerConfig as ScorerConfig
 from rltrain.runtime.dates import AuditConfig
-from rltrain.runtime.introspection import IntrospectionConfig
+from rltrain.runtime.introspection import AdaptiveConfig, IntrospectionConfig
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
 from rltrain.runtime.records import DebugConfig, EarlyExitConfig, TrackingConfig
 from rltrain.runtime.watchdog import WatchdogConfig
@@ -346,6 +346,7 @@ class EvaluationConfig:
     cautious: bool = False  # of rltrain evaluate alone: trials up to the next mark where the policy is unsure
     cautious_marks: list[str] = field(default_factory=lambda: [*".,;:!?", "\n"])  # where a trial ends
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)  # of rltrain evaluate alone
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)  # of rltrain evaluate alone
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps}: must be >= 0; 0 means never")

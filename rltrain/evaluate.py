@@ -21,6 +21,7 @@ from rltrain.data import mixture
 from rltrain.data.boxed import last_boxed
 from rltrain.environments.pool import EnvironmentPool
 from rltrain.errors import ConfigError, require
+from rltrain.losses.introspection import Grid
 from rltrain.policy.encode import encode_all, prompt_ids, prompt_limit, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
@@ -31,12 +32,13 @@ from rltrain.rewards.grading import with_grades
 from rltrain.rewards.random_calculation import parse_literal
 from rltrain.rewards.scoring import score
 from rltrain.rewards.signs import sign_metrics
-from rltrain.rollout import Rollout, build_engine
+from rltrain.rollout import Rollout, adaptive, build_engine
 from rltrain.rollout.ahead import check_rollout, with_turns
 from rltrain.rollout.cautious import CautiousRollout
 from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.rollout.values import PredictedValues
+from rltrain.runs.calibration import VALUES, calibration, expected_calibration_error
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.turn_metrics import turn_metrics
 from rltrain.runtime import dist, progress
@@ -93,6 +95,8 @@ def evaluate(
         mine, step=EVALUATION_STEP, group_size=config.samples, sampling=evaluation_sampling(sampling, config)
     )
     groups, _ = score(drawn, rewards, context)
+    if context.predicts_values:
+        groups = with_values(groups, context)
     accumulator = Accumulator()
     for group in groups:
         accumulator.add(
@@ -100,7 +104,30 @@ def evaluate(
         )
     values = mixture.with_source_errors(accumulator.reduce())
     values["accuracy_se"] = values.pop("accuracy_std", 0.0) / math.sqrt(max(1.0, values["problems"]))
+    values |= calibration_metrics(groups) if context.predicts_values else {}
     return {f"eval_{name}": value for name, value in values.items()}, groups
+
+
+def with_values(groups: Sequence[Group], context: Context) -> list[Group]:
+    """The groups with V before each token as a note of their completions. All ranks call this together."""
+    return [
+        dataclasses.replace(group, notes={**group.notes, VALUES: [values_T.tolist() for values_T in row]})
+        for group, row in zip(groups, context.values(groups), strict=True)
+    ]
+
+
+def calibration_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """``introspection/ece`` over all ranks, of V before each token against the completion's reward."""
+    here = [
+        (value, reward)
+        for group in groups
+        if group.rewards_G is not None
+        for values, reward in zip(group.notes[VALUES], group.rewards_G.tolist(), strict=True)
+        for value in map(float, values)
+    ]
+    pairs = [pair for rank in dist.gather_objects(here, name="predicted values") for pair in rank]
+    bins = calibration([value for value, _ in pairs], [reward for _, reward in pairs])
+    return {"introspection/ece": expected_calibration_error(bins)} if bins else {}
 
 
 def group_metrics(group: Group, samples: int) -> Metrics:
@@ -181,7 +208,7 @@ def context_of(config: RunConfig, policy: Policy, rollout: Rollout) -> Context:
     if Need.ENTROPY in config.needs():
         model = LogprobModel(policy.model, temperature=1.0)
         services["entropy"] = SampledEntropies(model, config.sampling, token_budget=config.batch.token_budget)
-    if Need.VALUES in config.needs():
+    if config.model.introspection.head:
         services["values"] = values_of(config, policy)
     context = Context(
         seed=config.seed,
@@ -208,6 +235,7 @@ def main(config: RunConfig) -> None:
     rollout = sampler_of(config, policy)
     context = context_of(config, policy, rollout)
     refuse_early_exits(config, rollout)
+    refuse_adaptive(config)
     prompts = held_out_prompts(config, policy)
     with dist.stage("evaluation", config.deadline("evaluation")):
         rewards = {name: reward.settled(config.steps) for name, reward in evaluation_rewards(config).items()}
@@ -227,15 +255,19 @@ def main(config: RunConfig) -> None:
             progress.say("evaluation", f"{asked}: {in_words(settings)}")
             greedy, _ = evaluate(rollout, prompts, rewards, settings, config.sampling, context)
         exits = early_exits(config, policy, rollout, context, prompts)
+        adapted = adaptive_sampling(config, policy, rollout, context, prompts)
     if dist.is_main():
         facts = about(config)
         path = Path(config.run_dir) / "evaluation.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         written = {**metrics, **facts, "greedy": greedy} | ({"early_exit": exits} if exits else {})
+        written |= {"adaptive": adapted} if adapted else {}
         path.write_text(json.dumps(written, indent=1))
         print(table(facts, metrics, greedy, config.evaluation))
         if exits:
             print("\nearly exit\n" + "\n".join(f"{name:28s}{value:.4g}" for name, value in exits.items()))
+        if adapted:
+            print("\nadaptive sampling, and votes at as many tokens\n" + adaptive.table(adapted))
         print(f"\nwritten to {path}")
 
 
@@ -269,6 +301,50 @@ def early_exits(
         sampling=evaluation_sampling(config.sampling, config.evaluation),
     )
     return early_exit.measure(asking, training, held_out)
+
+
+def refuse_adaptive(config: RunConfig) -> None:
+    """``ConfigError`` where adaptive sampling is asked for and cannot be measured."""
+    if budgets := config.evaluation.adaptive.budgets:
+        name = f"evaluation.adaptive.budgets={budgets}"
+        require(dist.world_size() == 1, f"{name}: runs in one process; start one rank")
+        head = config.model.introspection.head
+        require(head, f"{name}: the policy has no introspection head; set model.introspection.head=true")
+        warm = config.evaluation.temperature > 0
+        require(warm, f"{name} with temperature=0: all completions are the same; set evaluation.temperature=1.0")
+
+
+def adaptive_sampling(
+    config: RunConfig, policy: Policy, rollout: Rollout, context: Context, held_out: Sequence[Prompt]
+) -> list[dict[str, float]]:
+    """Accuracy and tokens of sampling by the head's predictions, beside votes, where asked for."""
+    asked = config.evaluation.adaptive
+    if not asked.budgets:
+        return []
+    evaluation = dataclasses.replace(config.evaluation, split=asked.split, problems=asked.problems)
+    training = held_out_prompts(dataclasses.replace(config, evaluation=evaluation), policy)
+    known, tried = (predicted(config, policy, rollout, context, prompts) for prompts in (training, held_out))
+    return adaptive.measure(known, tried, asked.budgets)
+
+
+def predicted(
+    config: RunConfig, policy: Policy, rollout: Rollout, context: Context, prompts: Sequence[Prompt]
+) -> adaptive.Problems:
+    """``evaluation.adaptive.samples`` completions of each problem, drawn as the evaluation's, with predictions."""
+    rewards = {name: reward.settled(config.steps) for name, reward in evaluation_rewards(config).items()}
+    asked, grid = config.evaluation.adaptive, Grid.of(config.model.introspection)
+    sampling = evaluation_sampling(config.sampling, config.evaluation)
+    drawn = rollout.generate(prompts, step=EVALUATION_STEP, group_size=asked.samples, sampling=sampling)
+    groups, _ = score(drawn, rewards, context)
+    joints = values_of(config, policy).joint(groups)
+    completions = []
+    for group, row in zip(groups, joints, strict=True):
+        assert group.right_G is not None
+        shown = zip(row, group.completions, group.right_G.nan_to_num(0.0).tolist(), strict=True)
+        completions.append(
+            [adaptive.Predicted.of(joint, grid.middles_B, right=right, text=one.text) for joint, one, right in shown]
+        )
+    return adaptive.Problems(completions=completions, rewards=grid.rewards, answer=final_answer, stretch=asked.stretch)
 
 
 def in_words(config: EvaluationConfig) -> str:

@@ -14,6 +14,7 @@ from rltrain.report import charts, curves
 from rltrain.report.credit import credit
 from rltrain.report.evaluation import Evaluation, evaluation
 from rltrain.report.folder import RecordedRun, read_run
+from rltrain.report.predictions import Predictions, predictions
 from rltrain.report.provenance import Origin, origin
 from rltrain.report.signs import Signs, in_percent, signs
 from rltrain.report.warnings import all_warnings
@@ -35,6 +36,7 @@ class RunView:
     evaluation: Evaluation | None
     stages: Sequence[charts.StageTime]
     signs: Signs | None
+    predictions: Predictions | None
     config_text: str
 
     @property
@@ -122,6 +124,7 @@ def view_of(run: RecordedRun) -> RunView:
         evaluation=evaluation(run),
         stages=charts.stages(run.rows),
         signs=signs(run),
+        predictions=predictions(run),
         config_text=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     )
 

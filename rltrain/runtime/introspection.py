@@ -69,13 +69,26 @@ class IntrospectionConfig:
             run.rollout.masks_reserved_rows(),
             f"{key}: this rollout engine would sample the reserved rows as tokens; set rollout=local",
         )
-        require(
-            not self.is_trained or not run.batch.dynamic_sampling,
-            f"{key} with batch.dynamic_sampling=true: the head would see groups of unequal rewards alone, and "
-            "predict those; set batch.dynamic_sampling=false, or model.introspection.weight=0",
-        )
 
     @property
     def is_trained(self) -> bool:
         """Whether a run's completions train the head."""
         return self.head and self.weight > 0
+
+
+@dataclass(kw_only=True)
+class AdaptiveConfig:
+    """Of ``rltrain evaluate``: sampling by the introspection head's predictions against a majority vote."""
+
+    budgets: list[float] = field(default_factory=list)  # mean tokens of a problem, one measurement each; empty: off
+    samples: int = 8  # completions that a problem may take
+    stretch: int = 8  # tokens between two decisions
+    split: str = "validation"  # of the problems that the price of a token is found on
+    problems: int = 200  # how many of that split
+
+    def __post_init__(self) -> None:
+        key = "evaluation.adaptive"
+        require(all(budget > 0 for budget in self.budgets), f"{key}.budgets={self.budgets}: must be > 0 tokens")
+        require(self.samples >= 2, f"{key}.samples={self.samples}: set at least 2, among which to choose")
+        require(self.stretch >= 1, f"{key}.stretch={self.stretch}: set at least 1 token")
+        require(self.problems >= 1, f"{key}.problems={self.problems}: set at least 1")

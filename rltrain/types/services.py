@@ -220,6 +220,11 @@ class Context:
     state: State = NO_STATE
     state_of: Callable[[str], State] = _fresh_state
 
+    @property
+    def predicts_values(self) -> bool:
+        """Whether the policy has an introspection head, which evaluations read, too."""
+        return not isinstance(self.values, Undeclared)
+
     def of_part(self, key: str, needs: frozenset[Need]) -> Context:
         """The context that the part ``key`` is called with: ``state`` is its own where it declares ``Need.STATE``."""
         return replace(self, state=self.state_of(key) if Need.STATE in needs else NO_STATE)
