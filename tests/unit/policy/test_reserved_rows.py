@@ -100,6 +100,7 @@ def test_the_fused_head_gives_the_same(monkeypatch):
 def test_without_trunk_the_policy_gets_its_own_gradient_alone():
     """The reserved rows, which the policy's loss does not see, get the head's gradient; all else the policy's."""
     model = load_policy(with_head()).model
+    torch.nn.init.normal_(model.get_output_embeddings().weight[TOKENS:], std=0.1)  # zeros give the trunk no gradient
     _, policy = trained(model, weight=0.0)
     _, both = trained(model, trunk=False)
     _, whole = trained(model, trunk=True)
