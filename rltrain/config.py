@@ -496,9 +496,8 @@ class RunConfig:
     def needs(self) -> frozenset[Need]:
         """What the chosen parts and the loss ask the trainer to compute."""
         chosen = [self.advantage, *self.rewards.values(), *self.eval_rewards.values()]
-        declared = frozenset().union(*(needs_of(config) for config in chosen))
-        keeps_reference = self.loss.kl_coef > 0 or self.model.introspection.alone
-        return declared | ({Need.REFERENCE_LOGPROBS} if keeps_reference else frozenset())
+        declared = self.model.introspection.needs().union(*(needs_of(config) for config in chosen))
+        return declared | ({Need.REFERENCE_LOGPROBS} if self.loss.kl_coef > 0 else frozenset())
 
     def deadline(self, part: str) -> float:
         """The seconds that a part of the step may take (a key of ``watchdog`` without its unit); 0 for no limit."""

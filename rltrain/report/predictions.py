@@ -42,7 +42,7 @@ class Predictions:
 def predictions(run: RecordedRun) -> Predictions | None:
     """From the newest held-out samples and ``evaluation.json``; None where neither holds any."""
     steps = run.sampled_steps(HELD_OUT)
-    rows = run.samples(steps[-1], HELD_OUT) if steps and run.part("model").get("introspection", {}).get("head") else []
+    rows = run.samples(steps[-1], HELD_OUT) if steps else []
     pairs = [
         (float(value), row["reward"])
         for row in rows

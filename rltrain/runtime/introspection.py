@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rltrain.errors import require
+from rltrain.types import Need
 
 if TYPE_CHECKING:
     from rltrain.config import RunConfig
@@ -56,6 +57,10 @@ class IntrospectionConfig:
     def cells(self) -> int:
         """How many rows the grid takes."""
         return len(self.lengths) * len(self.rewards)
+
+    def needs(self) -> frozenset[Need]:
+        """What the head's training asks the trainer to compute."""
+        return frozenset({Need.REFERENCE_LOGPROBS}) if self.alone else frozenset()
 
     def check_run(self, run: RunConfig) -> None:
         """``ConfigError`` for settings elsewhere in a run that the head cannot work with."""
