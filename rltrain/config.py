@@ -24,6 +24,7 @@ from rltrain.runtime.dates import AuditConfig
 from rltrain.runtime.introspection import AdaptiveConfig, IntrospectionConfig
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
 from rltrain.runtime.records import DebugConfig, EarlyExitConfig, TrackingConfig
+from rltrain.runtime.trees import TreeConfig as TreeConfig
 from rltrain.runtime.watchdog import WatchdogConfig
 from rltrain.runtime.workers import WorkersConfig
 from rltrain.types import Need
@@ -100,34 +101,6 @@ class DataConfig:
         require(
             bounds is None or (len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= 1),
             f"{key}.pass_rate={bounds}: must be [low, high] with 0 <= low <= high <= 1; [0.2, 0.8] is usual",
-        )
-
-
-@dataclass(kw_only=True)
-class TreeConfig:
-    """A group as trees, with any engine: see :mod:`rltrain.rollout.tree`."""
-
-    rounds: int = 0  # of branching after the chains; 0 samples no tree
-    chains: int = 6  # completions of a prompt that are sampled from its start, a tree each
-    places: int = 2  # cuts of each tree in a round, before its tokens of the largest -log p
-    branches: int = 2  # continuations from each cut
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= 0, f"rollout.tree.rounds={self.rounds}: must be >= 0; 0 samples no tree")
-        for key in ("chains", "places", "branches"):
-            require(getattr(self, key) >= 1, f"rollout.tree.{key}={getattr(self, key)}: set at least 1")
-
-    @property
-    def leaves(self) -> int:
-        """The completions of a group."""
-        return self.chains * (1 + self.rounds * self.places * self.branches)
-
-    def check(self, group_size: int) -> None:
-        """``ConfigError`` unless a group has as many completions as there are leaves."""
-        require(
-            self.rounds == 0 or group_size == self.leaves,
-            f"batch.group_size={group_size}: rollout.tree makes chains·(1 + rounds·places·branches) = {self.leaves} "
-            f"completions of a prompt; set batch.group_size={self.leaves}, or rollout.tree.rounds=0",
         )
 
 
