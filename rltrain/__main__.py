@@ -26,6 +26,7 @@ COMMANDS = {
     "audit": "a data set before training: references, splits, rewards",
     "pass_rates": "how often the model solves each training problem, for data.pass_rate",
     "compress": "shorter reasoning traces, with a trained compressor",
+    "handbook": "behaviours extracted from solutions, and solutions written with them for a cold start",
     "traces": "solutions for a cold start that a teacher writes and the student finds likely",
     "export": "a run's policy as a transformers folder, or on the hub, with a model card",
     "sample": "completions of a prompt, with the probability of each token",
@@ -33,7 +34,7 @@ COMMANDS = {
     "report.panels": "a wandb workspace with the report's panels",
 }
 # Commands whose module is not named like them.
-MODULES = {name: f"rltrain.commands.{name}" for name in ("sample", "new", "pass_rates")}
+MODULES = {name: f"rltrain.commands.{name}" for name in ("sample", "new", "pass_rates", "handbook")}
 
 
 def usage() -> str:

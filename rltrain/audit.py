@@ -33,7 +33,7 @@ from rltrain.rewards.verifier.number import parse_number
 from rltrain.rewards.verifier.structure import Equation, parse_structure
 from rltrain.rewards.verifier.text import clean_latex, normalise
 from rltrain.rewards.verifier.unit import Quantity
-from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right
+from rltrain.types import Completion, Context, Group, Problem, Prompt, is_right, user_text
 
 NGRAM = 13
 PROBE_SHARES = (0.4, 0.6, 0.8)
@@ -50,13 +50,6 @@ class Finding:
     split: str
     id: str
     why: str
-
-
-def prompt_text(problem: Problem) -> str:
-    """The prompt as text. Of chat messages, those of the user."""
-    if isinstance(problem.prompt, str):
-        return problem.prompt
-    return "\n".join(message["content"] for message in problem.prompt if message["role"] == "user")
 
 
 # --- golds -------------------------------------------------------------------------------------------------------
@@ -127,7 +120,7 @@ def check_duplicates(splits: Mapping[str, Sequence[Problem]]) -> list[Finding]:
     findings = []
     for split, problems in splits.items():
         for problem in problems:
-            key = " ".join(normal_words(prompt_text(problem)))
+            key = " ".join(normal_words(user_text(problem.prompt)))
             first = seen.setdefault(key, (split, problem.id))
             if first != (split, problem.id):
                 findings.append(Finding(split=split, id=problem.id, why=f"same prompt as {first[0]} {first[1]}"))
@@ -144,12 +137,12 @@ def check_overlap(train: Sequence[Problem], test: Sequence[Problem], *, split: s
 
     Runs common to several test prompts belong to the template, not to the question, and do not count.
     """
-    rows = [ngrams(normal_words(prompt_text(problem)), size) for problem in test]
+    rows = [ngrams(normal_words(user_text(problem.prompt)), size) for problem in test]
     counts: dict[int, int] = {}
     for row in rows:
         for gram in row:
             counts[gram] = counts.get(gram, 0) + 1
-    trained = set().union(*(ngrams(normal_words(prompt_text(problem)), size) for problem in train))
+    trained = set().union(*(ngrams(normal_words(user_text(problem.prompt)), size) for problem in train))
     shared = [sum(counts[gram] == 1 and gram in trained for gram in row) for row in rows]
     return [
         Finding(split=split, id=problem.id, why=f"{number} runs of {size} words also in train")
@@ -196,7 +189,7 @@ def probe_each(
 
     ``exact`` compares the continuation with the rest, word by word, up to the length of the rest.
     """
-    pairs = [cut(prompt_text(problem), share) for problem in problems]
+    pairs = [cut(user_text(problem.prompt), share) for problem in problems]
     texts = complete([shown for shown, _ in pairs])
     scores: list[float] = []
     exact: list[float] = []

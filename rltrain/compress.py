@@ -22,6 +22,7 @@ from typing import Any
 
 from rltrain import cli
 from rltrain.config import RunConfig
+from rltrain.data.handbook import problems_of
 from rltrain.data.traces import Trace, TracePrompt
 from rltrain.errors import ConfigError
 from rltrain.policy.encode import encode_all, prompt_limit
@@ -163,7 +164,7 @@ def compress(config: RunConfig) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     refuse_other_config(folder / "compress.json", config, free_keys=FREE_KEYS)
     write_whole(folder / "compress.json", json.dumps({"config": resolved}))
-    traces: Sequence[Problem] = part_of(config.data).function(config.data, config.compress.split)
+    traces = problems_of(config.data, config.compress.split)
     total = min(config.compress.problems or len(traces), len(traces))
     path, pipeline = folder / "compressed.jsonl", load(config)
     rows = read_rows(path)

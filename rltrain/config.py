@@ -21,6 +21,8 @@ from rltrain.runtime.cold_starts import ColdStartConfig as ColdStartConfig
 from rltrain.runtime.cold_starts import FriendlyTracesConfig as FriendlyTracesConfig
 from rltrain.runtime.cold_starts import ScorerConfig as ScorerConfig
 from rltrain.runtime.dates import AuditConfig
+from rltrain.runtime.handbook import HandbookConfig as HandbookConfig
+from rltrain.runtime.handbook import HandbookKeysConfig
 from rltrain.runtime.introspection import AdaptiveConfig, IntrospectionConfig
 from rltrain.runtime.records import CheckpointConfig as CheckpointConfig
 from rltrain.runtime.records import DebugConfig, EarlyExitConfig, TrackingConfig
@@ -84,7 +86,7 @@ class RewardConfig(PartConfig):
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(HandbookKeysConfig):
     """Base of every data set's config; the function is ``f(config, split) -> Sequence[Problem]``."""
 
     pass_rate: list[float] | None = None  # RL takes problems of a measured pass rate in [low, high] alone; null: all
@@ -394,6 +396,7 @@ class RunConfig:
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)  # supervised fine-tuning before RL
     compress: CompressConfig = field(default_factory=CompressConfig)  # what rltrain compress shortens
     traces: FriendlyTracesConfig = field(default_factory=FriendlyTracesConfig)  # of rltrain traces
+    handbook: HandbookConfig = field(default_factory=HandbookConfig)  # of rltrain handbook
     audit: AuditConfig = field(default_factory=AuditConfig)  # what rltrain audit compares by date
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # deadlines of the parts of a run
     debug: DebugConfig = field(default_factory=DebugConfig)  # bundles: what a step consumed and produced
@@ -436,16 +439,16 @@ class RunConfig:
 
     def _check_data(self) -> None:
         self.data.check_pass_rate("data")
-        for key, data in (
-            ("data", self.data),
-            ("eval_data", self.eval_data),
-            ("cold_start_data", self.cold_start_data),
-        ):
-            unused = data is None or key == "data" or (data.pass_rate is None and data.pass_rate_file is None)
+        chosen = {"data": self.data, "eval_data": self.eval_data, "cold_start_data": self.cold_start_data}
+        for key, data in chosen.items():
+            if data is None:
+                continue
             require(
-                unused, f"{key}.pass_rate: filters RL's training problems alone; set it under data, or leave it out"
+                key == "data" or (data.pass_rate is None and data.pass_rate_file is None),
+                f"{key}.pass_rate: filters RL's training problems alone; set it under data, or leave it out",
             )
-            if data is not None and self.environment is not None:
+            data.check_handbook(key)
+            if self.environment is not None:
                 self.environment.check_data(key, data)
 
     def _check_rewards(self) -> None:

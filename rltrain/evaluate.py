@@ -19,10 +19,11 @@ from rltrain import cli, early_exit
 from rltrain.config import EvaluationConfig, RewardConfig, RunConfig, SamplingConfig
 from rltrain.data import mixture
 from rltrain.data.boxed import last_boxed
+from rltrain.data.handbook import problems_of
 from rltrain.environments.pool import EnvironmentPool
 from rltrain.errors import ConfigError, require
 from rltrain.losses.introspection import Grid
-from rltrain.policy.encode import encode_all, prompt_ids, prompt_limit, why_left_out
+from rltrain.policy.encode import encode_all, prompt_ids, prompt_limit, refuse_long_entries, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import load_scorer
@@ -39,6 +40,7 @@ from rltrain.rollout.continuations import services_of
 from rltrain.rollout.entropies import SampledEntropies
 from rltrain.rollout.values import PredictedValues
 from rltrain.runs.calibration import VALUES, calibration, expected_calibration_error
+from rltrain.runs.handbook_metrics import handbook_metrics
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.turn_metrics import turn_metrics
 from rltrain.runtime import dist, progress
@@ -58,8 +60,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 def held_out_problems(config: RunConfig) -> list[Problem]:
     """The first ``evaluation.problems`` of the evaluation split."""
-    data = config.eval_data if config.eval_data is not None else config.data
-    source: Sequence[Problem] = part_of(data).function(data, config.evaluation.split)
+    data, key = (config.data, "data") if config.eval_data is None else (config.eval_data, "eval_data")
+    source = problems_of(data, config.evaluation.split, key)
     if len(source) == 0:
         raise ConfigError(
             f"evaluation.split={config.evaluation.split}: holds no problem; set another split or data set"
@@ -153,7 +155,7 @@ def group_metrics(group: Group, samples: int) -> Metrics:
         votes = [(completion.text, bool(right)) for completion, right in shown if not math.isnan(right)]
         metrics[f"maj@{samples}"] = Mean.of(majority(*zip(*votes, strict=True)))
     metrics |= {f"pass@{k}": Mean.of(pass_at_k(judged, right, k)) for k in ks}
-    return metrics | turn_metrics(group.completions)
+    return metrics | handbook_metrics([group]) | turn_metrics(group.completions)
 
 
 def majority(texts: Sequence[str], right: Sequence[bool]) -> float:
@@ -184,6 +186,7 @@ def held_out_prompts(config: RunConfig, policy: Policy) -> list[Prompt]:
     limit = prompt_limit(policy, config.sampling)
     prompts, dropped = encode_all(policy, held_out_problems(config), config.model, max_prompt_tokens=limit)
     if dropped:
+        refuse_long_entries(policy, dropped, config.model, max_prompt_tokens=limit)
         reason = why_left_out(policy, dropped[0], config.model, max_prompt_tokens=limit)
         if not prompts:
             raise ConfigError(f"evaluation: no held-out problem makes a prompt, the first is {reason}")

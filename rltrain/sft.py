@@ -22,13 +22,13 @@ import torch
 
 from rltrain import cli
 from rltrain.config import ColdStartConfig, RunConfig
+from rltrain.data.handbook import problems_of
 from rltrain.environments.demonstrations import BadTurns, Demonstration, demonstrator
 from rltrain.errors import ConfigError, RunError
 from rltrain.policy import curio
-from rltrain.policy.encode import encode_all, why_left_out
+from rltrain.policy.encode import encode_all, refuse_long_entries, why_left_out
 from rltrain.policy.load import Policy, load_policy
 from rltrain.policy.tiny import TinyConfig
-from rltrain.registry import part_of
 from rltrain.runs import cold_starts, run_folder
 from rltrain.runtime import dist, progress, watchdog
 from rltrain.types import Problem, Prompt
@@ -206,7 +206,8 @@ def examples(problems: Sequence[Problem], policy: Policy, config: RunConfig) -> 
     if policy.tokenizer.eos_token_id is None:
         raise ConfigError("cold start: the tokenizer has no EOS token to end a solution; set eos_token in its config")
     longest = config.cold_start.max_length
-    encoded = encode_all(policy, problems, config.model, max_prompt_tokens=longest)[0]
+    encoded, dropped = encode_all(policy, problems, config.model, max_prompt_tokens=longest)
+    refuse_long_entries(policy, dropped, config.model, max_prompt_tokens=longest, limits="cold_start.max_length")
     rows = [row for row in _rows(encoded, policy, config) if len(row["input_ids"]) <= longest]
     if len(rows) < len(problems):
         count = len(problems) - len(rows)
@@ -266,8 +267,8 @@ def train(config: RunConfig, folder: Path, telling: _Telling | None = None) -> N
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    data = config.data if config.cold_start_data is None else config.cold_start_data
-    source = part_of(data).function(data, "train")
+    other = config.cold_start_data
+    source = problems_of(config.data, "train") if other is None else problems_of(other, "train", "cold_start_data")
     _refuse_random_start(config)
     count = min(config.cold_start.problems, len(source), config.cold_start.steps * config.cold_start.batch_size)
     # Weights and moments are fp32, also where RL trains in bf16: autocast then computes in bf16.

@@ -24,11 +24,12 @@ from typing import Any
 
 from rltrain import cli
 from rltrain.config import RunConfig
+from rltrain.data.handbook import problems_of
 from rltrain.errors import ConfigError
-from rltrain.policy.encode import encode_all, prompt_limit
+from rltrain.policy.encode import encode_all, prompt_limit, refuse_long_entries
 from rltrain.policy.load import Policy, load_frozen, load_policy
 from rltrain.policy.scorer import check_same_vocabulary
-from rltrain.registry import needs_of, part_of
+from rltrain.registry import needs_of
 from rltrain.rewards.scoring import score
 from rltrain.rollout.decoder_check import DecoderKind, check_decoders
 from rltrain.rollout.local import decoder_kinds
@@ -38,7 +39,7 @@ from rltrain.rollout.stopping import StopRule
 from rltrain.runs import run_folder
 from rltrain.runs.rows_file import JsonRow, append_rows, read_rows, refuse_other_config, write_whole
 from rltrain.runtime import dist, progress
-from rltrain.types import Completion, Context, Group, Problem, Prompt, UnknownLogprobs, is_right
+from rltrain.types import Completion, Context, Group, Problem, Prompt, UnknownLogprobs, bare_prompt, is_right
 
 # A step for sampling keys that neither training, evaluation nor compression uses.
 TRACES_STEP = -3
@@ -70,6 +71,7 @@ class Writers:
         """The row of each problem, in order."""
         limit = prompt_limit(self.student, self.config.sampling)
         prompts, dropped = encode_all(self.student, problems, self.config.model, max_prompt_tokens=limit)
+        refuse_long_entries(self.student, dropped, self.config.model, max_prompt_tokens=limit)
         rows = {problem.id: {"id": problem.id, "status": LEFT_OUT} for problem in dropped}
         if prompts:
             rows |= {row["id"]: row for row in self._written(prompts)}
@@ -113,7 +115,7 @@ def _judged(group: Group) -> str:
 def _row(group: Group, trace: FriendlyTrace, status: str) -> JsonRow:
     problem, completion = group.prompt.problem, group.completions[0]
     origins = {name: trace.origins[name] for name in (FIRST, LATER, STUDENT)}
-    facts = {"id": problem.id, "status": status, "prompt": problem.prompt, "solution": completion.text}
+    facts = {"id": problem.id, "status": status, "prompt": bare_prompt(problem), "solution": completion.text}
     return facts | {"answer": problem.answer, "tokens": len(trace.token_ids)} | origins
 
 
@@ -153,7 +155,7 @@ def make_traces(config: RunConfig) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     refuse_other_config(folder / "traces.json", config, free_keys=FREE_KEYS)
     write_whole(folder / "traces.json", json.dumps({"config": resolved}))
-    problems: Sequence[Problem] = part_of(config.data).function(config.data, asked.split)
+    problems = problems_of(config.data, asked.split)
     total = min(asked.problems or len(problems), len(problems))
     path, writers = folder / "traces.jsonl", load(config)
     rows = read_rows(path)

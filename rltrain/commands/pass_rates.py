@@ -20,13 +20,13 @@ import torch
 
 from rltrain import cli
 from rltrain.config import RunConfig
+from rltrain.data.handbook import problems_of
 from rltrain.data.mixture import Mixture
 from rltrain.data.pass_rates import PassRate, fingerprint, read
 from rltrain.errors import require
 from rltrain.evaluate import EVALUATION_STEP, context_of, sampler_of
-from rltrain.policy.encode import encode_all, prompt_limit
+from rltrain.policy.encode import encode_all, prompt_limit, refuse_long_entries
 from rltrain.policy.load import load_policy
-from rltrain.registry import part_of
 from rltrain.rewards.failures import refuse_broken
 from rltrain.rewards.scoring import score
 from rltrain.runs import run_folder
@@ -56,9 +56,10 @@ class Measurement:
         """Of these problems with their indices, in order, over all ranks; 0 judged where no prompt can be made."""
         mine = problems[dist.rank() :: dist.world_size()]
         limit = prompt_limit(self._policy, self._config.sampling)
-        prompts, _ = encode_all(
+        prompts, dropped = encode_all(
             self._policy, [problem for _, problem in mine], self._config.model, max_prompt_tokens=limit
         )
+        refuse_long_entries(self._policy, dropped, self._config.model, max_prompt_tokens=limit)
         drawn = self._rollout.generate(prompts, step=EVALUATION_STEP, group_size=self._samples)
         groups, _ = score(drawn, self._config.rewards, self._context)
         refuse_broken(self._config.rewards)
@@ -109,7 +110,7 @@ def batches(start: int, stop: int, size: int) -> Iterator[range]:
 def main(config: RunConfig, options: argparse.Namespace) -> None:
     """Measure, append to the file, and print what to do with it."""
     dist.setup(deadline_s=config.deadline("collective"), join_s=config.deadline("join"))
-    problems: Sequence[Problem] = part_of(config.data).function(config.data, "train")
+    problems = problems_of(config.data, "train")
     require(not isinstance(problems, Mixture), "data: rates are of one data set; measure the sources one by one")
     require(bool(config.rewards), "rewards: none is set, and nothing says what is right; choose one")
     path = Path(options.to or Path(config.run_dir) / "pass_rates.jsonl")

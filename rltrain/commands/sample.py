@@ -13,16 +13,17 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rltrain import cli
-from rltrain.config import EnvironmentConfig, ModelConfig, RewardConfig, SamplingConfig
+from rltrain.config import DataConfig, EnvironmentConfig, ModelConfig, RewardConfig, SamplingConfig
+from rltrain.data.handbook import with_handbook
 from rltrain.environments.pool import EnvironmentPool
-from rltrain.errors import ConfigError
+from rltrain.errors import ConfigError, require
 from rltrain.policy.encode import encode_all, why_left_out
 from rltrain.policy.load import Policy, PretrainedConfig, config_of, load_policy
 from rltrain.registry import discover, parts
@@ -47,6 +48,7 @@ class Source:
     sampling: SamplingConfig
     rewards: Mapping[str, RewardConfig]
     environment: EnvironmentConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 def source_of(name: str) -> Source:
@@ -69,6 +71,7 @@ def source_of(name: str) -> Source:
         sampling=sampling,
         rewards=rewards,
         environment=_environment(held.get("environment")),
+        data=_known(DataConfig, held.get("data", {})),
     )
 
 
@@ -99,13 +102,16 @@ def _known(config: type, plain: Mapping[str, Any]) -> Any:
     return config(**{key: value for key, value in plain.items() if key in names})
 
 
-def sample(source: Source, prompt: str, *, n: int, seed: int, answer: str | None = None) -> Group:
+def sample(
+    source: Source, prompt: str, *, n: int, seed: int, answer: str | None = None, tags: Sequence[str] = ()
+) -> Group:
     """``n`` completions of a prompt, judged by the run's rewards where there is an answer.
 
-    ConfigError for a prompt that is too long or that the chat template refuses.
+    The entries of the run's handbook are in the prompt, by tag those of ``tags``. ConfigError for a prompt that is too
+    long or that the chat template refuses.
     """
+    problem = advised(source.data, Problem(id="prompt", prompt=prompt, answer=answer or ""), tags)
     policy = load_policy(source.model, path=source.path)
-    problem = Problem(id="prompt", prompt=prompt, answer=answer or "")
     limit = source.sampling.max_prompt_tokens
     prompts, dropped = encode_all(policy, [problem], source.model, max_prompt_tokens=limit)
     if dropped:
@@ -118,6 +124,18 @@ def sample(source: Source, prompt: str, *, n: int, seed: int, answer: str | None
     return replace(
         groups[0], notes={"tokens": [texts(policy.tokenizer, each.token_ids) for each in groups[0].completions]}
     )
+
+
+def advised(data: DataConfig, problem: Problem, tags: Sequence[str]) -> Problem:
+    """The problem with the entries of the run's handbook, where it has one."""
+    by_tag = data.handbook is not None and data.handbook_by == "tag"
+    require(by_tag or not tags, "--tag: the run's data have no handbook that is read by tag; leave it out")
+    require(
+        bool(tags) or not by_tag,
+        f"--tag: none is given, and data.handbook={data.handbook} is read by tag; give the prompt's, --tag TAG",
+    )
+    meta = {data.handbook_tag: list(tags)}
+    return with_handbook([replace(problem, meta=meta)], data)[0] if by_tag else with_handbook([problem], data)[0]
 
 
 @contextmanager
@@ -192,6 +210,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("source", metavar="MODEL_OR_RUN", help="a run folder, a model's folder, or a name on the hub")
     made.add_argument("prompt")
     made.add_argument("--answer", metavar="GOLD", help="judge the completions by the run's rewards")
+    made.add_argument("--tag", action="append", default=[], help="of the prompt, where the run reads a handbook by tag")
     made.add_argument("--n", type=int, default=4, help="completions (default 4)")
     made.add_argument("--temperature", type=float, help="default: the run's; 0 is greedy")
     made.add_argument("--max-new-tokens", type=int, help="default: the run's")
@@ -217,7 +236,7 @@ def _sampled(options: argparse.Namespace) -> Group:
         raise ConfigError(f"--answer: {options.source} is no run with rewards; give a run folder, or leave it out")
     source = replace(source, sampling=sampling)
     with torch.no_grad():
-        return sample(source, options.prompt, n=options.n, seed=options.seed, answer=options.answer)
+        return sample(source, options.prompt, n=options.n, seed=options.seed, answer=options.answer, tags=options.tag)
 
 
 if __name__ == "__main__":

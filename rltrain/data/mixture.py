@@ -38,6 +38,9 @@ class MixtureConfig(DataConfig):
             self.pass_rate is None and self.pass_rate_file is None,
             "data.pass_rate: belongs to a source of a mixture; set data.sources.NAME.pass_rate and its file",
         )
+        require(
+            self.handbook is None, "data.handbook: belongs to a source of a mixture; set data.sources.NAME.handbook"
+        )
         for name, source in self.sources.items():
             require(
                 not isinstance(source, MixtureConfig),
@@ -45,6 +48,7 @@ class MixtureConfig(DataConfig):
             )
             require("/" not in name, f"data.sources.{name}: a slash ends the name in ids; take it out")
             source.check_pass_rate(f"data.sources.{name}")
+            source.check_handbook(f"data.sources.{name}")
         for name, weight in self.weights.items():
             require(name in self.sources, f"data.weights.{name}: no source has this name; choose of {self._names()}")
             require(

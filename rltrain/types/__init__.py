@@ -11,7 +11,7 @@ from rltrain.types.batches import LossOutput, TokenBatch
 from rltrain.types.completions import Completion, Finish, Group, Notes, UnknownLogprobs
 from rltrain.types.metrics import Max, Mean, Metric, Metrics, Min, Std, Sum
 from rltrain.types.outcomes import Advantages, Scores, is_right
-from rltrain.types.problems import Message, Problem, Prompt, TokenProblem
+from rltrain.types.problems import AdvisedProblem, Message, Problem, Prompt, TokenProblem, bare_prompt, user_text
 from rltrain.types.services import (
     NO_CONTINUER,
     NO_ENTROPY,
@@ -45,6 +45,7 @@ __all__ = [
     "NO_STATE",
     "NO_VALUES",
     "Advantages",
+    "AdvisedProblem",
     "Completion",
     "Context",
     "Continuer",
@@ -81,7 +82,9 @@ __all__ = [
     "UnknownLogprobs",
     "ValueSource",
     "among_observed",
+    "bare_prompt",
     "is_right",
     "turns_before",
+    "user_text",
     "written_mask",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rltrain import cli
-from rltrain.commands import new, sample
+from rltrain.commands import handbook, new, sample
 from rltrain.errors import ConfigError
 from rltrain.options.help import READS
 
@@ -93,7 +93,7 @@ COMPOSED = sorted({line for _, line in COMMANDS if is_composed(line)})
 def test_a_command_with_a_config_composes(line):
     own = ("device=", "nodes=", "gpus_per_node=", "gpu_gib=", "prompt_tokens=", "new_tokens=")  # the planner's
     words = [word.replace("=NAME", "=quickstart") for word in arguments(line) if not word.startswith(own)]
-    cli.compose([word for word in words if word not in ("-v", ">", "|")])
+    cli.compose([word for word in words if word not in ("-v", ">", "|", *handbook.ACTIONS)])
 
 
 @pytest.mark.parametrize("line", sorted({line for _, line in COMMANDS if kind(line) == "words"}))
