@@ -9,9 +9,10 @@ group, ``g = 1/G·sum_i sum_t A_it·grad log pi(a_it)``. Over n groups
     second moment = mean ‖g‖²          signal = mean of g_i·g_j over pairs of different groups, an estimate of ‖E g‖²
     signal-to-noise = signal / (second moment - signal)
 
-The same after Adam: ``v_j`` is the mean square of coordinate j over all minibatches of these groups, which are made as
-in training, and g_j is divided by the root of RLOO's v_j. The last column is what a small step of Adam with the arm's
-v gains, to first order: ``sum_j E[g_j of RLOO]·E[g_j]/(sqrt(v_j) + eps)``.
+The same after Adam: ``v_j`` is the mean square of coordinate j of an arm over all minibatches of these groups, which
+are made as in training. The second moment is then that of ``g_j/(sqrt(v_j) + eps)`` with RLOO's v for every arm, the
+signal-to-noise with the arm's v. The last column is what a small step of Adam gains, to first order: ``sum_j E[g_j of
+RLOO]·E[g_j]/(sqrt(v_j) + eps)``, with the arm's v.
 
 Two rows are bounds. They have the coefficients of (1, R, T) that make the second moment of the whole gradient smallest,
 before or after Adam, fitted on one half of the groups and judged on the other.
@@ -60,7 +61,8 @@ ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 TERMS = ("reward", "constant", "mean of others", "tree")  # a regression's advantage is the first minus c'(the others)
 BOUNDS = {"best for the gradient": "plain", "best after Adam": "adam"}
-METRICS = ("plain", "adam")
+METRICS = ("plain", "adam")  # as it is, and divided by the root of RLOO's v
+OWN = "step"  # divided by the root of the arm's v
 SKETCH = 1 << 12
 RESAMPLES = 2000
 
@@ -79,11 +81,10 @@ class Sketch:
 
 @dataclass(kw_only=True)
 class Arm:
-    """What an estimator gave: per group the sketch and the squared norm, before and after Adam, and Adam's step."""
+    """What an estimator gave: per group the sketch and the squared norm, before and after RLOO's Adam, and its own."""
 
-    norms: dict[str, list[float]] = field(default_factory=lambda: {metric: [] for metric in METRICS})
-    sketches: dict[str, list[Tensor]] = field(default_factory=lambda: {metric: [] for metric in METRICS})
-    steps: list[Tensor] = field(default_factory=list)
+    norms: dict[str, list[float]] = field(default_factory=lambda: {metric: [] for metric in (*METRICS, OWN)})
+    sketches: dict[str, list[Tensor]] = field(default_factory=lambda: {metric: [] for metric in (*METRICS, OWN)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +217,9 @@ class Bench:
                 arm.sketches[metric].append(torch.zeros(SKETCH) if sketches_RS is None else mix_R @ sketches_RS)
             self.judged.products[metric].append(terms_KR @ products_RR @ terms_KR.T)
         for name, arm in self.judged.arms.items():
-            arm.steps.append(self._sketch((mixes[name] @ basis_RD) * scales[name]))
+            step_D = (mixes[name] @ basis_RD) * scales[name]
+            arm.norms[OWN].append(float(step_D.double().square().sum()))
+            arm.sketches[OWN].append(self._sketch(step_D))
 
 
 def measure(run: Run, arms: Mapping[str, Estimator], *, groups: int, warm_up: int) -> Judged:
@@ -293,20 +296,21 @@ COLUMNS = ("second moment", "signal-to-noise", "second moment after Adam", "sign
 
 
 def ratios(judged: Judged, *, seed: int = 0) -> dict[str, dict[str, Ratio]]:
-    """Per arm, by the names of ``COLUMNS``, the ratio to RLOO's: estimate, low, high. Bounds have no step of Adam."""
+    """Per arm, by the names of ``COLUMNS``, the ratio to RLOO's: estimate, low, high. Bounds have no v."""
     count = len(judged.products["plain"])
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     counts_RN = np.concatenate([np.ones((1, count)), draws])  # the first is the sample itself
     arms = judged.arms | {f"regression, {name}": bound(judged, metric) for name, metric in BOUNDS.items()}
-    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in arms}
+    found: dict[str, dict[str, np.ndarray]] = {}
     true_ND = stacked(judged.arms[BASELINE].sketches["plain"])
     for name, arm in arms.items():
-        for metric, ending in (("plain", ""), ("adam", " after Adam")):
-            second_R, signal_R = moments(arm, metric, counts_RN)
-            found[name][f"second moment{ending}"] = second_R
-            found[name][f"signal-to-noise{ending}"] = signal_R / (second_R - signal_R)
-        if arm.steps:
-            found[name]["Adam's step"] = pair_means(true_ND, stacked(arm.steps), counts_RN)
+        second_R, signal_R = moments(arm, "plain", counts_RN)
+        found[name] = {"second moment": second_R, "signal-to-noise": signal_R / (second_R - signal_R)}
+        found[name]["second moment after Adam"] = moments(arm, "adam", counts_RN)[0]
+        if arm.norms[OWN]:
+            second_R, signal_R = moments(arm, OWN, counts_RN)
+            found[name]["signal-to-noise after Adam"] = signal_R / (second_R - signal_R)
+            found[name]["Adam's step"] = pair_means(true_ND, stacked(arm.sketches[OWN]), counts_RN)
     base = found[BASELINE]
     return {name: {what: _interval(row[what] / base[what]) for what in row} for name, row in found.items()}
 
@@ -329,7 +333,7 @@ def noise_of_a_step(judged: Judged, groups: int) -> str:
     """RLOO's signal-to-noise of a rollout of so many groups, before and after Adam."""
     ones_RN = np.ones((1, len(judged.products["plain"])))
     said = []
-    for metric in METRICS:
+    for metric in ("plain", OWN):
         second_R, signal_R = moments(judged.arms[BASELINE], metric, ones_RN)
         said.append(f"{groups * float(signal_R[0] / (second_R[0] - signal_R[0])):.2f}")
     return f"RLOO's signal-to-noise of a step of {groups} groups: {said[0]}, after Adam {said[1]}"
