@@ -55,11 +55,15 @@ class CompressionConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TracePrompt(Prompt):
-    """The compressor's prompt, and the ids that scoring and answering put around a compressed trace."""
+    """The compressor's prompt, and the ids that scoring and answering put around a compressed trace.
+
+    ``bare_ids`` is the trace without its redundant lines, () where the data does not know them.
+    """
 
     config: CompressionConfig
     question_ids: tuple[int, ...]
     trace_ids: tuple[int, ...]
+    bare_ids: tuple[int, ...] = ()
     after_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     before_answer_ids: tuple[int, ...]
@@ -71,11 +75,15 @@ class TracePrompt(Prompt):
 
 @dataclass(frozen=True, kw_only=True)
 class Trace(TokenProblem):
-    """A trace to compress; one whose answer has no tokens has no prompt."""
+    """A trace to compress; one whose answer has no tokens has no prompt.
+
+    ``bare`` is the trace without its redundant lines, "" where the data does not know them.
+    """
 
     config: CompressionConfig
     question: str
     trace: str
+    bare: str = ""
 
     def encode(self, tokenizer: Any, render: Callable[[str], tuple[int, ...]]) -> TracePrompt:
         """The compressor's prompt goes through the chat template, and so does the bare question."""
@@ -91,13 +99,14 @@ class Trace(TokenProblem):
             config=config,
             question_ids=render(config.ask.replace("{question}", self.question)) + ids(config.before_trace),
             trace_ids=ids(self.trace),
+            bare_ids=ids(self.bare),
             after_ids=ids(config.after_trace),
             answer_ids=answer_ids,
             before_answer_ids=ids(config.before_answer),
         )
 
 
-def trace_problem(source: Problem, *, question: str, trace: str, config: CompressionConfig) -> Trace:
+def trace_problem(source: Problem, *, question: str, trace: str, config: CompressionConfig, bare: str = "") -> Trace:
     """The compression task made from a solved problem."""
     prompt = config.instruction.replace("{question}", question).replace("{trace}", trace)
     return Trace(
@@ -108,6 +117,7 @@ def trace_problem(source: Problem, *, question: str, trace: str, config: Compres
         config=config,
         question=question,
         trace=trace,
+        bare=bare,
     )
 
 

@@ -15,8 +15,9 @@ from rltrain.config import RewardConfig
 from rltrain.data.traces import TracePrompt
 from rltrain.errors import ConfigError, require
 from rltrain.registry import register
+from rltrain.rewards.bare_trace import bare_metrics, score_request
 from rltrain.rewards.length import repetition_penalty
-from rltrain.types import Completion, Context, Group, Mean, Need, Scores, SpanRequest
+from rltrain.types import Completion, Context, Group, Mean, Need, Scores
 
 FLOOR_MARGIN = 1.0
 FLOOR_ALONE = -10.0
@@ -90,20 +91,6 @@ def compressed_ids(prompt: TracePrompt, completion: Completion, tokenizer: Any) 
     return tuple(token for token, begin, end in spans if begin >= start and end <= stop)
 
 
-def score_request(prompt: TracePrompt, trace_ids: Sequence[int]) -> SpanRequest:
-    """Question, compressed trace, answer, in one sequence: without the original trace and the instruction.
-
-    The spans are the trace and the answer. The text around the answer is conditioned on, not scored.
-    """
-    context = prompt.with_trace(trace_ids) + prompt.before_answer_ids
-    start = len(prompt.question_ids)
-    return SpanRequest(
-        token_ids=context + prompt.answer_ids,
-        spans=((start, start + len(trace_ids)), (len(context), len(context) + len(prompt.answer_ids))),
-        prompt_tokens=start,
-    )
-
-
 @register("reward", "compression", CompressionRewardConfig, needs={Need.SCORER})
 def compression(groups: Sequence[Group], config: CompressionRewardConfig, context: Context) -> Scores:
     """The reward of each compressed trace. Outputs without a trace get the floor of their group."""
@@ -119,6 +106,7 @@ def compression(groups: Sequence[Group], config: CompressionRewardConfig, contex
     by_group = list(zip(prompts, traces, likelihoods, strict=True))
     rewards = [_rewards(*group, config) for group in by_group]
     metrics = [_metrics(*group, config, context.tokenizer) for group in by_group]
+    metrics.append(bare_metrics([group[:3] for group in by_group], context))
     return Scores(scores=[rewards_G.tolist() for rewards_G in rewards], metrics=_merged(metrics))
 
 

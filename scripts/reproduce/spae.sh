@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
-# DAPO against SPAE: the cold start goes on checking after the answer, so that there is something to prune.
-# usage: [SEEDS=5] [JOBS=2] scripts/reproduce/spae.sh [OUT]
-#
-# Both have the same reward: DAPO's overlong penalty is left out, which would shorten completions by itself. Answers have
-# at most two digits, so two continuations of four tokens probe them.
+# SPAE, its parts, GRPO and DAPO on redundant tails and on chains, in eight minibatches a step. Resumes where it stopped.
+# usage: [SEEDS=5] [JOBS=1] scripts/reproduce/spae.sh [OUT] [options of spae.py, as --tasks tail]
 set -euo pipefail
-export OUT=${1:-runs/spae}
-scripts/sweep.sh scripts/reproduce/spae.txt "${SEEDS:-5}" +experiment=chains
-"${PYTHON:-python}" -m rltrain.compare "$OUT" --baseline dapo --metric eval_completions/mean_length --plot "$OUT/length.png"
+out=${1:-runs/spae}
+shift || true
+export OMP_NUM_THREADS=1 WANDB_MODE=${WANDB_MODE:-disabled}
+"${PYTHON:-python}" scripts/reproduce/spae.py "$out" --seeds "${SEEDS:-5}" --jobs "${JOBS:-1}" "$@"

@@ -22,6 +22,9 @@ THINKING = [
 
 COMPRESSION = [
     "+experiment=conmax",
+    "data=wordy_solutions",
+    "data@cold_start_data=wordy_solutions",
+    "cold_start_data.tasks=[compress,solve]",
     "model.hidden_size=32",
     "model.layers=2",
     "model.heads=2",

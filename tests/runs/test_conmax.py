@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from rltrain.policy.logprobs import LogprobModel
 from rltrain.policy.scorer import Scorer
 from rltrain.policy.tiny import TinyConfig
 from rltrain.registry import discover, part_of
+from rltrain.rewards.bare_trace import redundant
 from rltrain.rewards.compression import CompressionRewardConfig, compressed_ids, compression, overlap
 from rltrain.runs import checkpoint
 from rltrain.types import Completion, Context, Group, Problem, Prompt
@@ -43,9 +45,9 @@ def policy():
     return load_policy(MODEL)
 
 
-def prompt_of(policy, *, trace="3+4=7\nso 3+4=7", answer="7", layout=LAYOUT):
+def prompt_of(policy, *, trace="3+4=7\nso 3+4=7", answer="7", layout=LAYOUT, bare=""):
     problem = Problem(id="p", prompt="3+4", answer=answer)
-    return encode(policy, trace_problem(problem, question="3+4", trace=trace, config=layout), MODEL)
+    return encode(policy, trace_problem(problem, question="3+4", trace=trace, config=layout, bare=bare), MODEL)
 
 
 def completion(policy, text: str, *, finish="stop") -> Completion:
@@ -151,6 +153,22 @@ def test_metrics_show_copying_looping_leaking_and_length(policy):
     assert found["compression/floored"].total == 1.0
 
 
+def test_redundant_lines_are_scored_beside_the_bare_trace(policy):
+    bare, long = "3+4=7\n7+1=8", "3+4=7\n9-2=7\n7+1=8\n7+1=8"
+    found = score(policy, f"<think>{long}</think>", f"<think>{bare}</think>", "no", bare=bare).metrics
+    assert found["compression/bare_nll"].total == pytest.approx(-mean(naive(policy, "3+4\n", bare)), abs=1e-5)
+    assert found["compression/bare_nll"].count == 1  # a prompt's, not a completion's
+    tokens = naive(policy, "3+4\n", long)
+    lines = [mean(tokens[6:12]), mean(tokens[18:])]  # the detour with its line break, and the step said once more
+    assert (found["compression/redundant_lines"].total, found["compression/redundant_lines"].count) == (2, 6)
+    assert found["compression/redundant_nll"].total == pytest.approx(-sum(lines), abs=1e-5)
+    assert found["compression/redundant_pays"].total == sum([line > mean(tokens) for line in lines])
+
+
+def test_traces_without_a_known_bare_one_have_no_such_metrics(policy):
+    assert not [name for name in score(policy, "<think>3+4=7</think>").metrics if "bare" in name or "redundant" in name]
+
+
 def test_overlap_counts_ngrams_of_the_original():
     assert overlap([1, 2, 3, 9], [0, 1, 2, 3], ngram=2) == pytest.approx(2 / 3)
     assert overlap([1, 2], [0, 1, 2, 3], ngram=8) == 1.0
@@ -246,6 +264,35 @@ def test_steps_are_said_again_as_often_as_their_coin_says(again):
     extra = [task.trace.count("\n") + 1 - task.meta["steps"] for task in (tasks[i] for i in range(400))]
     expected = 2 * (again + again**2 + again**3)  # two steps; the second repetition needs the first
     assert statistics.mean(extra) == pytest.approx(expected, abs=5 * statistics.stdev(extra) / 20)
+
+
+def test_detours_are_right_calculations_of_numbers_that_the_problem_does_not_hold():
+    config = WordySolutionsConfig(redundancy="detours", steps=[2, 3], max_operand=9, operators="+-")
+    tasks = part_of(config).function(config, "train")
+    count = 0
+    for task in (tasks[i] for i in range(100)):
+        lines, bare = task.trace.split("\n"), task.bare.split("\n")
+        detours = [line for line, again in zip(lines, redundant(lines, bare), strict=True) if again]
+        used = set(re.findall(r"\d+", task.bare))
+        assert len(detours) == len(lines) - task.meta["steps"]
+        for line in detours:
+            left, operator, right, result = re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", line).groups()
+            assert not used & {left, right}
+            assert int(result) == int(left) + int(right) * (1 if operator == "+" else -1)
+        short = task.meta["solution"].removeprefix("<think>").removesuffix("</think>").split("\n")
+        assert Counter(bare) <= Counter(short) <= Counter(lines)
+        count += len(detours)
+    assert count > 100
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"redundancy": "noise"}, "data.redundancy=noise: unknown; choose from said_again, detours"),
+    ({"steps": [2, 3], "max_operand": 6}, "data.max_operand=6: too few numbers for detours; set at least 7"),
+    ({"operators": "/"}, "data.operators='/': detours add, subtract or multiply"),
+])  # fmt: skip
+def test_impossible_detours_are_refused(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        WordySolutionsConfig(**{"redundancy": "detours", **values})
 
 
 def run(folder, *overrides):
