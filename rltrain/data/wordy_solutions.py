@@ -1,4 +1,4 @@
-"""Wordy worked solutions of small integer problems, made in code: steps said again, or calculations beside the point."""
+"""Wordy worked solutions of small integer problems, made in code: steps said again, or detours between them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ PHRASES = ("so", "ok", "yes", "well", "check", "thus", "again", "in fact")
 class WordySolutionsConfig(CompressionConfig):
     """RandomCalculation's small integers; keys as there. ``tasks`` are taken in turn.
 
-    compress: shorten the wordy solution; ``meta["solution"]`` keeps each redundant line with probability ``keep``. solve: the question alone; its solution is the wordy one and the boxed answer.
+    compress: shorten the wordy solution; ``meta["solution"]`` keeps each redundant line with probability ``keep``.
+    solve: the question alone; its solution is the wordy one and the boxed answer.
 
     A step is followed by a redundant line with probability ``again``, then by another with the same, ``most`` times at
     most. ``redundancy=said_again``: the step once more behind one of ``phrases``. Many phrases make the wordy lines

@@ -1,17 +1,17 @@
 """ConMax on solutions with detours: cold start, RL and its controls, data sets, students. Run it again to go on.
 
-python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,more,compress,students] [--rl-steps 40]
+python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,compress,students,more] [--rl-steps 80]
 
 Pieces run seed by seed, each in a process of its own. What is finished is not run again.
 
-rl        the cold start, then RL, evaluated every 5 steps
+rl        the cold start, then RL, evaluated every 10 steps
 random    its control: the same steps from the same cold start under a reward that is a coin
-more      its other control: as many sequences of the cold start's own training, at RL's rate and at ten times it
 compress  traces that RL has not seen, shortened by the cold-started model (prompt only) and by RL's (conmax). RL's is
           the checkpoint of the shortest greedy outputs on held-out problems
 students  trained from scratch on the problems that both sets kept: on the original traces and on each set's
+more      RL's other control: as many sequences of the cold start's own training, at RL's rate and at five times it
 
-At the end: Markdown tables of what is there.
+At the end: Markdown tables of the pieces that every seed has.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEVEL = 0.95
 LENGTH = "eval_completions/mean_length"
 SETS = ("prompt_only", "conmax")
 STUDENTS = ("original", *SETS)
-FACTORS = (1, 10)  # of RL's rate, for more training
+FACTORS = (1, 5)  # of RL's rate, for more training
 METRICS = ("length_ratio", "floored", "trace_score", "answer_score", "bare_nll", "redundant_lines", "redundant_nll")
 METRICS += ("redundant_pays", "repeated_ngrams")
 
@@ -66,6 +66,10 @@ class Seed:
     def cold_start(self) -> Path:
         return self.folder("rl") / "cold_start"
 
+    def has(self, piece: str) -> bool:
+        """Whether the piece is finished."""
+        return self.folder(piece).with_suffix(".json").is_file()
+
     def chosen(self) -> int:
         """The step whose greedy outputs are shortest, of those after step 0."""
         return min((length, step) for step, length in self.lengths("rl").items() if step)[1]
@@ -80,7 +84,7 @@ def rl(one: Seed, name: str = "rl", *words: str) -> None:
     """The cold start, if there is none yet, and RL from it."""
     from rltrain import sft, train
 
-    often = ["evaluation.every_steps=5", "checkpoint.every_steps=5", "checkpoint.keep_last=100"]
+    often = ["evaluation.every_steps=10", "checkpoint.every_steps=10", "checkpoint.keep_last=100"]
     config = one.config(name, f"steps={one.rl_steps}", *often, *words)
     start = one.folder(name) / "cold_start"
     start.parent.mkdir(parents=True, exist_ok=True)
@@ -162,9 +166,9 @@ def students(one: Seed) -> None:
 PIECES: dict[str, Callable[[Seed], None]] = {
     "rl": rl,
     "random": random,
-    "more": more,
     "compress": compress,
     "students": students,
+    "more": more,
 }
 
 
@@ -188,7 +192,7 @@ def run(piece: str, one: Seed) -> None:
     """Run a piece that is not finished; SystemExit if it stops."""
     settings = {"rl_steps": one.rl_steps, "traces": one.traces, "student_steps": one.student_steps}
     done = one.folder(piece).with_suffix(".json")
-    if done.is_file() and json.loads(done.read_text())["settings"] == settings:
+    if one.has(piece) and json.loads(done.read_text())["settings"] == settings:
         return
     start_s = time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=in_own_process, args=(piece, one))
@@ -202,6 +206,7 @@ def run(piece: str, one: Seed) -> None:
 
 
 def evaluation(folder: Path) -> dict[str, float]:
+    """What ``rltrain.evaluate`` wrote."""
     return json.loads((folder / "evaluation.json").read_text())
 
 
@@ -209,9 +214,11 @@ def lengths_of(one: Seed) -> dict[str, float]:
     """Tokens of greedy outputs on held-out problems: the compressors of a seed."""
     shown = {"cold start": one.lengths("rl")[0], "RL, chosen step": one.lengths("rl")[one.chosen()]}
     shown["RL, last step"] = one.lengths("rl")[one.rl_steps]
-    shown["random reward, last step"] = one.lengths("random")[one.rl_steps]
-    for factor in FACTORS:
-        shown[f"more training, {factor} x RL's rate"] = evaluation(one.folder(f"more-{factor}"))[LENGTH]
+    if one.has("random"):
+        shown["random reward, last step"] = one.lengths("random")[one.rl_steps]
+    if one.has("more"):
+        for factor in FACTORS:
+            shown[f"more training, {factor} x RL's rate"] = evaluation(one.folder(f"more-{factor}"))[LENGTH]
     return shown
 
 
@@ -222,7 +229,6 @@ def sets_of(one: Seed) -> dict[str, float]:
         counts = json.loads((one.folder(name) / "compress.json").read_text())["counts"]
         shown |= {f"{name}, kept %": 100 * (1 - counts["dropped_share"])}
         shown |= {f"{name}, original tokens": counts["original_tokens"], f"{name}, tokens": counts["compressed_tokens"]}
-    shown["problems of the students"] = len(read_jsonl(one.folder("students") / "traces.jsonl"))
     return shown
 
 
@@ -230,14 +236,15 @@ def students_of(one: Seed) -> dict[str, float]:
     """Greedy accuracy in percent and tokens of each student."""
     found = {name: evaluation(one.folder(f"student-{name}")) for name in STUDENTS}
     shown = {f"{name}, accuracy %": 100 * values["eval_accuracy"] for name, values in found.items()}
-    return shown | {f"{name}, tokens": values[LENGTH] for name, values in found.items()}
+    shown |= {f"{name}, tokens": values[LENGTH] for name, values in found.items()}
+    return shown | {"problems": len(read_jsonl(one.folder("students") / "traces.jsonl"))}
 
 
 def table(columns: Sequence[dict[str, float]], title: str, against: dict[str, str]) -> str:
     """A row per quantity: each seed, the mean, and the paired difference from the row that ``against`` names."""
     lines = [f"| {title} | {' | '.join(f'seed {number}' for number in range(len(columns)))} | mean | difference |"]
     lines.append("|---" * (len(columns) + 3) + "|")
-    for name in columns[0]:
+    for name in [name for name in columns[0] if all(name in column for column in columns)]:
         values = np.array([column[name] for column in columns])
         cells = [name, *(f"{value:.1f}" for value in values), f"{values.mean():.1f}", "–"]
         if name in against:
@@ -256,46 +263,39 @@ def shown_difference(differences: np.ndarray) -> str:
 
 
 def reward_table(seeds: Sequence[Seed]) -> str:
-    """The reward's metrics over RL: means over seeds of five steps each, at the start, the middle and the end."""
+    """The reward's metrics over RL, of five steps each at the start, the middle and the end: means over seeds."""
     rows = [read_jsonl(one.folder("rl") / "metrics.jsonl") for one in seeds]
-    steps = [(1, 5), (seeds[0].rl_steps // 2 - 4, seeds[0].rl_steps // 2), (seeds[0].rl_steps - 4, seeds[0].rl_steps)]
+    last = seeds[0].rl_steps
+    spans = [(1, 5), (last // 2 - 4, last // 2), (last - 4, last)]
     lines = [
-        f"| compression/ | {' | '.join(f'steps {first} to {last}' for first, last in steps)} |",
+        f"| `compression/` | {' | '.join(f'steps {first} to {end}' for first, end in spans)} |",
         "|---|---|---|---|",
     ]
     for name in METRICS:
-        cells = []
-        for first, last in steps:
-            values = [row[f"compression/{name}"] for run in rows for row in run if first <= row["step"] <= last]
-            cells.append(f"{np.mean(values):.3f}")
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        values = [
+            [row[f"compression/{name}"] for run in rows for row in run if first <= row["step"] <= end]
+            for first, end in spans
+        ]
+        lines.append(f"| `{name}` | {' | '.join(f'{np.mean(each):.3f}' for each in values)} |")
     return "\n".join(lines)
 
 
 def report(seeds: Sequence[Seed]) -> str:
-    """The tables of the seeds whose pieces are all there."""
-    seeds = [one for one in seeds if all(one.folder(piece).with_suffix(".json").is_file() for piece in PIECES)]
-    if not seeds:
-        return "no seed is finished yet"
-    compressors, sets, scores = ([each(one) for one in seeds] for each in (lengths_of, sets_of, students_of))
-    cold = {name: "cold start" for name in compressors[0] if name != "cold start"}
-    against = {f"conmax, {what}": f"prompt_only, {what}" for what in ("kept %", "tokens")}
-    student = {f"{name}, {what}": f"original, {what}" for name in SETS for what in ("accuracy %", "tokens")}
-    chosen = ", ".join(f"seed {one.seed}: {one.chosen()}" for one in seeds)
-    lengths = [
-        f"seed {one.seed}: " + ", ".join(f"{step}: {value:.1f}" for step, value in one.lengths("rl").items())
-        for one in seeds
-    ]
-    return "\n\n".join(
-        [
-            table(compressors, "tokens of greedy outputs", cold),
-            f"chosen step: {chosen}",
-            "\n".join(lengths),
-            reward_table(seeds),
-            table(sets, "data set", against),
-            table(scores, "student", student),
-        ]
-    )
+    """The tables of the pieces that every seed has."""
+    parts = []
+    if all(one.has("rl") for one in seeds):
+        columns = [lengths_of(one) for one in seeds]
+        others = {name: "cold start" for name in columns[0] if name != "cold start"}
+        parts.append(table(columns, "tokens of greedy outputs", others))
+        parts += [f"seed {one.seed}, chosen step {one.chosen()}: {one.lengths('rl')}" for one in seeds]
+        parts.append(reward_table(seeds))
+    if all(one.has("compress") for one in seeds):
+        against = {f"conmax, {what}": f"prompt_only, {what}" for what in ("kept %", "tokens")}
+        parts.append(table([sets_of(one) for one in seeds], "data set", against))
+    if all(one.has("students") for one in seeds):
+        against = {f"{name}, {what}": f"original, {what}" for name in SETS for what in ("accuracy %", "tokens")}
+        parts.append(table([students_of(one) for one in seeds], "student", against))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -304,8 +304,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/conmax"))
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="a count, or a list with a comma (default: 3)")
     parser.add_argument("--pieces", type=names, default=list(PIECES), help="between commas (default: all)")
-    parser.add_argument("--rl-steps", type=int, default=40)
-    parser.add_argument("--traces", type=int, default=3072)
+    parser.add_argument("--rl-steps", type=int, default=80)
+    parser.add_argument("--traces", type=int, default=2048)
     parser.add_argument("--student-steps", type=int, default=800)
     options = parser.parse_args()
     if unknown := [name for name in options.pieces if name not in PIECES]:
