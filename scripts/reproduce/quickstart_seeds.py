@@ -67,7 +67,9 @@ def learning_table(seeds: Sequence[Path]) -> str:
 def arms_of(seed: Path) -> dict[str, Evaluation]:
     """Every evaluated model of a seed, by what was done to it."""
     arms = {"cold start": Evaluation.of(seed / "cold_start")}
-    arms |= {name: Evaluation.of(seed / arm) for arm, name in REWARDS.items()}
+    arms |= {
+        name: Evaluation.of(seed / arm) for arm, name in REWARDS.items() if (seed / arm / "temperature_0").is_dir()
+    }
     controls = [steps for steps in (CONTROL, LONGER) if any(seed.glob(f"sft_*_{steps}"))]
     return arms | {f"{steps} more supervised steps": supervised(seed, steps)[1] for steps in controls}
 
@@ -135,6 +137,8 @@ def draw_rewards(axis: Any, seeds: Sequence[Path], metric: str, scale: float) ->
     """One colour a reward; returns the last step."""
     steps: list[int] = []
     for arm, label in REWARDS.items():
+        if not (seeds[0] / arm / "temperature_0").is_dir():
+            continue
         curves = [series(read_jsonl(seed / arm / "metrics.jsonl"), metric) for seed in seeds]
         steps, values = curves[0][0], scale * np.array([values for _, values in curves])
         axis.plot(steps, values.T, color=COLOURS[arm], alpha=0.3, linewidth=0.8)

@@ -2,12 +2,12 @@
 # The quickstart and its controls on five seeds, two processes at a time with one thread each. Resumes where it stopped.
 # Per seed, from one cold start: the right, a random and the inverted reward; and as many sequences of the cold start's
 # own supervised training as RL sees (80 x 64 = 40 x 128), on fresh problems, at two rates. All models are evaluated on the
-# same 2000 held-out problems, greedily and with one sample at temperature 1. LONGER=1 adds controls of 280 steps.
-# usage: scripts/reproduce/quickstart_seeds.sh [OUT] [SEEDS]     e.g. runs/quickstart_seeds "0 1 2 3 4"
+# same 2000 held-out problems, greedily and with one sample at temperature 1.
+# usage: scripts/reproduce/quickstart_seeds.sh [OUT] [SEEDS] [ARMS]     e.g. runs/quickstart_seeds "0 1" "right sft_5e-4_280"
 set -euo pipefail
 out=${1:-runs/quickstart_seeds}
 seeds=${2:-0 1 2 3 4}
-arms="right random inverted sft_1e-4_80 sft_5e-4_80${LONGER:+ sft_1e-4_280 sft_5e-4_280}"
+arms=${3:-right random inverted sft_1e-4_80 sft_5e-4_80}
 export OMP_NUM_THREADS=1 WANDB_MODE=${WANDB_MODE:-disabled} out
 
 cold_start() { # SEED
