@@ -4,12 +4,12 @@ python scripts/reproduce/rlp_fair.py [OUT] [--experiment rlp_automaton] [--seeds
 
 Pieces of a seed, each made once: ``start`` (the cold start and what it measures), one for each arm (its training, then
 its accuracy), and ``grpo_ARM`` (GRPO from there, then its accuracy). All required pieces come first, seed by seed, then
-the others. Run it again to go on. --table prints Markdown.
+the others. Run it again to go on. --table prints Markdown and writes OUT/EXPERIMENT/accuracy.png.
 
 Compute, in passes of a token, a backward pass counted as two forward passes. A step of RLP on words of 8 letters: 256
 thoughts of at most 9 tokens after 10, so 2,500 sampled, 5,500 scored, 3 x 4,900 trained on, 22,600 in all. A step of
 next-token training on 64 documents of 12 tokens: 2,300. So 10 of them cost a little more than one of RLP. On equations
-of six operations RLP's 128 thoughts of 45 tokens after 25 cost 42,000, and a step on 64 documents of 30 tokens 5,800.
+of six operations RLP's 128 thoughts of 34 tokens after 23 cost 34,000, and a step on 64 documents of 27 tokens 5,200.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SETTINGS = {
         thoughts="equations_six_thoughts",
         rlp_steps=60,
         documents=60 * 8,
-        next_token_steps=8 * 60,
+        next_token_steps=7 * 60,
         grpo=("steps=20", "batch.prompts_per_step=8", "batch.group_size=8"),
     ),
 }
@@ -247,6 +247,25 @@ def table(measured: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def draw(measured: Mapping[str, Mapping[int, Mapping[str, float]]], path: Path) -> None:
+    """A panel before and a panel after GRPO: sampled accuracy, a row an arm, a dot a seed, a bar for the mean."""
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in SHOWN if arm in measured]
+    figure = Figure(figsize=(9, 0.5 + 0.4 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, prefix, title in zip(panels, ("", "grpo_"), ("before GRPO", "after the same GRPO steps"), strict=True):
+        for row, arm in enumerate(arms):
+            values = [seed["sampled"] for seed in measured.get(prefix + arm, {}).values()]
+            if values:
+                panel.barh(row, np.mean(values), color="tab:green" if arm == "rlp" else "lightgray")
+                panel.plot(values, [row] * len(values), ".", color="black", markersize=4)
+        panel.set(title=title, xlabel="sampled accuracy with a thought, %", xlim=(0, 100))
+        panel.set_yticks(range(len(arms)), [SHOWN[arm] for arm in arms])
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
 def difference(values: np.ndarray) -> list[str]:
     """Mean with its interval, and what the seeds detect with 80 % probability."""
     interval = paired(values, level=LEVEL)
@@ -276,11 +295,13 @@ def main() -> None:
     parser.add_argument("--experiment", choices=sorted(SETTINGS), default="rlp_automaton")
     parser.add_argument("--seeds", type=numbers, default=list(range(5)), help="a count, or a list with a comma")
     parser.add_argument("--pieces", type=names, default=[], help="between commas (default: all)")
-    parser.add_argument("--table", action="store_true", help="print what is measured")
+    parser.add_argument("--table", action="store_true", help="print what is measured, and draw it")
     options = parser.parse_args()
     out = options.out.resolve()
     if options.table:
-        print(table(measured_arms(out, options.experiment, options.seeds)))
+        measured = measured_arms(out, options.experiment, options.seeds)
+        print(table(measured))
+        draw(measured, out / options.experiment / "accuracy.png")
         return
     os.environ |= {"OMP_NUM_THREADS": "1"}
     import_once()
