@@ -270,10 +270,19 @@ def traces(config: RunConfig) -> None:
 
     done = _all_rows(config, "handbook_traces", _total(config, len(problems)), rows)
     kept = [row for row in done if row["status"] == KEPT]
+    if not kept:
+        raise RunError(
+            f"handbook: of {len(done)} problems none has a solution that is kept ({_in_words(done)}); take more "
+            "handbook.problems or handbook.samples, or a model that solves some"
+        )
     write_whole(folder / "sft.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     means = {name: sum(row[name] for row in kept) / max(1, len(kept)) for name in ("tokens", "handbook_tokens")}
     print("\n".join(f"{name:24s}{value:.4g}" for name, value in {**_statuses(done), **means}.items()))
     print(f"written to {folder}/sft.jsonl")
+
+
+def _in_words(rows: Iterable[JsonRow]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).items())
 
 
 def _statuses(rows: Iterable[JsonRow]) -> dict[str, float]:

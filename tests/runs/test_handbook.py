@@ -121,6 +121,12 @@ def test_traces_are_written_with_the_handbook_and_read_without_it(handbook, tmp_
         assert any(coin(0.5, 0, 0, row["id"], sample) for sample in range(3))
 
 
+def test_traces_without_a_solution_are_named(handbook, tmp_path):
+    never = ["rewards.answer.probability=0", "handbook.problems=2", "sampling.max_new_tokens=4"]
+    with pytest.raises(RunError, match=r"of 2 problems none has a solution that is kept \(2 "):
+        command.traces(tiny_config(tmp_path, *ASKED[1:], *handbook, *never))
+
+
 def test_a_run_has_the_entries_in_its_prompts_and_their_tokens_in_its_metrics(handbook, tmp_path):
     with torch.enable_grad():
         trainer.fit(
