@@ -1,4 +1,6 @@
-"""Questions with a date for ``scripts/reproduce/audit_by_date.sh``: python scripts/reproduce/audit_by_date.py OUT [SEED]
+"""Questions with a date for ``scripts/reproduce/audit_by_date.sh``.
+
+python scripts/reproduce/audit_by_date.py OUT [SEED]
 
 OUT/asked/test.jsonl    60 questions from before the cut-off, 2024-07-01, and 60 from then on
 OUT/seen/train.jsonl    the questions from before, as text to restore: cut at 0, 40, 60 and 80 % of their characters

@@ -2,8 +2,8 @@
 
 python scripts/reproduce/several.py < LINES
 
-A line is ``RESULT COMMAND WORD…``, in the shell's quotes. A line whose file or folder RESULT exists is done, so the same
-lines go on where they stopped. The first command that fails ends the rest, with its exit code.
+A line is ``RESULT COMMAND WORD…``, in the shell's quotes. A line whose file or folder RESULT exists is done, so the
+same lines go on where they stopped. The first command that fails ends the rest, with its exit code.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 
 from rltrain.__main__ import COMMANDS, MODULES
 
+# The slow imports.
 IMPORTED = ("rltrain.trainer", "accelerate", "trl.trainer.sft_trainer", "matplotlib.backends.backend_agg")
 IMPORTED += (
     "transformers.models.qwen3.modeling_qwen3",
     "pyarrow.parquet",
     "scipy.stats",
     "scipy.optimize",
-)  # the slow ones
+)
 
 
 def run(words: Sequence[str]) -> int:

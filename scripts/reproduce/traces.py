@@ -19,7 +19,7 @@ WRITTEN = ("teacher", "friendly", "alone")
 
 
 def mix(folder: Path, number: int) -> None:
-    """``first.jsonl`` of each arm: the first ``number`` right traces; of ``mixed`` half of the teacher's, half friendly."""
+    """``first.jsonl`` of each arm: ``number`` right traces; of ``mixed`` half of the teacher's, half friendly ones."""
     rows = {name: _lines(folder / name / "sft.jsonl") for name in WRITTEN}
     for name, kept in rows.items():
         if len(kept) < number:
