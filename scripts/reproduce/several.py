@@ -8,7 +8,6 @@ same lines go on where they stopped. The first command that fails ends the rest,
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import runpy
@@ -16,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,8 +36,10 @@ def run(words: Sequence[str]) -> int:
     child = os.fork()
     if child == 0:
         code = 1
-        with contextlib.suppress(BaseException):  # a fork must never go on with the parent's lines
+        try:
             code = _exit_code(words)
+        except BaseException:  # a fork must never go on with the parent's lines
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
