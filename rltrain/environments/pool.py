@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rltrain.config import EnvironmentConfig
@@ -44,21 +44,17 @@ class TimedReply:
 
 @dataclass
 class Failures:
-    """Of the calls so far: how many, how many failed, and why the last did."""
+    """Of the calls of one kind so far: how many, how many failed, and why the last did."""
 
     calls: int = 0
     failed: int = 0
     cause: str = ""
-    shown: set[str] = field(default_factory=set)
 
-    def count(self, environment: str, cause: str, trace: str = "") -> None:
-        """Another call; no ``cause`` is a success. Log each cause once."""
+    def count(self, cause: str) -> None:
+        """Another call; no ``cause`` is a success."""
         self.calls += 1
         if cause:
             self.failed, self.cause = self.failed + 1, cause
-            if cause not in self.shown and len(self.shown) < SHOWN:
-                self.shown.add(cause)
-                log.warning("environment %s: %s%s", environment, cause, f"\n{trace.rstrip()}" if trace else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +78,8 @@ class EnvironmentPool:
         part = part_of(config)
         self.config, self.name = config, part.name
         self.environment: Environment = part.function(config)
-        self.failures = Failures()
+        self.starts, self.replies = Failures(), Failures()
+        self._shown: set[str] = set()
         self._lock = threading.Lock()
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._children = None if config.replies_here() else _children(config)
@@ -110,15 +107,21 @@ class EnvironmentPool:
             self._children.close()
 
     def refuse_broken(self) -> None:
-        """``RunError`` on every rank if every call so far failed on every rank. All ranks call this together."""
+        """``RunError`` on every rank if every reply so far failed on every rank, or without any every first state.
+
+        All ranks call this together.
+        """
         with self._lock:
-            here = (self.failures.calls, self.failures.failed, self.failures.cause)
-        everywhere = [each for each in dist.gather_objects(here, name="environment of the first batch") if each[0]]
-        if everywhere and all(calls == failed for calls, failed, _ in everywhere):
-            raise RunError(
-                f"environment {self.name}: failed on every call of the first step ({everywhere[0][2]}); mend the "
-                "environment or its settings"
-            )
+            here = (replace(self.replies), replace(self.starts))
+        for everywhere in zip(*dist.gather_objects(here, name="environment of the first batch"), strict=True):
+            called = [each for each in everywhere if each.calls]
+            if called and all(each.calls == each.failed for each in called):
+                raise RunError(
+                    f"environment {self.name}: failed on every call of the first step ({called[0].cause}); mend the "
+                    "environment or its settings"
+                )
+            if called:
+                return
 
     def _submit(self, kind: str, given: Any, text: str, state: Any) -> Future[TimedReply]:
         future: Future[TimedReply] = Future()
@@ -145,14 +148,24 @@ class EnvironmentPool:
             cause = f"a reply of more than {CHARACTERS_PER_TOKEN * self.config.reply_tokens} characters"
         elif failure and not cause:
             cause = plain["text"][:CAUSE_CHARACTERS]
-        with self._lock:
-            self.failures.count(self.name, f"{failure}: {cause}" if failure else "", plain.get("trace", ""))
+        self._count(request.kind, failure, cause, plain.get("trace", ""))
         seconds = plain.get("seconds", time.monotonic() - begin)
         if "state" not in plain:
             reply = Reply(text=self.config.told(cause), state=request.state, failure=failure)
             return TimedReply(reply=reply, latency_s=seconds)
         fields = {name: plain[name] for name in ("text", "state", "done", "reward", "called", "failure")}
         return TimedReply(reply=Reply(**fields), state_key=plain["key"], latency_s=seconds)
+
+    def _count(self, kind: str, failure: str, cause: str, trace: str) -> None:
+        """Count the call, and log each cause once. A reply that is only cut has not failed."""
+        told = f"{failure}: {cause}" if failure else ""
+        counted = "" if failure == "too_long" and self.config.long_reply == "cut" else told
+        with self._lock:
+            (self.starts if kind == "start" else self.replies).count(counted)
+            if not told or told in self._shown or len(self._shown) == SHOWN:
+                return
+            self._shown.add(told)
+        log.warning("environment %s: %s%s", self.name, told, f"\n{trace.rstrip()}" if trace else "")
 
     def _asked(self, request: _Request) -> ChildReply:
         left_s = request.end - time.monotonic()

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def import_once() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
+    warnings.filterwarnings("ignore", "'rltrain", RuntimeWarning)  # runpy's, of a command that is imported already
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 

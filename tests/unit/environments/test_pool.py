@@ -117,7 +117,20 @@ def test_an_environment_that_never_answers_ends_the_run_at_its_first_step(hostil
     )
     replies(pool, ([], "mutate"))
     pool.refuse_broken()
-    assert (pool.failures.calls, pool.failures.failed) == (3, 2)
+    assert (pool.replies.calls, pool.replies.failed) == (3, 2)
+    pool.close()
+
+
+def test_a_first_state_that_works_does_not_excuse_replies_that_all_fail():
+    pool = made("Hostile", workers=1, reply_tokens=2)
+    assert [each.result(60).reply.failure for each in pool.start([problem()])] == [""]
+    pool.refuse_broken()  # no reply was asked for yet
+    replies(pool, ([], "raise"))
+    with pytest.raises(RunError, match="failed on every call of the first step .error: ValueError: no such move"):
+        pool.refuse_broken()
+    assert replies(pool, ([], "megabyte"))[0].reply.failure == "too_long"
+    pool.refuse_broken()  # with long_reply=cut this reply is cut, and has not failed
+    assert (pool.replies.calls, pool.replies.failed) == (2, 1)
     pool.close()
 
 
