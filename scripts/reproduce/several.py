@@ -23,13 +23,9 @@ from pathlib import Path
 from rltrain.__main__ import COMMANDS, MODULES
 
 # The slow imports.
-IMPORTED = ("rltrain.trainer", "accelerate", "trl.trainer.sft_trainer", "matplotlib.backends.backend_agg")
-IMPORTED += (
-    "transformers.models.qwen3.modeling_qwen3",
-    "pyarrow.parquet",
-    "scipy.stats",
-    "scipy.optimize",
-)
+IMPORTED = ("rltrain.trainer", "trl.trainer.sft_trainer", "accelerate", "deepspeed", "torch._dynamo")
+IMPORTED += ("transformers.models.qwen3.modeling_qwen3", "transformers.models.llama.modeling_llama", "pyarrow.parquet")
+IMPORTED += ("matplotlib.backends.backend_agg", "matplotlib.pyplot", "scipy.stats", "scipy.optimize")
 
 
 def run(words: Sequence[str]) -> int:
