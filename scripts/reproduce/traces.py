@@ -40,7 +40,7 @@ def _lines(path: Path) -> list[str]:
 def _pairs(teacher: Sequence[str], friendly: Sequence[str]) -> list[tuple[str, str]]:
     """The two traces of each problem that both got right, then those that one of them did."""
     by_id = [{json.loads(line)["id"]: line for line in lines} for lines in (teacher, friendly)]
-    ids = sorted({*by_id[0], *by_id[1]}, key=lambda one: (one not in by_id[0]) + (one not in by_id[1]))
+    ids = sorted(dict.fromkeys([*by_id[0], *by_id[1]]), key=lambda one: (one not in by_id[0]) + (one not in by_id[1]))
     return [(by_id[0].get(one, by_id[1].get(one, "")), by_id[1].get(one, by_id[0].get(one, ""))) for one in ids]
 
 
