@@ -275,15 +275,18 @@ def best_coefficients(products_NKK: Tensor) -> Tensor:
     return torch.linalg.lstsq(mean_KK[1:, 1:], mean_KK[1:, :1], driver="gelsd").solution[:, 0]
 
 
+def best_of_halves(judged: Judged, metric: str) -> tuple[Tensor, Tensor]:
+    """The best coefficients in a metric on the groups of even index, and on the others."""
+    products_NKK = torch.stack(judged.products[metric])
+    return best_coefficients(products_NKK[::2]), best_coefficients(products_NKK[1::2])
+
+
 def bound(judged: Judged, fitted_on: str) -> Arm:
     """The arm with the best coefficients in the metric ``fitted_on``, each half judged with those of the other."""
-    products_NKK = torch.stack(judged.products[fitted_on])
-    even_N = torch.arange(len(products_NKK)) % 2 == 0
-    of_even_F, of_odd_F = (best_coefficients(products_NKK[half_N]) for half_N in (even_N, ~even_N))
+    of_even_F, of_odd_F = best_of_halves(judged, fitted_on)
     arm = Arm()
-    for index in range(len(products_NKK)):
-        c_F = of_odd_F if bool(even_N[index]) else of_even_F
-        signed_K = torch.cat([torch.ones(1).double(), -c_F])
+    for index in range(len(judged.products[fitted_on])):
+        signed_K = torch.cat([torch.ones(1).double(), -(of_odd_F if index % 2 == 0 else of_even_F)])
         for metric in METRICS:
             parts_KS = torch.stack([judged.terms[name].sketches[metric][index] for name in TERMS])
             arm.norms[metric].append(float(signed_K @ judged.products[metric][index] @ signed_K))
@@ -327,6 +330,15 @@ def table(found: Mapping[str, Mapping[str, Ratio]]) -> str:
         cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[what]) if what in row else "–" for what in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def coefficients(judged: Judged) -> list[str]:
+    """A line for each bound: the coefficients of (1, R, T) on either half."""
+    said = []
+    for name, metric in BOUNDS.items():
+        halves = ["(" + ", ".join(f"{c:.2f}" for c in c_F.tolist()) + ")" for c_F in best_of_halves(judged, metric)]
+        said.append(f"{name}, coefficients of (1, R, T) on either half: {' and '.join(halves)}")
+    return said
 
 
 def noise_of_a_step(judged: Judged, groups: int) -> str:
@@ -373,7 +385,7 @@ def main() -> None:
             norms = judged.arms[BASELINE].norms["plain"]
             rate = 100 * np.mean([norm > 0 for norm in norms])
             print(f"\n{len(norms)} groups of {config.batch.group_size}, {rate:.0f} % with unequal rewards")
-            print(noise_of_a_step(judged, config.batch.prompts_per_step))
+            print("\n".join([noise_of_a_step(judged, config.batch.prompts_per_step), *coefficients(judged)]))
         finally:
             dist.teardown()
 
