@@ -1,6 +1,6 @@
 """ConMax on solutions with detours: cold start, RL and its controls, data sets, students. Run it again to go on.
 
-python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,compress,students,more] [--rl-steps 80]
+python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,compress,students,more] [--rl-steps 50]
 
 Pieces run seed by seed, each in a process of its own. What is finished is not run again.
 
@@ -304,9 +304,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/conmax"))
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="a count, or a list with a comma (default: 3)")
     parser.add_argument("--pieces", type=names, default=list(PIECES), help="between commas (default: all)")
-    parser.add_argument("--rl-steps", type=int, default=80)
+    parser.add_argument("--rl-steps", type=int, default=50)
     parser.add_argument("--traces", type=int, default=2048)
-    parser.add_argument("--student-steps", type=int, default=800)
+    parser.add_argument("--student-steps", type=int, default=500)
     options = parser.parse_args()
     if unknown := [name for name in options.pieces if name not in PIECES]:
         parser.error(f"--pieces {unknown[0]}: unknown; choose from {', '.join(PIECES)}")
