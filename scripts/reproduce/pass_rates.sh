@@ -17,11 +17,11 @@ for seed in $seeds; do
     echo "$start/cold_start sft $of run_dir=$start"
     # The training split is cut to what is measured, in the file's fingerprint and in the runs that are compared.
     cut="data.train_size=$measured"
-    echo "$out/all_$seed/summary.json pass_rates $of $cut model.path=$start/cold_start run_dir=$out/rates_$seed" \
+    echo "$out/all_$seed/finished pass_rates $of $cut model.path=$start/cold_start run_dir=$out/rates_$seed" \
         "--samples 8 --to $out/rates_$seed.jsonl"
-    echo "$out/all_$seed/summary.json train $of name=all run_dir=$out/all_$seed $from"
-    echo "$out/same_problems_$seed/summary.json train $of name=same_problems run_dir=$out/same_problems_$seed $from $cut"
-    echo "$out/filtered_$seed/summary.json train $of name=filtered run_dir=$out/filtered_$seed $from $cut" \
+    echo "$out/all_$seed/finished train $of name=all run_dir=$out/all_$seed $from"
+    echo "$out/same_problems_$seed/finished train $of name=same_problems run_dir=$out/same_problems_$seed $from $cut"
+    echo "$out/filtered_$seed/finished train $of name=filtered run_dir=$out/filtered_$seed $from $cut" \
         "data.pass_rate=[0.1,0.9] data.pass_rate_file=$out/rates_$seed.jsonl"
 done | python scripts/reproduce/several.py
 python -m rltrain.compare "$out" --by name --baseline same_problems

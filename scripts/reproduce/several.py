@@ -3,7 +3,8 @@
 python scripts/reproduce/several.py < LINES
 
 A line is ``RESULT COMMAND WORD…``, in the shell's quotes. A line whose file or folder RESULT exists is done, so the
-same lines go on where they stopped. The first command that fails ends the rest, with its exit code.
+same lines go on where they stopped. A command that ends well and does not write RESULT gets an empty file there. The
+first command that fails ends the rest, with its exit code.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def main(lines: Sequence[str]) -> int:
         print(f"{number}/{len(asked)}  {result}  {time.monotonic() - start_s:.0f} s  exit {code}", flush=True)
         if code:
             return code
+        if not Path(result).exists():
+            Path(result).touch()
     return 0
 
 

@@ -23,7 +23,7 @@ overrides() { # METHOD
 
 for seed in $seeds; do
     for method in ${METHODS:-grpo tempo spae regression random}; do
-        echo "$out/$method-seed$seed/summary.json train +experiment=smollm2_lines seed=$seed name=$method" \
+        echo "$out/$method-seed$seed/finished train +experiment=smollm2_lines seed=$seed name=$method" \
             "run_dir=$out/$method-seed$seed $(overrides "$method") ${MORE:-}"
     done
 done | python scripts/reproduce/several.py

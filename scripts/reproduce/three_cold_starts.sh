@@ -15,7 +15,7 @@ commands() { # SEED: a line for the model that all three start from, and a line 
     echo "$worked/cold_start sft +experiment=$EXPERIMENT seed=$1 run_dir=$worked data.all_worked=100000" \
         "cold_start.steps=$WORKED cold_start.schedule=constant $MORE"
     for name in constant decayed curio; do
-        echo "$out/$name-seed$1/summary.json train +experiment=$EXPERIMENT seed=$1 name=$name run_dir=$out/$name-seed$1" \
+        echo "$out/$name-seed$1/finished train +experiment=$EXPERIMENT seed=$1 name=$name run_dir=$out/$name-seed$1" \
             "model.path=$worked/cold_start data.all_worked=0 cold_start.steps=$SECOND cold_start.warmup_steps=5" \
             "cold_start.learning_rate=3e-4 $(second_stage $name) steps=$steps $MORE"
     done

@@ -38,6 +38,9 @@ def test_the_first_command_that_fails_ends_the_rest(script, tmp_path, capfd):
     out, errors = capfd.readouterr()
     assert out.split("  ")[:2] == ["1/2", f"{tmp_path}/a"] and "2/2" not in out
     assert str(missing) in errors
+    assert not (tmp_path / "a").exists()
+    assert several.main([f"{tmp_path}/mark train --help"]) == several.main([f"{tmp_path}/mark train no=such"]) == 0
+    assert (tmp_path / "mark").exists(), "what is done is done, also where the command wrote another file"
     assert several.run(["help"]) == 1 and "No module named rltrain.help" in capfd.readouterr().err
 
 
