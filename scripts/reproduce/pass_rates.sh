@@ -2,7 +2,7 @@
 # Does a filter by measured pass rate help? Per seed, from one cold start: all problems, the first MEASURED alone, and those
 # of these whose rate of 8 samples lies in 0.1..0.9. Resumes where it stopped, seed by seed.
 # usage: scripts/reproduce/pass_rates.sh [OUT] [SEEDS]     e.g. runs/pass_rates "0 1 2 3 4"
-# EXPERIMENT and MEASURED choose another task, MORE holds further overrides.
+# EXPERIMENT and MEASURED choose another task, START a trained model for all seeds. MORE holds further overrides.
 set -euo pipefail
 out=${1:-runs/pass_rates}
 seeds=${2:-0 1 2 3 4}
@@ -11,13 +11,14 @@ experiment=${EXPERIMENT:-micro_sums}
 measured=${MEASURED:-600}
 
 for seed in $seeds; do
-    start="$out/start_$seed"
-    of="+experiment=$experiment seed=$seed ${MORE:-}"
-    from="cold_start.path=$start/cold_start"
-    echo "$start/cold_start sft $of run_dir=$start"
+    folder="$out/start_$seed"
+    start=${START:-$folder/cold_start}
+    of="+experiment=$experiment seed=$seed data.seed=$seed ${MORE:-}"
+    from="cold_start.path=$start"
+    [ -n "${START:-}" ] || echo "$start sft $of run_dir=$folder"
     # The training split is cut to what is measured, in the file's fingerprint and in the runs that are compared.
     cut="data.train_size=$measured"
-    echo "$out/all_$seed/finished pass_rates $of $cut model.path=$start/cold_start run_dir=$out/rates_$seed" \
+    echo "$out/rates_$seed/finished pass_rates $of $cut model.path=$start run_dir=$out/rates_$seed" \
         "--samples 8 --to $out/rates_$seed.jsonl"
     echo "$out/all_$seed/finished train $of name=all run_dir=$out/all_$seed $from"
     echo "$out/same_problems_$seed/finished train $of name=same_problems run_dir=$out/same_problems_$seed $from $cut"
