@@ -22,6 +22,7 @@ from rltrain.policy.reserved_rows import reserve_rows
 from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer, pad_token_id
 from rltrain.policy.training_mode import only_lora_dropout, recompute_layers
 from rltrain.registry import discover, part_of, parts, register
+from rltrain.runtime.introspection import IntrospectionConfig
 
 BASE_MODEL = "base_model.json"
 
@@ -116,7 +117,8 @@ def config_of(plain: Mapping[str, Any]) -> ModelConfig:
     discover()
     known = {part.name: part.config for part in parts("model")}
     require(kind in known, f"model={kind}: not registered here; import the file that registers it")
-    return known[kind](**fields | {"lora": LoraConfig(**fields.get("lora", {}))})
+    nested = {"lora": LoraConfig, "introspection": IntrospectionConfig}
+    return known[kind](**fields | {name: made(**fields.get(name, {})) for name, made in nested.items()})
 
 
 def _adapters(config: ModelConfig) -> Path | None:

@@ -11,7 +11,7 @@ from turn_groups import called, failed, group
 from rltrain import cli
 from rltrain.commands import sample
 from rltrain.errors import ConfigError
-from rltrain.policy.load import load_policy, save_policy
+from rltrain.policy.load import config_of, load_policy, save_policy
 from rltrain.registry import parts
 from rltrain.rewards.code import CodeConfig
 from rltrain.rewards.math import MathConfig
@@ -42,6 +42,12 @@ def test_probabilities_are_those_of_the_model(run):
         expected = [float(logprobs[first + t, token]) for t, token in enumerate(completion.token_ids)]
         assert completion.logprobs == pytest.approx(expected, abs=1e-4)
     assert sample.sample(source, "1+2=", n=2, seed=3).completions == group.completions  # the seed decides
+
+
+@pytest.mark.parametrize("word", ["model.lora.rank=2", "model.introspection.head=true"])
+def test_a_model_comes_back_from_the_plain_form_of_its_run(word, tmp_path):
+    made = config(tmp_path, word)
+    assert config_of(run_folder.resolved(made)["model"]) == made.model
 
 
 def test_the_command_prints_rewards_and_probabilities(run, capsys):
