@@ -22,7 +22,6 @@ from rltrain.policy.reserved_rows import reserve_rows
 from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer, pad_token_id
 from rltrain.policy.training_mode import only_lora_dropout, recompute_layers
 from rltrain.registry import discover, part_of, parts, register
-from rltrain.runtime.introspection import IntrospectionConfig
 
 BASE_MODEL = "base_model.json"
 
@@ -112,13 +111,14 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
 def config_of(plain: Mapping[str, Any]) -> ModelConfig:
     """A model config from its plain form, whose ``kind`` names the part."""
-    fields = dict(plain)
-    kind = fields.pop("kind")
+    settings = dict(plain)
+    kind = settings.pop("kind")
     discover()
     known = {part.name: part.config for part in parts("model")}
     require(kind in known, f"model={kind}: not registered here; import the file that registers it")
-    nested = {"lora": LoraConfig, "introspection": IntrospectionConfig}
-    return known[kind](**fields | {name: made(**fields.get(name, {})) for name, made in nested.items()})
+    nested = {entry.name: entry.default_factory for entry in dataclasses.fields(known[kind])}
+    nested = {name: made for name, made in nested.items() if dataclasses.is_dataclass(made)}
+    return known[kind](**settings | {name: made(**settings.get(name, {})) for name, made in nested.items()})
 
 
 def _adapters(config: ModelConfig) -> Path | None:
