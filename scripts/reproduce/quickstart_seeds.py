@@ -6,6 +6,7 @@ python scripts/reproduce/quickstart_seeds.py RUNS      prints Markdown, writes R
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ CONTROL, LONGER = 80, 280  # supervised steps: as many sequences as RL, and more
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Accuracy in percent, greedy and at temperature 1, and greedy completions' mean length in tokens."""
+    """Accuracy in percent, greedy and at temperature 1 (NaN: not run), and the greedy mean length in tokens."""
 
     greedy: float
     sampled: float
@@ -34,15 +35,17 @@ class Evaluation:
 
     @classmethod
     def of(cls, folder: Path) -> Evaluation:
-        greedy, sampled = (json.loads((folder / f"temperature_{t}" / "evaluation.json").read_text()) for t in (0, 1))
+        greedy = json.loads((folder / "temperature_0" / "evaluation.json").read_text())
+        other = folder / "temperature_1" / "evaluation.json"
         return cls(
             greedy=100 * greedy["eval_accuracy"],
-            sampled=100 * sampled["eval_accuracy"],
+            sampled=100 * json.loads(other.read_text())["eval_accuracy"] if other.exists() else math.nan,
             length=greedy["eval_completions/mean_length"],
         )
 
     def __str__(self) -> str:
-        return f"{self.greedy:.1f} % | {self.sampled:.1f} % | {self.length:.1f}"
+        sampled = "–" if math.isnan(self.sampled) else f"{self.sampled:.1f} %"
+        return f"{self.greedy:.1f} % | {sampled} | {self.length:.1f}"
 
 
 def supervised(seed: Path, steps: int = CONTROL) -> tuple[str, Evaluation]:
