@@ -92,7 +92,7 @@ def with_fixed_logprobs(run: Run, batches: Sequence[TokenBatch]) -> list[TokenBa
             added["old_logprobs_N"] = _without_dropout(run, batch) if run.old_logprobs == "trainer" else None
         if run.reference is not None and run.config.loss.kl_coef > 0:
             added["reference_logprobs_N"] = logprobs(run.reference, batch, entropy=False).logprobs_N
-        if run.reference is not None and run.config.model.introspection.alone:
+        if run.reference is not None and run.config.model.introspection.keeps_policy:
             count = run.config.model.introspection.kl_tokens
             top_NJ = of_logits(run.reference, batch, partial(top_tokens, count=count))  # J = 2K
             ids_NK, added["top_logprobs_NK"] = top_NJ.chunk(2, dim=-1)

@@ -100,13 +100,14 @@ def draw(completions: Sequence[Predicted], rewards: Sequence[float], *, price: f
 def price_of(tokens_at: Callable[[float], float], budget: float) -> float:
     """The least price of a token at which ``tokens_at(price)`` is within the budget, to a factor of 1.001.
 
-    ``RunError`` where even the highest price takes more: a completion of each problem.
+    ``RunError`` where even the highest price, a whole reward, takes more: every problem has an answer. That may be more
+    than a completion, as the search goes to what is predicted to end soonest.
     """
     low, high = LEAST_PRICE, MOST_PRICE
     least = tokens_at(high)
     if least > budget:
         raise RunError(
-            f"evaluation.adaptive.budgets={budget:g}: a single completion takes {least:.1f} in the mean; raise it"
+            f"evaluation.adaptive.budgets={budget:g}: even at a price of 1 a problem takes {least:.1f}; raise it"
         )
     for _ in range(HALVINGS):
         middle = (low * high) ** 0.5

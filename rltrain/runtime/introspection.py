@@ -58,9 +58,14 @@ class IntrospectionConfig:
         """How many rows the grid takes."""
         return len(self.lengths) * len(self.rewards)
 
+    @property
+    def keeps_policy(self) -> bool:
+        """Whether a KL to the reference holds the policy."""
+        return self.alone and self.kl_coef > 0
+
     def needs(self) -> frozenset[Need]:
         """What the head's training asks the trainer to compute."""
-        return frozenset({Need.REFERENCE_LOGPROBS}) if self.alone else frozenset()
+        return frozenset({Need.REFERENCE_LOGPROBS}) if self.keeps_policy else frozenset()
 
     def check_run(self, run: RunConfig) -> None:
         """``ConfigError`` for settings elsewhere in a run that the head cannot work with."""

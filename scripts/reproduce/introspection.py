@@ -24,14 +24,22 @@ def main(folder: Path) -> None:
             print(
                 f"{name}: {len(read)} seeds, accuracy of one sample {100 * single:.1f} %, calibration errors {errors}"
             )
-            for rows in zip(*(each["adaptive"] for each in read), strict=True):
+            by_budget: dict[float, list[dict[str, float]]] = {}
+            for row in (row for each in read for row in each["adaptive"]):
+                by_budget.setdefault(row["budget"], []).append(row)
+            for rows in by_budget.values():
                 print(line(rows))
 
 
 def line(rows: Sequence[dict[str, float]]) -> str:
     """One budget."""
     means = {key: float(np.mean([row[key] for row in rows])) for key in ("tokens", *COLUMNS)}
-    cells = [f"{rows[0]['budget']:g}", f"{means['tokens']:.1f}", *(f"{100 * means[key]:.1f} %" for key in COLUMNS)]
+    cells = [
+        f"{rows[0]['budget']:g}",
+        str(len(rows)),
+        f"{means['tokens']:.1f}",
+        *(f"{100 * means[key]:.1f} %" for key in COLUMNS),
+    ]
     for key in ("gain_over_majority", "gain_over_weighted_vote"):
         gains = 100 * np.array([row[key] for row in rows])
         interval = paired(gains, level=0.95)

@@ -22,6 +22,6 @@ head_of() { # NAME SEED MODEL BUDGETS
 
 for seed in $seeds; do
     head_of cold "$seed" "$models/seed_$seed/right/cold_start" '[20,40,60]'
-    head_of after "$seed" "$models/seed_$seed/right/checkpoints/step_000040/policy" '[45,60,90,120]'
+    head_of after "$seed" "$models/seed_$seed/right/checkpoints/step_000040/policy" '[60,90,120]'
 done
 python scripts/reproduce/introspection.py "$out"
