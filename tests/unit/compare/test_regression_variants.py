@@ -92,11 +92,11 @@ def test_peakedness_is_unbiased_by_enumeration(scripts):
 
 
 def test_every_cell_of_the_file_is_a_run(scripts):
-    """Twelve methods on think first, then three at three rates of normalised SGD. They differ in the estimator."""
+    """Twelve methods on think first, then five at three rates of normalised SGD. They differ in the estimator."""
     league = scripts[0]
     given = league.specification(SCRIPTS / "regression.yaml")
     chosen = league.cells(given, seeds=[0]) + league.cells_by_rate(given, tasks=["normalised SGD"], seeds=[0])
-    assert len(chosen) == 12 + 9 and len({one.folder for one in chosen}) == 21
+    assert len(chosen) == 12 + 15 and len({one.folder for one in chosen}) == 27
     picked = [("think first", "GRPO"), ("think first", "peakedness"), ("normalised SGD", "GRPO")]
     words = {(one.task, one.method): one.words for one in chosen}
     plain, custom, sgd = (cli.compose([*words[cell], "run_dir=runs/x"]) for cell in picked)
