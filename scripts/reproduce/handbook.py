@@ -31,7 +31,7 @@ FILES = {
     "at_once": [AT_ONCE],
     "steps": [STEPS],
 }
-DATA = ["steps=[1,2,3]", "solution=checked", "max_operand=9", "operators=+-", "handbook_tag=steps"]
+DATA = ["steps=[1,2,3]", "solution=checked", "max_operand=5", "max_value=9", "operators=+-", "handbook_tag=steps"]
 DATA += ["handbook_template='{behaviours}: {question}'", "handbook_entry='{instruction}'"]
 COMMON = ["data=small_integers", *(f"data.{word}" for word in DATA), "reward@rewards.answer=exact_value"]
 COMMON += ["sampling.max_new_tokens=64", "sampling.max_prompt_tokens=48", "evaluation.problems=512"]
