@@ -83,7 +83,7 @@ class Seed:
             words.append(f"+data@cold_start_data.sources.{name}=small_integers")
             kept = [word for word in DATA if word.partition("=")[0] not in {one.partition("=")[0] for one in own}]
             words += [f"cold_start_data.sources.{name}.{word}" for word in [*kept, *own]]
-        learning = ["cold_start.steps=300", "cold_start.learning_rate=2e-3"]
+        learning = ["cold_start.steps=600", "cold_start.learning_rate=2e-3"]
         return self.fine_tune("cold", "model=micro_by_seed", *words, *learning)
 
     def tuned(self, start: str, arm: str, *words: str) -> None:
