@@ -1,5 +1,6 @@
 """Runs with an introspection head: beside the policy one step ahead, and alone; both resume exactly."""
 
+import json
 import math
 
 import pytest
@@ -7,26 +8,39 @@ from tiny_run import config, metrics
 
 from rltrain import trainer
 from rltrain.errors import ConfigError
+from rltrain.report.page import build
 
 HEAD = ["model.introspection.head=true", "model.introspection.lengths=[0,4,8]"]
+GAINS = ("accuracy", "majority", "weighted_vote", "gain_over_majority", "gain_over_weighted_vote")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["advantage=introspection", "rollout.ahead=true", "loss.importance_correction=truncate"],
-        ["model.introspection.alone=true", "model.introspection.kl_tokens=8"],
-    ],
-    ids=["beside", "alone"],
-)
-def test_a_run_resumes_exactly(tmp_path, options):
-    overrides = [*HEAD, *options, "evaluation.every_steps=0"]
-    trainer.fit(config(tmp_path / "whole", *overrides))
-    trainer.fit(config(tmp_path / "parts", *overrides, "steps=2"))
-    trainer.fit(config(tmp_path / "parts", *overrides))
+def resumed(tmp_path, *options):
+    """The metrics of a run, which are those of one in two parts."""
+    trainer.fit(config(tmp_path / "whole", *HEAD, *options))
+    trainer.fit(config(tmp_path / "parts", *HEAD, *options, "steps=2"))
+    trainer.fit(config(tmp_path / "parts", *HEAD, *options))
     whole = metrics(tmp_path / "whole")
     assert metrics(tmp_path / "parts") == whole
     assert whole[1]["introspection/cross_entropy"] == pytest.approx(math.log(6))  # rows of zeros: all cells alike
+    return whole
+
+
+def test_beside_the_policy_one_step_ahead(tmp_path):
+    """Held-out predictions begin at 0.5 for every token; the report shows them, and what an evaluation measured."""
+    ahead = ["rollout.ahead=true", "loss.importance_correction=truncate"]
+    first = resumed(tmp_path, "advantage=introspection", *ahead)[0]
+    share = first["eval_reward"]  # each of the random rewards is of a completion of ten tokens
+    assert first["eval_introspection/ece"] == pytest.approx(abs(share - 0.5))
+    row = {"budget": 9.0, "tokens": 8.0, "problems": 6.0} | dict.fromkeys(GAINS, 0.25)
+    row |= {f"{name}_se": 0.0 for name in GAINS}
+    (tmp_path / "whole/evaluation.json").write_text(json.dumps({"adaptive": [row]}))
+    page = build([tmp_path / "whole"])
+    assert "the expected calibration error is" in page
+    assert "over the vote weighted by prediction, points" in page
+
+
+def test_alone_with_the_policy_held(tmp_path):
+    resumed(tmp_path, "model.introspection.alone=true", "model.introspection.kl_tokens=8", "evaluation.every_steps=0")
 
 
 @pytest.mark.parametrize(
