@@ -1,6 +1,6 @@
 """ConMax on solutions with detours: cold start, RL and its controls, data sets, students. Run it again to go on.
 
-python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,compress,students,more] [--rl-steps 50]
+python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,compress,students,more] [--rl-steps 80]
 
 Pieces run seed by seed, each in a process of its own. What is finished is not run again.
 
@@ -240,9 +240,10 @@ def students_of(one: Seed) -> dict[str, float]:
     return shown | {"problems": len(read_jsonl(one.folder("students") / "traces.jsonl"))}
 
 
-def table(columns: Sequence[dict[str, float]], title: str, against: dict[str, str]) -> str:
+def table(seeds: Sequence[Seed], each: Callable[[Seed], dict[str, float]], title: str, against: dict[str, str]) -> str:
     """A row per quantity: each seed, the mean, and the paired difference from the row that ``against`` names."""
-    lines = [f"| {title} | {' | '.join(f'seed {number}' for number in range(len(columns)))} | mean | difference |"]
+    columns = [each(one) for one in seeds]
+    lines = [f"| {title} | {' | '.join(f'seed {one.seed}' for one in seeds)} | mean | difference |"]
     lines.append("|---" * (len(columns) + 3) + "|")
     for name in [name for name in columns[0] if all(name in column for column in columns)]:
         values = np.array([column[name] for column in columns])
@@ -284,17 +285,16 @@ def report(seeds: Sequence[Seed]) -> str:
     """The tables of the pieces that every seed has."""
     parts = []
     if all(one.has("rl") for one in seeds):
-        columns = [lengths_of(one) for one in seeds]
-        others = {name: "cold start" for name in columns[0] if name != "cold start"}
-        parts.append(table(columns, "tokens of greedy outputs", others))
+        others = {name: "cold start" for name in lengths_of(seeds[0]) if name != "cold start"}
+        parts.append(table(seeds, lengths_of, "tokens of greedy outputs", others))
         parts += [f"seed {one.seed}, chosen step {one.chosen()}: {one.lengths('rl')}" for one in seeds]
         parts.append(reward_table(seeds))
     if all(one.has("compress") for one in seeds):
         against = {f"conmax, {what}": f"prompt_only, {what}" for what in ("kept %", "tokens")}
-        parts.append(table([sets_of(one) for one in seeds], "data set", against))
+        parts.append(table(seeds, sets_of, "data set", against))
     if all(one.has("students") for one in seeds):
         against = {f"{name}, {what}": f"original, {what}" for name in SETS for what in ("accuracy %", "tokens")}
-        parts.append(table([students_of(one) for one in seeds], "student", against))
+        parts.append(table(seeds, students_of, "student", against))
     return "\n\n".join(parts)
 
 
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/conmax"))
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="a count, or a list with a comma (default: 3)")
     parser.add_argument("--pieces", type=names, default=list(PIECES), help="between commas (default: all)")
-    parser.add_argument("--rl-steps", type=int, default=50)
+    parser.add_argument("--rl-steps", type=int, default=80)
     parser.add_argument("--traces", type=int, default=2048)
     parser.add_argument("--student-steps", type=int, default=500)
     options = parser.parse_args()
