@@ -138,7 +138,7 @@ def students(one: Seed) -> None:
     one.folder("students").mkdir(parents=True, exist_ok=True)
     file = one.folder("students") / "traces.jsonl"
     rows = [
-        {"id": a["id"], "prompt": a["prompt"], "original": a["original_solution"]}
+        {"id": a["id"], "prompt": a["prompt"], "answer": a["answer"], "original": a["original_solution"]}
         | {"prompt_only": a["solution"], "conmax": b["solution"]}
         for a, b in both
     ]
