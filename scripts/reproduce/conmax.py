@@ -1,6 +1,6 @@
 """ConMax on solutions with detours: cold start, RL and its controls, data sets, students. Run it again to go on.
 
-python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,compress,students,more] [--rl-steps 80]
+python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,compress,students,more] [--rl-steps 100] [--rate R]
 
 Pieces run seed by seed, each in a process of its own. What is finished is not run again.
 
@@ -49,6 +49,7 @@ class Seed:
     out: Path
     seed: int
     rl_steps: int
+    rate: float
     traces: int
     student_steps: int
 
@@ -60,6 +61,7 @@ class Seed:
         from rltrain import cli
 
         given = ["+experiment=conmax", f"seed={self.seed}", f"run_dir={self.folder(name)}", f"name={name}"]
+        given.append(f"optimizer.learning_rate={self.rate:g}")
         return cli.compose([*given, "tracking.wandb=disabled", "tracking.samples_every_steps=0", *words])
 
     @property
@@ -190,7 +192,7 @@ def in_own_process(piece: str, one: Seed) -> None:
 
 def run(piece: str, one: Seed) -> None:
     """Run a piece that is not finished; SystemExit if it stops."""
-    settings = {"rl_steps": one.rl_steps, "traces": one.traces, "student_steps": one.student_steps}
+    settings = {"rl_steps": one.rl_steps, "rate": one.rate, "traces": one.traces, "student_steps": one.student_steps}
     done = one.folder(piece).with_suffix(".json")
     if one.has(piece) and json.loads(done.read_text())["settings"] == settings:
         return
@@ -304,7 +306,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/conmax"))
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="a count, or a list with a comma (default: 3)")
     parser.add_argument("--pieces", type=names, default=list(PIECES), help="between commas (default: all)")
-    parser.add_argument("--rl-steps", type=int, default=80)
+    parser.add_argument("--rl-steps", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of RL (default: 5e-5)")
     parser.add_argument("--traces", type=int, default=2048)
     parser.add_argument("--student-steps", type=int, default=500)
     options = parser.parse_args()
@@ -314,7 +317,7 @@ def main() -> None:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     sizes = {"rl_steps": options.rl_steps, "traces": options.traces, "student_steps": options.student_steps}
-    seeds = [Seed(out=out, seed=seed, **sizes) for seed in options.seeds]
+    seeds = [Seed(out=out, seed=seed, rate=options.rate, **sizes) for seed in options.seeds]
     import_once()
     for one in seeds:
         for piece in options.pieces:
