@@ -1,6 +1,6 @@
 """ConMax on solutions with detours: cold start, RL and its controls, data sets, students. Run it again to go on.
 
-python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,random,compress,students,more] [--rl-steps 100] [--rate R]
+python scripts/reproduce/conmax.py [OUT] [--seeds 3] [--pieces rl,compress] [--rl-steps N] [--rate R]
 
 Pieces run seed by seed, each in a process of its own. What is finished is not run again.
 
