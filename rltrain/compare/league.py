@@ -34,7 +34,7 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True, kw_only=True)
 class LeagueRun:
-    """A finished cell: its curve over steps, the generated tokens, and the seconds of a step."""
+    """A finished cell: its curve over steps, and the generated tokens."""
 
     task: str
     method: str
@@ -42,7 +42,6 @@ class LeagueRun:
     steps: np.ndarray
     values: np.ndarray
     tokens: float
-    step_s: float
 
     @property
     def mean(self) -> float:
@@ -84,7 +83,6 @@ class Standing:
     start: float
     end: float
     tokens: float
-    step_s: float
 
     @property
     def verdict(self) -> str:
@@ -116,7 +114,6 @@ def read_run(folder: Path) -> LeagueRun:
         steps=np.array([row["step"] for row in rows if row.get(METRIC) is not None], dtype=float),
         values=curve.values,
         tokens=float(sum(drawn)),
-        step_s=curve.step_s or 0.0,
     )
 
 
@@ -163,7 +160,6 @@ def standing(of_seed: Mapping[int, LeagueRun], base: Mapping[int, LeagueRun], *,
         start=float(np.mean([run.values[0] for run in of_seed.values()])),
         end=float(np.mean([run.values[-1] for run in of_seed.values()])),
         tokens=float(np.mean([run.tokens / base[run.seed].tokens for run in shared])) if shared else float("nan"),
-        step_s=float(np.median([run.step_s for run in of_seed.values()])),
     )
 
 
@@ -199,7 +195,7 @@ def ratios(value: Interval | None) -> str:
 def task_table(rows: Sequence[Standing], methods: Sequence[str]) -> list[str]:
     """A task's methods as a Markdown table; those without a finished cell are marked."""
     heads = ["method", "seeds", "mean over the run", "minus GRPO", "detectable", "last", "steps to level / GRPO's"]
-    heads += ["tokens / GRPO's", "s per step"]
+    heads += ["tokens / GRPO's"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     by_method = {row.method: row for row in rows}
     for method in methods:
@@ -211,7 +207,7 @@ def task_table(rows: Sequence[Standing], methods: Sequence[str]) -> list[str]:
         reach = f"{ratios(row.ratio)}, {row.reached} pairs" if row.method != BASELINE else "–"
         cells = [method, str(len(row.seeds)), points(row.mean), strong]
         cells += ["–" if row.detectable is None else f"{100 * row.detectable:.1f}", points(row.last), reach]
-        cells += [f"{row.tokens:.2f}", f"{row.step_s:.2f}"]
+        cells += [f"{row.tokens:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -27,9 +27,7 @@ from rltrain.errors import ConfigError, RunError
 
 def made(method, seed, values, *, task="forks", tokens=100.0):
     steps = np.array([0.0, 6.0, 24.0])
-    return LeagueRun(
-        task=task, method=method, seed=seed, steps=steps, values=np.array(values), tokens=tokens, step_s=0.5
-    )
+    return LeagueRun(task=task, method=method, seed=seed, steps=steps, values=np.array(values), tokens=tokens)
 
 
 def test_the_mean_over_a_run_weighs_by_steps():
