@@ -5,6 +5,7 @@
 # usage: scripts/reproduce/handbook_smollm2.sh [OUT]
 set -euo pipefail
 out=${1:-runs/handbook_smollm2}
+problems=${PROBLEMS:-8}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} WANDB_MODE=${WANDB_MODE:-disabled}
 common=(+experiment=smollm2_randomcalc data.handbook_tag=steps)
 asked=("${common[@]}" evaluation.problems=100 sampling.max_prompt_tokens=480)
@@ -21,7 +22,7 @@ extract() { # OUT [OVERRIDE…]: a model that names no behaviour ends with exit 
     local folder=$1
     shift
     [ -f "$folder/handbook.jsonl" ] || python -m rltrain.commands.handbook extract "${common[@]}" "run_dir=$folder" \
-        handbook.problems=16 handbook.keep=all handbook.batch_size=16 handbook.max_new_tokens=80 "$@" || true
+        "handbook.problems=$problems" handbook.keep=all handbook.batch_size=8 handbook.max_new_tokens=64 "$@" || true
 }
 
 extract "$out/default"
