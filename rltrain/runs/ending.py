@@ -120,17 +120,23 @@ def example(
     before: Sequence[Mapping[str, Any]],
     after: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """The first held-out problem whose reward changed, up or down (else the first one), at two steps.
+    """The first held-out problem whose reward made the more frequent change (a rise, where equal), at two steps.
 
-    The rule is fixed, so that nothing is picked. With several completions of a problem its first one counts.
+    The rule is fixed, so that nothing is picked. Where no reward changed it is the first problem. With several
+    completions of a problem its first one counts. A change to or from an abstention is neither rise nor fall.
     """
     if not before or [row["problem_id"] for row in before] != [row["problem_id"] for row in after]:
         return []
     pairs = list(zip(before, after, strict=True))
-    # An abstention is NaN, which differs from itself.
-    changed = next((pair for pair in pairs if repr(pair[0]["reward"]) != repr(pair[1]["reward"])), None)
-    samples = changed or pairs[0]
-    which = "The first held-out problem whose reward changed" if changed else "The first held-out problem"
+    rose = [pair for pair in pairs if pair[1]["reward"] > pair[0]["reward"]]
+    fell = [pair for pair in pairs if pair[1]["reward"] < pair[0]["reward"]]
+    which = "The first held-out problem"
+    if rose or fell:
+        up = len(rose) >= len(fell)
+        which = (
+            f"The first held-out problem whose reward {'rose' if up else 'fell'} ({len(rose)} rose, {len(fell)} fell)"
+        )
+    samples = max(rose, fell, key=len)[0] if rose or fell else pairs[0]
     asked = f"{which}, answer {samples[0]['answer']}: {shortened(samples[0]['prompt'])}"
     lines = [
         f"  step {row['step']:<6} reward {sample['reward']:<6.3g} {shortened(sample['completion'])}"

@@ -40,7 +40,7 @@ def test_the_last_lines(folder):
         "The held-out accuracy rose by 0.3333 over 2 steps, no more than two standard",
         "errors (0.3333 each, of the difference on the same problems).",
         "",
-        "The first held-out problem whose reward changed, answer 2: 1+1=",
+        "The first held-out problem whose reward rose (1 rose, 0 fell), answer 2: 1+1=",
         "  step 0      reward 0      at 0",
         "  step 2      reward 1      at 2",
         "",
@@ -53,7 +53,13 @@ def test_the_last_lines(folder):
 def test_two_abstentions_are_no_change(folder):
     for step in (0, 2):
         run_folder.write_samples(folder, f"eval_step_{step:06d}", samples(step, [float("nan"), 0.0, float(step > 0)]))
-    assert "whose reward changed, answer 3: 2+1=" in ending.last_lines(folder)
+    assert "whose reward rose (1 rose, 0 fell), answer 3: 2+1=" in ending.last_lines(folder)
+
+
+def test_the_more_frequent_change_is_shown(folder):
+    for step, rewards in ((0, [0.0, 1.0, 1.0]), (2, [1.0, 0.0, 0.0])):
+        run_folder.write_samples(folder, f"eval_step_{step:06d}", samples(step, rewards))
+    assert "whose reward fell (1 rose, 2 fell), answer 2: 1+1=" in ending.last_lines(folder)
 
 
 def test_where_no_reward_changed_the_first_problem_is_shown(folder):
