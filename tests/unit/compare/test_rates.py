@@ -17,7 +17,7 @@ STEPS = np.array([0.0, 6.0, 12.0])
 def rated(method, rate, seed, last, *, task="forks"):
     """The mean over the run is (0.2 + 2·0.2 + last)/4."""
     values = np.array([0.2, 0.2, last])
-    run = LeagueRun(task=task, method=method, seed=seed, steps=STEPS, values=values, tokens=1.0, step_s=0.1)
+    run = LeagueRun(task=task, method=method, seed=seed, steps=STEPS, values=values, tokens=1.0)
     return RatedRun(rate=rate, run=run)
 
 
