@@ -25,7 +25,7 @@ from rltrain import cli
 from rltrain.advantages.check import without_observed
 from rltrain.errors import ConfigError
 from rltrain.policy.load import load_policy
-from rltrain.policy.logprobs import LogprobModel, micro_batch_loss
+from rltrain.policy.logprobs import HeadTraining, LogprobModel, micro_batch_loss
 from rltrain.registry import Part, needs_of, parts
 from rltrain.runs import step_dump
 from rltrain.runs.step_dump import StepDump, StepRecord
@@ -202,14 +202,23 @@ def trainable(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, value) for name, value in policy.named_parameters() if value.requires_grad)
 
 
+def head_training(made: StepDump) -> HeadTraining | None:
+    """How the step trained the introspection head, where it had one. Its tokens are those of all ranks."""
+    _, model = part_config("model", made.facts["config"]["model"])
+    if not model.introspection.is_trained:
+        return None
+    tokens = sum(int((batch.weights_N > 0).sum()) for record in made.records for batch in record.batches)
+    return HeadTraining(config=model.introspection, tokens=max(float(tokens), 1.0))
+
+
 def check_step(made: StepDump, policy: nn.Module, rounding: float) -> list[Check]:
     """Forward and backward over the micro-batches of all ranks: log-probs, losses, gradient norm."""
     _, loss_config = part_config("loss", {"kind": "surrogate"} | made.facts["config"]["loss"])  # files of 0.1 name none
-    logprobs, losses = [], []
+    head, logprobs, losses = head_training(made), [], []
     for rank, record in enumerate(made.records):
         torch.set_rng_state(record.generator_state)
         for index, batch in enumerate(record.batches):
-            output = micro_batch_loss(policy, batch, loss_config)
+            output = micro_batch_loss(policy, batch, loss_config, head)
             output.loss.backward()
             place = f"rank {rank} micro-batch {index}"
             if index < len(record.losses):

@@ -72,7 +72,7 @@ def normalised(name: str) -> str:
 def read(path: Path, key: str) -> Handbook:
     """The handbook at ``path``. ConfigError with the line and what to do, under the name of the setting ``key``."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"{key}={path}: cannot be read ({cause}); rltrain handbook extract writes one") from None

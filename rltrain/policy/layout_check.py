@@ -14,6 +14,7 @@ from rltrain.batching.collate import NO_WEIGHTING, Unit, token_batch
 from rltrain.errors import ConfigError
 from rltrain.policy.logprobs import logprobs, to_device, unwrapped
 from rltrain.policy.model_check import Difference, check_units, difference, limit, own_logprobs, quiet, states
+from rltrain.policy.reserved_rows import reserved_rows
 from rltrain.runtime import dist
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,11 @@ def _working(packing: str, configured: Sequence[Layout], model: Any) -> list[Lay
         layouts = ["padded"]
     apart = differences(model, layouts)
     if not apart["padded"].fits and not module.own_head:
+        if reserved_rows(module.model) is not None:
+            raise ConfigError(
+                f"model.introspection.head=true: log-probs of {name} by the weights of its head, from which the grid "
+                f"is read, are {apart['padded']}; choose another model"
+            )
         log.warning(
             "log-probs of %s by the weights of its head are %s; the model's own head is used, which takes more memory",
             *(name, apart["padded"]),

@@ -18,7 +18,7 @@ from rltrain.config import MISSING, LoraConfig, ModelConfig
 from rltrain.errors import ConfigError, require
 from rltrain.policy.from_pretrained import causal_lm, weights_on
 from rltrain.policy.lora import add_lora, load_lora
-from rltrain.policy.reserved_rows import reserve_rows
+from rltrain.policy.reserved_rows import refuse_unmasked, reserve_rows
 from rltrain.policy.tokenizer import check_tokenizer, load_tokenizer, pad_token_id
 from rltrain.policy.training_mode import only_lora_dropout, recompute_layers
 from rltrain.registry import discover, part_of, parts, register
@@ -74,6 +74,8 @@ def load_policy(config: ModelConfig, *, path: str | None = None, device: torch.d
     check_tokenizer(tokenizer, model, config)
     if config.introspection.head:
         reserve_rows(model, tokenizer, config.introspection)
+    else:
+        refuse_unmasked(model, tokenizer)
     if adapters is not None:
         model = load_lora(model, adapters, config.lora)
     elif config.lora.rank > 0:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rltrain.errors import require
-from rltrain.policy.capabilities import head_bias
+from rltrain.policy.capabilities import head_bias, logit_softcap
 from rltrain.policy.head import is_plain
 from rltrain.runtime.introspection import IntrospectionConfig
 
@@ -30,14 +30,40 @@ def reserve_rows(model: Any, tokenizer: Any, config: IntrospectionConfig) -> Non
         f"{KEY}.first_row={first}: the tokenizer uses {len(used)} of the rows {first}..{stop - 1}, the first is "
         f"{used[0] if used else first}; leave {KEY}.first_row out, or set it above {ids[-1]}",
     )
+    saved = saved_rows(model, tokenizer)
+    require(
+        saved in ([], list(range(first, stop))),
+        f"{KEY}: the model was saved with {len(saved)} reserved rows from {min(saved, default=0)}, and the grid takes "
+        f"{config.cells} from {first}; set {KEY}.lengths and {KEY}.rewards as in the run that trained it",
+    )
     head = model.get_output_embeddings()
     require(is_plain(head), f"{KEY}.head=true: the model's output head is not a plain linear map; choose another model")
     require(head_bias(head) is None, f"{KEY}.head=true: the model's output head has a bias; choose another model")
+    require(
+        logit_softcap(model.config.get_text_config()) is None,
+        f"{KEY}.head=true: the model caps its logits, and a capped mask masks nothing; choose another model",
+    )
     rows = len(head.weight)
     if stop > rows:
         _append(model, first, stop, rows, config)
     _mask(model.get_output_embeddings(), first, stop)
     model.generation_config.suppress_tokens = list(range(first, stop))  # for transformers' own generate
+
+
+def saved_rows(model: Any, tokenizer: Any) -> list[int]:
+    """The rows that a saved model's generation config keeps from being sampled and that are no tokens."""
+    tokens = set(tokenizer.get_vocab().values())
+    return [row for row in model.generation_config.suppress_tokens or [] if row not in tokens]
+
+
+def refuse_unmasked(model: Any, tokenizer: Any) -> None:
+    """``ConfigError`` for a model that was saved with reserved rows: without the mask they are sampled as tokens."""
+    rows = saved_rows(model, tokenizer)
+    require(
+        not rows,
+        f"{KEY}.head=false: the model was saved with {len(rows)} reserved rows from {min(rows, default=0)}, which "
+        f"would be sampled as tokens; set {KEY}.head=true, with lengths and rewards as in the run that trained it",
+    )
 
 
 def _append(model: Any, first: int, stop: int, rows: int, config: IntrospectionConfig) -> None:

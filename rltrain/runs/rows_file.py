@@ -37,7 +37,7 @@ def append_rows(path: Path, rows: Iterable[JsonRow]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that appears complete or not at all."""
     writing = path.with_name(f".writing_{path.name}")
-    writing.write_text(text)
+    writing.write_text(text, encoding="utf-8")
     writing.replace(path)
 
 

@@ -72,6 +72,11 @@ class IntrospectionConfig:
         if not self.head:
             return
         key = "model.introspection.head=true"
+        require(
+            bool(run.rewards) or not self.is_trained,
+            f"{key}: learns from rewards, and the run has none; choose one, for example reward@rewards.answer=boxed, "
+            "or set model.introspection.weight=0",
+        )
         require(run.model.lora.rank == 0, f"{key}: adapters leave the reserved rows frozen; set model.lora.rank=0")
         require(run.deepspeed.zero_stage < 3, f"{key}: its rows must be whole; set deepspeed.zero_stage<=2")
         require(run.environment is None, f"{key}: does not follow turns; set environment=none")

@@ -51,6 +51,16 @@ def one_line(error):
 # --- the file ----------------------------------------------------------------------------------------------------
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path):
+    """JSON leaves U+2028 and U+0085 in a string as they are; an editor may put a byte-order mark before the text."""
+    path = tmp_path / "handbook.jsonl"
+    lines = [{"name": "a", "instruction": "one\u2028two\x85three"}, {"name": "b", "instruction": "four"}]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = read(path, "data.handbook").behaviours
+    assert [(each.row, each.instruction) for each in found] == [(1, "one\u2028two\x85three"), (2, "four")]
+
+
 def test_entries_keep_the_number_of_their_line(tmp_path):
     handbook = read(file_of(tmp_path, ROWS[0], "", *ROWS[1:]), "data.handbook")
     assert [(each.row, each.name, each.tags) for each in handbook.behaviours] == [

@@ -12,7 +12,7 @@ from rltrain.losses.surrogate import SurrogateConfig
 from rltrain.policy import logprobs as head
 from rltrain.policy.load import load_policy, save_policy
 from rltrain.policy.logprobs import HeadTraining, LogprobModel, micro_batch_loss
-from rltrain.policy.reserved_rows import reserved_rows
+from rltrain.policy.reserved_rows import reserve_rows, reserved_rows
 from rltrain.policy.tiny import TinyConfig
 from rltrain.runtime.introspection import IntrospectionConfig
 
@@ -61,6 +61,28 @@ def test_rows_are_appended_masked_and_kept_by_files(tmp_path):
     assert reserved_rows(again.model) == slice(tokens, tokens + 6)
     assert again.model.get_output_embeddings().weight[tokens:].eq(100.0).all()
     assert again.model.generation_config.suppress_tokens == list(range(tokens, tokens + 6))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"head": False}, "saved with 6 reserved rows from 101, which would be sampled as tokens; set .*head=true"),
+        ({"lengths": [0, 4]}, "saved with 6 reserved rows from 101, and the grid takes 4 from 101; set .*lengths"),
+    ],
+    ids=["no head", "other cells"],
+)
+def test_a_saved_head_is_loaded_as_it_was_trained(tmp_path, options, words):
+    save_policy(load_policy(with_head()), tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        load_policy(dataclasses.replace(with_head(**options), path=str(tmp_path)))
+
+
+def test_a_model_that_caps_its_logits_is_refused():
+    """Its cap makes a finite number of the mask."""
+    policy = load_policy(SMALL)
+    policy.model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ConfigError, match="caps its logits"):
+        reserve_rows(policy.model, policy.tokenizer, GRID)
 
 
 @pytest.mark.parametrize(
