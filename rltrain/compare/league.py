@@ -1,9 +1,10 @@
 """The league as one page: methods by tasks, what can be told apart from the baseline and what cannot.
 
-python -m rltrain.compare.league RUNS [--page PAGE.md] [--plot PICTURE.png]
+python -m rltrain.compare.league RUNS [--brief] [--page PAGE.md] [--plot PICTURE.png]
 
 RUNS is the folder of scripts/reproduce/league.py. Without --page the tables are printed as Markdown. With it they
-replace what stands between the page's marks.
+replace what stands between the page's marks. --brief makes one table of the differences alone, with other marks, as
+for the same methods at another rate.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RECORD = "league.json"
 BASELINE = "GRPO"
 METRIC = "eval_accuracy"
 BEGIN, END = "<!-- league: begin -->", "<!-- league: end -->"
+BRIEF_BEGIN, BRIEF_END = "<!-- league, brief: begin -->", "<!-- league, brief: end -->"
 NOT_RUN = "not run"
 
 
@@ -253,11 +255,32 @@ def page(rows: Sequence[Standing], methods: Sequence[str], tasks: Sequence[str])
     return "\n".join(lines)
 
 
-def replaced(text: str, generated: str) -> str:
+def brief(rows: Sequence[Standing], methods: Sequence[str], tasks: Sequence[str]) -> str:
+    """A table of methods by tasks: the difference with its interval, then the detectable one. The baseline's mean."""
+    lines = ["", f"| method | {' | '.join(tasks)} |", "|---|" + "---|" * len(tasks)]
+    found = {(row.method, row.task): row for row in rows}
+    for method in methods:
+        cells = [_brief_cell(found.get((method, task))) for task in tasks]
+        lines += [f"| {' | '.join([method, *cells])} |"]
+    return "\n".join([*lines, ""])
+
+
+def _brief_cell(row: Standing | None) -> str:
+    if row is None:
+        return NOT_RUN
+    if row.detectable is None:
+        return f"{points(row.mean)}, {len(row.seeds)} seeds"
+    difference = points(row.difference, signed=True)
+    strong = f"**{difference}**" if row.verdict != "open" else difference
+    return f"{strong}, detectable {100 * row.detectable:.1f}"
+
+
+def replaced(text: str, generated: str, *, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """The page with another generated part. ConfigError where it has no marks."""
-    require(BEGIN in text and END in text, f"--page: lacks the lines {BEGIN} and {END}; add them where tables belong")
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{generated}\n{END}{rest.split(END, 1)[1]}"
+    begin, end = marks
+    require(begin in text and end in text, f"--page: lacks the lines {begin} and {end}; add them where tables belong")
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{generated}\n{end}{rest.split(end, 1)[1]}"
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------
@@ -306,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--page", type=Path, help="a Markdown page with the marks; its generated part is replaced")
+    parser.add_argument("--brief", action="store_true", help="one table of the differences alone, and no picture")
     parser.add_argument("--plot", type=Path, help="the heat map (default: league.png in RUNS)")
     parser.add_argument("--tasks", default="", help="further tasks to name as not run, between commas")
     parser.add_argument("--methods", default="", help="further methods to name as not run, between commas")
@@ -320,12 +344,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     )
     rows.sort(key=lambda row: (tasks.index(row.task), methods.index(row.method)))
-    heat_map(rows, methods, tasks, options.plot or options.runs / "league.png")
-    generated = page(rows, methods, tasks)
+    if not options.brief:
+        heat_map(rows, methods, tasks, options.plot or options.runs / "league.png")
+    generated = (brief if options.brief else page)(rows, methods, tasks)
+    marks = (BRIEF_BEGIN, BRIEF_END) if options.brief else (BEGIN, END)
     if options.page is None:
         print(generated)
     else:
-        options.page.write_text(replaced(options.page.read_text(), generated))
+        options.page.write_text(replaced(options.page.read_text(), generated, marks=marks))
 
 
 if __name__ == "__main__":

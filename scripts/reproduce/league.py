@@ -1,10 +1,12 @@
 """Train every estimator of the league on every task, from one cold start per task and seed. Run it again to go on.
 
 python scripts/reproduce/league.py [OUT] [--tasks forks,mirror] [--methods GRPO,TEMPO] [--seeds 8] [--jobs 1] [--rates]
+                                      [--rate 6e-4]
 
 Tasks and methods are in league.yaml beside this file, or in the file of --specification. Cells run seed by seed, all
 required ones of a seed before the next seed, so that what is finished is balanced at any time. A finished cell is never
-run again, and an interrupted run resumes. With --rates GRPO and regression run at three rates each.
+run again, and an interrupted run resumes. With --rates GRPO and regression run at three rates each. With --rate all
+chosen tasks run at that rate, which belongs into another OUT.
 """
 
 from __future__ import annotations
@@ -104,6 +106,11 @@ def cells_by_rate(
         for method in methods or given["by_rate"]
         for rate in given["tasks"][task]["rates"]
     ]
+
+
+def at_rate(tasks: Mapping[str, Mapping[str, Any]], rate: float) -> dict[str, dict[str, Any]]:
+    """The tasks, each at ``rate``."""
+    return {name: {**settings, "rate": rate} for name, settings in tasks.items()}
 
 
 def train(words: Sequence[str], folder: Path) -> None:
@@ -231,11 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default: 1)")
     parser.add_argument("--specification", type=Path, default=SPECIFICATION, help="tasks and methods (league.yaml)")
     parser.add_argument("--rates", action="store_true", help="the methods of by_rate at each rate, in OUT/rates")
+    parser.add_argument("--rate", type=float, help="a learning rate in place of the tasks' (not with --rates)")
     options = parser.parse_args(arguments)
     given = specification(options.specification)
     for kind, chosen in (("tasks", options.tasks), ("methods", options.methods)):
         if unknown := [name for name in chosen if name not in given[kind]]:
             parser.error(f"--{kind} {unknown[0]}: unknown; choose from {', '.join(given[kind])}")
+    if options.rate is not None and options.rates:
+        parser.error("--rate: --rates has its own; give one of the two")
+    if options.rate is not None:
+        given["tasks"] = at_rate(given["tasks"], options.rate)
     os.environ |= {"OMP_NUM_THREADS": "1"}
     choose = cells_by_rate if options.rates else cells
     wanted = choose(given, tasks=options.tasks, methods=options.methods, seeds=options.seeds)

@@ -10,9 +10,12 @@ import yaml
 
 from rltrain.compare.league import (
     BEGIN,
+    BRIEF_BEGIN,
+    BRIEF_END,
     END,
     RECORD,
     LeagueRun,
+    brief,
     level_of,
     main,
     page,
@@ -96,6 +99,14 @@ def test_the_page_says_what_is_told_apart_and_what_was_not_run():
     assert "| SPAE | not run |" in text and "### Mirror\n\nNot run." in text
 
 
+def test_the_brief_table_has_differences_and_what_could_be_found():
+    """By hand as above: 3.5 ± 3.1634·1.2247/sqrt(6) = 1.58. The baseline's runs are all at 65.0."""
+    lines = brief(standings(pairs()), ["GRPO", "TEMPO", "SPAE"], ["forks"]).splitlines()
+    assert lines[1:4] == ["| method | forks |", "|---|---|", "| GRPO | 65.0 (65.0 to 65.0), 6 seeds |"]
+    assert re.fullmatch(r"\| TEMPO \| \*\*\+3\.5 \(\+1\.9 to \+5\.1\)\*\*, detectable \d\.\d \|", lines[4])
+    assert lines[5] == "| SPAE | not run |"
+
+
 def written(folder, run):
     folder.mkdir(parents=True)
     config = {"name": run.method, "seed": run.seed, "steps": 24, "batch": {"prompts_per_step": 4, "group_size": 16}}
@@ -114,11 +125,14 @@ def test_one_command_makes_the_page_from_the_folder(tmp_path):
     (tmp_path / "runs" / "forks" / "SPAE-seed0").mkdir()  # not finished
     assert [run.tokens for run in read_runs(tmp_path / "runs")] == [100.0] * 18
     here = tmp_path / "page.md"
-    here.write_text(f"# Before\n\n{BEGIN}\nstale\n{END}\n\nafter\n")
+    here.write_text(f"# Before\n\n{BEGIN}\nstale\n{END}\n\n{BRIEF_BEGIN}\nformer\n{BRIEF_END}\n\nafter\n")
     for _ in range(2):
         main([str(tmp_path / "runs"), "--page", str(here), "--methods", "GRPO,SPAE", "--tasks", "forks,mirror"])
+    assert f"{BRIEF_BEGIN}\nformer\n{BRIEF_END}" in here.read_text()
+    main([str(tmp_path / "runs"), "--page", str(here), "--brief"])
     text = here.read_text()
     assert text.startswith("# Before") and text.endswith("after\n") and "stale" not in text
+    assert "| method | forks |" in text and "former" not in text
     assert "Higher than GRPO: TEMPO" in text and "| SPAE | not run |" in text and "### Mirror" in text
     assert (tmp_path / "runs" / "league.png").stat().st_size > 1000
 

@@ -41,6 +41,21 @@ def test_required_cells_run_first_and_seed_by_seed(scripts):
     assert len(rates) == 4 * 2 * 3 and rates[0].folder == "forks/GRPO-0.0003-seed0"
 
 
+def test_another_rate_changes_the_rate_alone(scripts):
+    league, _ = scripts
+    given = league.specification()
+    before, after = (
+        league.cell({**given, "tasks": tasks}, "forks", "SPAE", 1)
+        for tasks in (given["tasks"], league.at_rate(given["tasks"], 0.5))
+    )
+    assert after.folder == before.folder
+    assert [pair for pair in zip(before.words, after.words, strict=True) if pair[0] != pair[1]] == [
+        (f"optimizer.learning_rate={float(given['tasks']['forks']['rate']):g}", "optimizer.learning_rate=0.5")
+    ]
+    with pytest.raises(SystemExit):
+        league.main(["--rate", "0.5", "--rates"])
+
+
 def test_the_methods_of_a_task_differ_in_the_estimator_alone(scripts):
     league, _ = scripts
     given, configs = league.specification(), {}
@@ -49,7 +64,7 @@ def test_the_methods_of_a_task_differ_in_the_estimator_alone(scripts):
     plain = configs["GRPO"]
     assert plain.batch.minibatches == 2 and plain.loss.aggregation == "token"
     for method, config in configs.items():
-        assert (config.name, config.seed, config.optimizer.learning_rate) == (method, 2, 3e-4)
+        assert (config.name, config.seed, config.optimizer.learning_rate) == (method, 2, 1e-4)
         changed = {} if method == "VinePPO" else {"batch": config.batch}
         for key in ("loss", "optimizer", "data", "model", "cold_start", "sampling", "evaluation", *changed):
             assert dataclasses.asdict(getattr(config, key)) == dataclasses.asdict(getattr(plain, key)), (method, key)
