@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rltrain.advantages.group import as_rewards
-from rltrain.advantages.prefix_tree import common_prefixes, leave_one_out_values
+from rltrain.advantages.prefix_tree import common_prefixes, leave_one_out_values, prefix_scales
 from rltrain.advantages.score_norms import exact_norms, lite_norms
 from rltrain.advantages.written import written_mask
 from rltrain.batching.zero_variance import is_zero_variance
@@ -28,6 +28,7 @@ class RegressionConfig(AdvantageConfig):
 
     ``weight=exact`` needs the service ENTROPY. ``running_sum`` weighs a place by the weights up to it. ``tree=false``
     leaves T out of the features. ``zero_equal_groups`` gives groups of equal rewards 0; a division by their std does.
+    For ``prefix_scale`` see :func:`~rltrain.advantages.prefix_tree.prefix_scales`.
     """
 
     weight: str = "lite"  # weight of a token: lite from its log-prob, exact from the whole distribution
@@ -37,6 +38,7 @@ class RegressionConfig(AdvantageConfig):
     zero_equal_groups: bool = False  # give groups of equal rewards 0
     decay: float = 0.9  # of the sums of earlier rollouts, per rollout
     ridge: float = 0.03  # pull towards RLOO, relative to the diagonal
+    prefix_scale: bool = False  # times (2n - 1)/n, n completions sharing the prefix
     kappa: float = 1.0  # weight of the shorter prefix's value, in completions
     eps: float = 1e-6  # added to the std
 
@@ -116,16 +118,23 @@ def rows_of_group(group: Group, norms: Sequence[Tensor], config: RegressionConfi
 
 
 def regression_advantages(group: Group, rows: Sequence[RegressionRow | None], c_F: Tensor, config: RegressionConfig):
-    """``A_t = (r - c'f_t) / (std(r) + eps)`` of the group's rows, float64; 0 for those that are None."""
+    """``A_t = k_t·(r - c'f_t) / (std(r) + eps)`` of the group's rows, float64; 0 for those that are None.
+
+    k is 1, or with ``prefix_scale`` the scale of the place.
+    """
     rewards_G = as_rewards(group.rewards_G)
     equal = is_zero_variance(rewards_G)
     if equal and (config.zero_equal_groups or config.scale == "std"):
         return [torch.zeros(len(ids), dtype=torch.float64) for ids in group.completion_ids]
     divisor = rewards_G[~rewards_G.isnan()].std(correction=1) + config.eps if config.scale == "std" else 1.0
-    return [
+    values = [
         torch.zeros(len(ids), dtype=torch.float64) if row is None else (row.reward - row.features_TF @ c_F) / divisor
         for ids, row in zip(group.completion_ids, rows, strict=True)
     ]
+    if not config.prefix_scale:
+        return values
+    scales = prefix_scales(group.completion_ids, rewards_G)
+    return [value_T * scale_T for value_T, scale_T in zip(values, scales, strict=True)]
 
 
 @register("advantage", "regression", RegressionConfig, needs={Need.STATE})
@@ -137,9 +146,9 @@ def regression(groups: Sequence[Group], config: RegressionConfig, context: Conte
         c = (M + D)^-1 (q + D·e_R),   D = ridge·diag(M);   c = e_R (RLOO) at the first step
 
     f = (1, R, T(s_t)) depends on the other completions and on s_t, and c on the past, so the estimate is unbiased
-    without the division by std (sample std, ddof 1, plus ``eps``). Equal rewards do not give zeros, unless that is
-    asked for. A reward that abstains, or that alone counts in its group, gives 0 and is in no sum. With p = 1
-    everywhere M is 0 and c stays e_R.
+    without the division by std (sample std, ddof 1, plus ``eps``) and without ``prefix_scale``, which multiplies A by
+    (2n - 1)/n. Equal rewards do not give zeros, unless that is asked for. A reward that abstains, or that alone counts
+    in its group, gives 0 and is in no sum. With p = 1 everywhere M is 0 and c stays e_R.
     """
     norms = _norms(groups, config, context)
     rows = [rows_of_group(group, norms_G, config) for group, norms_G in zip(groups, norms, strict=True)]

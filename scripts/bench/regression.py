@@ -55,6 +55,7 @@ ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "regression, (1, R)": ("regression", {"tree": False}),
     "regression, equal groups 0": ("regression", {"zero_equal_groups": True}),
     "regression / std": ("regression", {"scale": "std"}),
+    "regression, prefix scale": ("regression", {"prefix_scale": True}),
     "leave-one-out tree": ("leave_one_out_tree", {}),
     "TEMPO without std": ("tempo", {"normalize_std": False}),
     "prefix scale": ("group", {"baseline": "leave_one_out", "scale": "none", "prefix_scale": True}),

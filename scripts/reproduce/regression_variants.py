@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.advantages.group import as_rewards, group_advantages, per_token
-from rltrain.advantages.prefix_tree import prefix_scales
+from rltrain.advantages.group import group_advantages, per_token
 from rltrain.advantages.regression import (
     MEAN_OF_OTHERS,
     RegressionConfig,
@@ -60,17 +59,7 @@ def peakedness(groups: Sequence[Group], options: Mapping[str, Any], context: Con
     return fitted(groups, rows, context, coefficients=lambda sums: sums.coefficients(0.03), features=5)
 
 
-def prefix_scaled(groups: Sequence[Group], options: Mapping[str, Any], context: Context) -> Advantages:
-    """The regression times (2n - 1)/n, n completions sharing the prefix, as the arm ``prefix scale`` does with RLOO."""
-    plain = regression(groups, RegressionConfig(), context)
-    values = []
-    for group, rows in zip(groups, plain.values, strict=True):
-        scales = prefix_scales(group.completion_ids, as_rewards(group.rewards_G))
-        values.append([row_T * scale_T for row_T, scale_T in zip(rows, scales, strict=True)])
-    return Advantages(values=values, metrics=plain.metrics)
-
-
-warm_up.needs = prefix_scaled.needs = unit_ridge.needs = {Need.STATE}
+warm_up.needs = unit_ridge.needs = {Need.STATE}
 peakedness.needs = {Need.STATE, Need.ENTROPY}
 
 

@@ -165,6 +165,16 @@ def test_std_divides_what_is_left():
         torch.testing.assert_close(row_T / (std + 1e-6), other_T)
 
 
+def test_the_prefix_scale_multiplies_what_is_left():
+    """Three of the four share the first token: (2·4 - 1)/4 before it, (2·3 - 1)/3 after it; alone it is 1."""
+    fitted = {}
+    estimate([mixed()], fitted)
+    (plain,), (scaled,) = (estimate([mixed()], dict(fitted), prefix_scale=value) for value in (False, True))
+    assert (scaled[0] / plain[0]).tolist() == pytest.approx([7 / 4, 5 / 3, 3 / 2])
+    assert (scaled[3] / plain[3]).tolist() == pytest.approx([7 / 4])
+    torch.testing.assert_close(scaled[2] / plain[2], float64([7 / 4, 5 / 3]))
+
+
 def test_abstentions_are_in_no_sum():
     ids, rewards = [*IDS[:1], [1, 2, 9], *IDS[1:]], [REWARDS[0], None, *REWARDS[1:]]
     whole = mixed()

@@ -52,16 +52,6 @@ def test_a_warm_up_is_rloo_and_then_the_regression_that_saw_it(scripts):
         assert firsts == pytest.approx(rloo if state["rollouts"] < 3 else [float(row_T[0]) for row_T in expected])
 
 
-def test_the_scaled_regression_is_the_regression_times_the_scale(scripts):
-    """Three of the four share the first token: (2·4 - 1)/4 before it, (2·3 - 1)/3 after it."""
-    variants, state, plain = scripts[1], {}, {}
-    for _ in range(2):
-        (scaled,) = variants.prefix_scaled([mixed()], {}, Context(state=state)).values
-        (expected,) = regression([mixed()], RegressionConfig(), Context(state=plain)).values
-    assert float(scaled[0][0]) == pytest.approx(7 / 4 * float(expected[0][0]))
-    assert float(scaled[0][1]) == pytest.approx(5 / 3 * float(expected[0][1]))
-
-
 def test_the_pull_by_the_trace_is_the_formula(scripts):
     variants, state, plain = scripts[1], {}, {}
     variants.unit_ridge([mixed()], {}, Context(state=state))
