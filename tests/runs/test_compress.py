@@ -80,7 +80,8 @@ def test_rows_of_another_config_are_refused(start, unbroken):
 
 
 def test_the_kept_rows_are_a_data_set_for_sft(start, unbroken):
-    overrides = [one for one in COMPRESSION if not one.startswith("+experiment")]
+    of_conmax = ("+experiment", "data@cold_start_data", "cold_start_data.")
+    overrides = [one for one in COMPRESSION if not one.startswith(of_conmax)]
     overrides += ["data=hub", f"data.path={unbroken[0] / 'sft.jsonl'}", "data.prompt='{prompt}'", "data.id=id"]
     overrides += ["+data.meta.solution=solution", "data.holdout=1e-6", "batch.token_budget=2048"]
     run_config = cli.compose(overrides)

@@ -97,6 +97,8 @@ def test_one_update_takes_its_own_logprobs_for_the_old_ones(tmp_path, algorithm)
         advantages_N=torch.tensor([1.0, -2.0, 1.0]),
         sampler_logprobs_N=torch.tensor([-1.0, -2.0, -3.0]),
         old_logprobs_N=None,
+        remaining_N=None,
+        rewards_N=None,
     )
     logprobs_N = torch.tensor([-1.1, -1.0, -3.5])  # w = e^-0.1, e (cut at 2), e^-0.5
     gradients = []
