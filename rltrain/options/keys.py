@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rltrain.config import RunConfig
 from rltrain.errors import ConfigError
@@ -87,6 +87,20 @@ class Key:
     path: str
     type: Any
     choices: tuple[str, ...] = ()
+
+
+class Placed(Protocol):
+    """What a suggestion reads of a key."""
+
+    @property
+    def path(self) -> str:
+        """The dotted path."""
+        ...
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The choices that it belongs to; none where it always exists."""
+        ...
 
 
 def known_keys() -> dict[str, Key]:
@@ -173,7 +187,7 @@ def _listed(choices: tuple[str, ...]) -> str:
     return " or ".join(choices[:3]) + (" or others" if len(choices) > 3 else "")
 
 
-def nearest(key: str, keys: Mapping[str, Key]) -> str | None:
+def nearest(key: str, keys: Mapping[str, Placed]) -> str | None:
     """The path that ``key`` means, None if none is near.
 
     In this order: a synonym in the same place, a slip of the pen in the same place, the same word in another place, a
@@ -196,7 +210,7 @@ def nearest(key: str, keys: Mapping[str, Key]) -> str | None:
     return _in_place(always, place) or synonym or _in_place(chosen, place) or _slip(place, word, keys)
 
 
-def _is_of(key: Key, place: str) -> bool:
+def _is_of(key: Placed, place: str) -> bool:
     """Whether ``place`` is close to that of a key of a choice, or names the choice."""
     return _ratio(key.path.rpartition(".")[0], place) >= CLOSE or any(
         choice.endswith(f"={place}") for choice in key.choices
